@@ -1,0 +1,16 @@
+"""The model families that are registered, by entry point."""
+
+from __future__ import annotations
+
+from xfuser_fastcache.block_contract import ModelAdapter
+from xfuser_fastcache.plugins import ADAPTERS, loaded
+
+
+def adapters() -> dict[str, type[ModelAdapter]]:
+    """Return every registered adapter by name.
+
+    Example:
+        >>> adapters()["flux"].model_names()
+        ('FluxTransformer2DModel',)
+    """
+    return loaded(ADAPTERS)

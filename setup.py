@@ -1,0 +1,53 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="xfuser-fastcache",
+    version="0.1.0",
+    description="A step cache for xDiT (xfuser) that takes the same branch on every rank",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(
+        include=["xfuser_fastcache", "xfuser_fastcache.*", "diffusers_adapters"],
+    ),
+    install_requires=[
+        "torch>=2.6",
+        # xfuser imports triton even where there is no GPU, and does not ask for it.
+        'triton; platform_system=="Linux"',
+        "diffusers>=0.35",
+        # The compatibility layer is written against the internals of this minor version.
+        "xfuser>=0.7,<0.8",
+        "yunchang",
+        "transformers",
+        "tokenizers",
+        # transformers reads checkpoints whose tokenizer is a bare spiece.model (PixArt) with it;
+        # sentencepiece itself comes with xfuser.
+        "protobuf",
+        "safetensors",
+        "numpy",
+        "scipy",
+        "pyyaml",
+        "tqdm",
+        "rich",
+        "matplotlib",
+        "scikit-image",
+    ],
+    extras_require={
+        "flash-attn": ["flash-attn"],
+        "bench": ["cache-dit"],
+        # Linter, formatter and type checker change their minds between minor versions.
+        "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*"],
+    },
+    entry_points={
+        "xfuser_fastcache.adapters": ["flux = diffusers_adapters.flux:FluxAdapter"],
+        "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
+    },
+)

@@ -1,0 +1,40 @@
+"""A step cache for diffusion transformers that keeps working on all GPUs at once."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xfuser_fastcache.apply import (
+        apply_cache_on_transformer,
+        get_cache_statistics,
+        remove_cache,
+        reset_cache_statistics,
+    )
+    from xfuser_fastcache.config import CacheConfig
+    from xfuser_fastcache.consensus import ConsensusError, ConsensusTimeout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheConfig",
+    "ConsensusError",
+    "ConsensusTimeout",
+    "apply_cache_on_transformer",
+    "get_cache_statistics",
+    "remove_cache",
+    "reset_cache_statistics",
+]
+
+_HOME = {
+    "CacheConfig": "config",
+    "ConsensusError": "consensus",
+    "ConsensusTimeout": "consensus",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package must not import diffusers or torch; its names come when asked for.
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOME.get(name, 'apply')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

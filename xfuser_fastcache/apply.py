@@ -1,0 +1,233 @@
+"""Put a cache on a transformer, take it off, ask what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from xfuser_fastcache.block_contract import ENCODER, ModelAdapter
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.engine import CacheEngine, span_of_blocks
+from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on
+from xfuser_fastcache.layout import PlainLayout
+from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
+from xfuser_fastcache.statistics import BlockInfo
+from xfuser_fastcache.timeline import Schedule
+
+
+def apply_cache_on_transformer(
+    transformer: nn.Module,
+    *,
+    config: CacheConfig | None = None,
+    scheduler: Any = None,
+    process_group: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """Put a step cache on a transformer, in place.
+
+    Under torch.distributed it is a collective call: every rank of the decision group makes it,
+    with the same options. Apply it after xfuser has wrapped the pipeline.
+
+    Args:
+        transformer: a supported diffusers transformer, or xfuser's wrapper around one.
+        config: all options at once; or give them one by one.
+        scheduler: the pipeline's. With it generations, their number of steps and the exact noise
+            levels are known; without it, a generation starts where the noise level rises.
+        process_group: ranks that run this forward together, for plain torch.distributed; default
+            all ranks. Under xfuser the group follows from its parallel configuration.
+        **options: fields of `CacheConfig`, among them `use_cache="Fast"` and
+            `cache_ratio_threshold`; xDiT's `rel_l1_thresh` is taken for the latter.
+
+    Returns:
+        The same transformer.
+
+    Raises:
+        ValueError: an unsupported model, one that is cached already, a wrong option.
+        TypeError: an option of the wrong type.
+        NotImplementedError: an option that is not built yet.
+        ConsensusError: ranks were given different options or models, or one did not come.
+
+    Example:
+        >>> from diffusers import FluxTransformer2DModel
+        >>> model = FluxTransformer2DModel(
+        ...     in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        ...     num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
+        ...     axes_dims_rope=(4, 4, 8))
+        >>> model = apply_cache_on_transformer(model, use_cache="Fast", cache_ratio_threshold=0.1)
+        >>> get_cache_statistics(model)["steps"]
+        0
+        >>> model = remove_cache(model)
+    """
+    if config is None:
+        config = CacheConfig.from_dict(options)
+    elif options:
+        raise ValueError(f"give either config or single options, not both: {', '.join(options)}")
+    if hook_on(transformer) is not None:
+        raise ValueError(
+            f"this {type(transformer).__name__} is cached already; call remove_cache(transformer) "
+            "first"
+        )
+    layout = _layout(transformer, process_group)
+    model = layout.model_of(transformer)
+    adapter = _adapter(model)
+    _check_return_order(config, adapter)
+    held = {name: list(getattr(model, name)) for name in adapter.block_lists}
+    group = layout.decision_group()
+    layout.limit_waits(config.sync_timeout_s)
+    consensus = Consensus(
+        group,
+        backend=config.sync_backend,
+        timeout_s=config.sync_timeout_s,
+        config_digest=config.digest(),
+        block_lists=tuple(
+            BlockList(len(blocks), _parameters(blocks[0]) if blocks else 0)
+            for blocks in held.values()
+        ),
+    )
+    blocks = [block for listed in held.values() for block in listed]
+    engine = CacheEngine(
+        config,
+        consensus,
+        _block_infos(tuple(held), consensus.stages, config.granularity),
+        [adapter.block_lists[name] for name, listed in held.items() for _ in listed],
+        first_block=sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage),
+        dim=adapter.dim(model),
+    )
+    attachment = Attachment(transformer, model, blocks)
+    attachment.attach(engine, _step_opener(engine, adapter, layout, attachment, scheduler))
+    return transformer
+
+
+def remove_cache(transformer: nn.Module) -> nn.Module:
+    """Take the cache off and restore the transformer exactly; collective with `verify_consensus`.
+
+    Raises:
+        ValueError: there is no cache on it.
+        ConsensusError: with `verify_consensus`, ranks decided differently in the last generation.
+    """
+    hook = _hook(transformer)
+    hook.attachment.detach()
+    hook.engine.shut_down()
+    return transformer
+
+
+def get_cache_statistics(transformer: nn.Module) -> dict[str, Any]:
+    """Return what the cache did since it was applied or its counters were reset.
+
+    Ratios are between 0 and 1, times in seconds, sizes in bytes. `collectives` counts the rounds of
+    consensus; a single process takes them without a wire.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    return _hook(transformer).engine.statistics()
+
+
+def reset_cache_statistics(transformer: nn.Module) -> None:
+    """Start the counters anew; anchors, decisions and their digest go on.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    _hook(transformer).engine.reset_statistics()
+
+
+def _hook(transformer: nn.Module) -> TransformerHook:
+    hook = hook_on(transformer)
+    if hook is None:
+        raise ValueError(
+            f"there is no cache on this {type(transformer).__name__}; call "
+            "apply_cache_on_transformer(transformer, use_cache='Fast') first, with the transformer "
+            "that the pipeline calls"
+        )
+    return hook
+
+
+def _layout(transformer: nn.Module, process_group: Any) -> Any:
+    if process_group is None:
+        for layout in loaded(LAYOUTS).values():
+            if layout.recognises(transformer):
+                return layout()
+    return PlainLayout(process_group)
+
+
+def _adapter(model: nn.Module) -> type[ModelAdapter]:
+    known = loaded(ADAPTERS)
+    for adapter in known.values():
+        if adapter.supports(model):
+            return adapter
+    names = sorted(name for adapter in known.values() for name in adapter.model_names())
+    raise ValueError(
+        f"{type(model).__name__} is not supported by the cache; supported: {', '.join(names)}. "
+        "Pass the pipeline's transformer (pipe.transformer), or register an adapter for the model "
+        f"(entry point group {ADAPTERS!r})."
+    )
+
+
+def _check_return_order(config: CacheConfig, adapter: type[ModelAdapter]) -> None:
+    given = config.return_hidden_states_first
+    for name, contract in adapter.block_lists.items():
+        actual = contract.returns[0] != ENCODER
+        if given is not None and given != actual:
+            raise ValueError(
+                f"return_hidden_states_first={given} does not fit {name}, which returns "
+                f"{' then '.join(contract.returns)}; leave it out, the adapter knows the order"
+            )
+
+
+def _parameters(block: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())
+
+
+def _block_infos(
+    names: tuple[str, ...], stages: list[list[BlockList]], granularity: int | str
+) -> list[BlockInfo]:
+    """Return all blocks of the whole model in order, from what the stages hold of each list."""
+    found = []
+    for index, name in enumerate(names):
+        count = sum(stage[index].blocks for stage in stages)
+        cost = max(stage[index].cost for stage in stages)
+        found += [(f"{name}.{i}", cost) for i in range(count)]
+    total = sum(cost for _, cost in found)
+    spans = span_of_blocks(len(found), granularity)
+    return [
+        BlockInfo(name, span, cost / total)
+        for (name, cost), span in zip(found, spans, strict=True)
+    ]
+
+
+def _step_opener(
+    engine: CacheEngine,
+    adapter: type[ModelAdapter],
+    layout: Any,
+    attachment: Attachment,
+    scheduler: Any,
+) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+    """Return what opens a step of `engine` from the arguments of the transformer's forward."""
+    schedule: Schedule | None = None
+
+    def open_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal schedule
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None:
+            schedule = None
+        elif schedule is None or schedule.timesteps is not timesteps:
+            schedule = Schedule(timesteps, tuple(adapter.noise_levels(scheduler)))
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        position = layout.position()
+        tokens = sum(position.patch_tokens) or tuple(hidden_states.shape[1:])
+        timestep = float(adapter.timestep(args, kwargs).flatten()[0])
+        engine.open(
+            timestep,
+            adapter.noise_level(timestep),
+            (hidden_states.shape[0], tokens, hidden_states.dtype, hidden_states.device),
+            position,
+            hidden_states.device,
+            schedule,
+            attachment.branch_name.name,
+        )
+
+    return open_step

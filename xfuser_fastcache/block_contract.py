@@ -1,0 +1,137 @@
+"""How a model's transformer blocks are called: which argument is what, and what comes back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+HIDDEN = "hidden_states"
+ENCODER = "encoder_hidden_states"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The token streams that a block reads and replaces.
+
+    Attributes:
+        hidden_states: image tokens, `(batch, tokens, dim)`.
+        encoder_hidden_states: text tokens `(batch, text_tokens, dim)`, or None where the model's
+            blocks do not replace them.
+    """
+
+    hidden_states: torch.Tensor
+    encoder_hidden_states: torch.Tensor | None = None
+
+    def map(self, function: Callable[..., torch.Tensor], *others: Streams) -> Streams:
+        """Apply `function` stream by stream, to this and to the same stream of `others`."""
+        text = self.encoder_hidden_states
+        return Streams(
+            function(self.hidden_states, *(other.hidden_states for other in others)),
+            None
+            if text is None
+            else function(text, *(other.encoder_hidden_states for other in others)),
+        )
+
+    def split(self, lengths: tuple[int, ...]) -> list[Streams]:
+        """Cut the image tokens into consecutive parts; each keeps the whole text stream.
+
+        Args:
+            lengths: tokens of each part; they add up to the image tokens held here.
+        """
+        parts = self.hidden_states.split(list(lengths), dim=1)
+        return [Streams(part, self.encoder_hidden_states) for part in parts]
+
+    def nbytes(self) -> int:
+        """Bytes that the streams occupy."""
+        tensors = (self.hidden_states, self.encoder_hidden_states)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class BlockContract:
+    """One kind of block: the order of its parameters and of its results.
+
+    Attributes:
+        parameters: names of the block's forward parameters, in order.
+        returns: names of the streams that it returns, in order; a block with one result returns
+            the bare tensor.
+
+    Example:
+        >>> joint = BlockContract(parameters=(HIDDEN, ENCODER), returns=(ENCODER, HIDDEN))
+        >>> x, text = torch.zeros(1, 4, 8), torch.ones(1, 2, 8)
+        >>> streams = joint.read((x,), {"encoder_hidden_states": text})
+        >>> joint.unpack(joint.pack(streams)) == streams
+        True
+    """
+
+    parameters: tuple[str, ...]
+    returns: tuple[str, ...]
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        index = self.parameters.index(name)
+        return args[index] if index < len(args) else kwargs[name]
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
+        """Return the streams among a block's arguments."""
+        text = self._argument(ENCODER, args, kwargs) if ENCODER in self.returns else None
+        return Streams(self._argument(HIDDEN, args, kwargs), text)
+
+    def unpack(self, output: Any) -> Streams:
+        """Return the streams among a block's results."""
+        if len(self.returns) == 1:
+            return Streams(output)
+        named = dict(zip(self.returns, output, strict=True))
+        return Streams(named[HIDDEN], named[ENCODER])
+
+    def pack(self, streams: Streams) -> Any:
+        """Return streams in the form in which the block returns its results."""
+        if len(self.returns) == 1:
+            return streams.hidden_states
+        named = {HIDDEN: streams.hidden_states, ENCODER: streams.encoder_hidden_states}
+        return tuple(named[name] for name in self.returns)
+
+
+class ModelAdapter(ABC):
+    """What the engine must know of a model family; one file a family, no state.
+
+    Attributes:
+        block_lists: attribute of the transformer that holds blocks -> their contract, in the order
+            in which the forward pass runs through them.
+    """
+
+    block_lists: ClassVar[Mapping[str, BlockContract]]
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Say whether `model` (not a wrapper around it) belongs to this family."""
+
+    @classmethod
+    @abstractmethod
+    def model_names(cls) -> tuple[str, ...]:
+        """Names of the transformer classes it supports, for messages and documentation."""
+
+    @classmethod
+    @abstractmethod
+    def dim(cls, model: nn.Module) -> int:
+        """Return the width of a token inside the blocks, `hidden_states.shape[-1]`."""
+
+    @classmethod
+    @abstractmethod
+    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the timestep among the arguments of the transformer's forward."""
+
+    @classmethod
+    @abstractmethod
+    def noise_level(cls, timestep: float) -> float:
+        """Return the noise level (sigma) that belongs to a timestep as the transformer gets it."""
+
+    @classmethod
+    @abstractmethod
+    def noise_levels(cls, scheduler: Any) -> list[float]:
+        """Return the noise level of each of `scheduler.timesteps`, in full precision."""

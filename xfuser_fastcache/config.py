@@ -1,0 +1,257 @@
+"""CacheConfig: every option, checked, from keywords, YAML or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TESTS = ("chi2", "paper")
+FORECASTERS = ("reuse", "linear", "taylor")
+
+
+def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
+    """A field with its documentation; `later` names what is missing until the option is built."""
+    return field(
+        default=default, metadata={"allowed": allowed, "meaning": meaning, "later": later}
+    )
+
+
+def _later(allowed: str, meaning: str, missing: str) -> Any:
+    return _option(None, allowed, meaning, missing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Options of a step cache; the table in docs/configuration.md is generated from this class.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: an unknown key, a value out of range, or contradicting options.
+        NotImplementedError: an option whose machinery is not built yet.
+
+    Example:
+        >>> CacheConfig(cache_ratio_threshold=0.1).to_dict()["cache_ratio_threshold"]
+        0.1
+        >>> CacheConfig.from_dict({"cache_ratio_treshold": 0.1})
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown cache option 'cache_ratio_treshold'; did you mean 'cache_ratio_threshold'?
+    """
+
+    use_cache: str = _option("Fast", "a registered backend", "backend: gate x forecaster")
+    cache_ratio_threshold: float = _option(
+        0.05,
+        "number >= 0; 0 never skips",
+        "epsilon: relative change of a span's input below which the span may be skipped (ratio)",
+    )
+    significance_level: float = _option(
+        0.05, "0 < number < 1", "alpha of the test (ratio); smaller is safer with test='chi2'"
+    )
+    test: str = _option(
+        "chi2",
+        "chi2 | paper",
+        "chi2: equivalence test with a scale; paper: FastCache's literal rule, which accepts "
+        "nearly any change below 100 %",
+    )
+    forecaster: str = _option(
+        "taylor", "reuse | linear | taylor", "what stands in for a skipped span"
+    )
+    granularity: int | str = _option(
+        "stack",
+        "'stack', 'block' or int >= 1",
+        "spans decided together: the whole stack, every block, or that many cuts",
+    )
+    num_warmup_steps: int = _option(2, "int >= 0", "first steps that are always computed")
+    max_consecutive_skips: int = _option(
+        4, "int >= 1", "a span is computed after so many skips in a row"
+    )
+    num_steps: int | None = _option(
+        None,
+        "int >= 1, or none",
+        "steps of a generation, where no scheduler is at hand; its last step is always computed",
+    )
+    enable_block_approx: bool = _option(
+        True, "true | false", "whether spans of blocks may be skipped at all"
+    )
+    sync_backend: str = _option(
+        "gloo", "gloo | nccl", "where decisions are reduced: on the host, or on the device"
+    )
+    sync_timeout_s: float = _option(
+        600.0, "number > 0", "longest wait for another rank (seconds); then an error names it"
+    )
+    verify_consensus: bool = _option(
+        False, "true | false", "compare all ranks' decisions after each generation"
+    )
+    return_hidden_states_first: bool | None = _option(
+        None,
+        "true | false | none",
+        "as in xDiT: checked against the order in which the model's blocks return",
+    )
+    enable_spatial_approx: bool | None = _later(
+        "true | false | none", "motion/static token split", "the token split"
+    )
+    motion_threshold: float | None = _later(
+        "number >= 0, or none", "saliency above which a token moves (ratio)", "the token split"
+    )
+    adaptive_beta: list[float] | None = _later(
+        "four numbers, or none", "token threshold over saliency and time", "the token split"
+    )
+    static_kv: str | None = _later(
+        "reuse | drop | none", "keys and values of static tokens", "the token split"
+    )
+    enable_token_merge: bool | None = _later(
+        "true | false | none", "merge redundant tokens", "token merging"
+    )
+    token_merge_k: int | None = _later("int >= 1, or none", "neighbours", "token merging")
+    token_merge_lambda: float | None = _later(
+        "number >= 0, or none", "weight of temporal saliency", "token merging"
+    )
+    num_stages: int | None = _later("int >= 1, or none", "pyramid stages", "token merging")
+    merge_ratio: float | None = _later(
+        "0 < number < 1, or none", "tokens kept per stage (ratio)", "token merging"
+    )
+    enable_adacorrection: bool | None = _later(
+        "true | false | none", "correct forecasts", "AdaCorrection"
+    )
+    adacorr_gamma: float | None = _later("number, or none", "gamma", "AdaCorrection")
+    adacorr_lambda: float | None = _later("number, or none", "lambda", "AdaCorrection")
+    calibration: str | None = _later(
+        "path, or none", "fitted maps and thresholds", "calibration"
+    )
+    shadow_audit: float | None = _later(
+        "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
+    )
+    steps_mask: list[int] | None = _later(
+        "list of 0 and 1, or none", "which steps are computed", "the steps mask"
+    )
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            # False asks for nothing, so it is no request for what is missing.
+            if option.metadata["later"] and value is not None and value is not False:
+                raise NotImplementedError(
+                    f"{option.name}={value!r} needs {option.metadata['later']}, which this version "
+                    f"does not have yet. Leave {option.name} out."
+                )
+        self._number("cache_ratio_threshold", lambda v: v >= 0)
+        self._number("significance_level", lambda v: 0 < v < 1)
+        self._number("sync_timeout_s", lambda v: v > 0)
+        self._integer("num_warmup_steps", 0)
+        self._integer("max_consecutive_skips", 1)
+        if self.num_steps is not None:
+            self._integer("num_steps", 1)
+        self._choice("test", TESTS)
+        self._choice("forecaster", FORECASTERS)
+        self._choice("sync_backend", ("gloo", "nccl"))
+        for name in ("enable_block_approx", "verify_consensus", "return_hidden_states_first"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (
+                value is None and name == "return_hidden_states_first"
+            ):
+                self._refuse(name, TypeError)
+        if not isinstance(self.use_cache, str):
+            self._refuse("use_cache", TypeError)
+        if isinstance(self.granularity, str):
+            self._choice("granularity", ("stack", "block"))
+        else:
+            self._integer("granularity", 1)
+
+    def _refuse(self, name: str, error: type[Exception]) -> None:
+        allowed = self.__dataclass_fields__[name].metadata["allowed"]
+        raise error(f"{name}={getattr(self, name)!r} is not allowed; give {allowed}")
+
+    def _number(self, name: str, within: Any) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self._refuse(name, TypeError)
+        if not within(value):
+            self._refuse(name, ValueError)
+
+    def _integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self._refuse(name, TypeError)
+        if value < least:
+            self._refuse(name, ValueError)
+
+    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            self._refuse(name, TypeError)
+        if value not in choices:
+            self._refuse(name, ValueError)
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> CacheConfig:
+        """Build a config from a mapping; `rel_l1_thresh` is xDiT's name for the threshold."""
+        import difflib
+
+        options = dict(options)
+        if "rel_l1_thresh" in options:
+            given = options.pop("rel_l1_thresh")
+            other = options.setdefault("cache_ratio_threshold", given)
+            if other != given:
+                raise ValueError(
+                    f"rel_l1_thresh={given!r} and cache_ratio_threshold={other!r} are two names of "
+                    "one option; give one of them"
+                )
+        known = [option.name for option in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown cache option {key!r}; {hint}")
+        return cls(**options)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> CacheConfig:
+        """Read a config from the `cache` mapping of a YAML or JSON file, or from the whole of it."""
+        options = read_mapping(path)
+        return cls.from_dict(options.get("cache", options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a mapping that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    def digest(self) -> int:
+        """Return 48 bits that are the same for equal options, on every rank and machine."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds one mapping.
+
+    Raises:
+        ValueError: no such file, a file that does not parse, or one that holds something else.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the config file {str(path)!r} is not valid YAML or JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(
+            f"the config file {str(path)!r} must hold a mapping of options, not "
+            f"{type(loaded).__name__}"
+        )
+    return loaded
+
+
+def options_table() -> str:
+    """Return the table of all options in Markdown, as docs/configuration.md holds it."""
+    rows = ["| option | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
+    for option in dataclasses.fields(CacheConfig):
+        meta = option.metadata
+        meaning = meta["meaning"] + (f" (raises: needs {meta['later']})" if meta["later"] else "")
+        cells = (f"`{option.name}`", f"`{option.type}`", f"`{option.default!r}`", meta["allowed"])
+        rows.append(" | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip())
+    return "\n".join(rows) + "\n"

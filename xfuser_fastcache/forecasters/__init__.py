@@ -1,0 +1,1 @@
+"""Forecasters: what stands in for a skipped span?"""

@@ -1,0 +1,1 @@
+"""Gates: from statistics, may a span be skipped?"""

@@ -1,0 +1,37 @@
+"""What a gate is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What all ranks know of one span's input, brought to the step that is decided.
+
+    Attributes:
+        change: Q, sum over tokens of squared changes against the anchor.
+        change_squared: sum over tokens of the squared per-token changes.
+        reference: R, sum over tokens of the anchor's squared norms.
+        tokens: image tokens, over batch and ranks.
+        dim: width of a token.
+    """
+
+    change: float
+    change_squared: float
+    reference: float
+    tokens: int
+    dim: int
+
+
+class Gate(ABC):
+    """Says whether a span may be skipped, as a pure function of evidence that all ranks share.
+
+    A gate holds no state and sees no tensor: then ranks that are given the same evidence cannot
+    decide differently. Comparisons are strict, so a threshold of 0 never skips.
+    """
+
+    @abstractmethod
+    def may_skip(self, evidence: Evidence) -> bool:
+        """Return True where the evidence rejects "skipping does harm"."""

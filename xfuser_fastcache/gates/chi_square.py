@@ -1,0 +1,75 @@
+"""FastCache's gate: a chi-square test on the change of a span's input."""
+
+from __future__ import annotations
+
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.gates.base import Evidence, Gate
+
+# Tokens of one picture are correlated, so the token count overstates the degrees of freedom.
+MAX_DEGREES_OF_FREEDOM = 64.0
+
+
+class ChiSquareGate(Gate):
+    r"""Skips a span whose input changed too little to matter.
+
+    With :math:`Q = \sum \|h - h_{anchor}\|^2` and :math:`R = \sum \|h_{anchor}\|^2`:
+
+    - `test="chi2"`: skip when :math:`Q < \epsilon^2 R\, \chi^2_{\nu,\alpha} / \nu` (lower
+      quantile): an equivalence test that skips only where a change of :math:`\epsilon` or more is
+      rejected, so a smaller alpha is safer. :math:`\nu = (\sum q)^2 / \sum q^2` over tokens is a
+      heuristic: it ignores correlation between tokens, so it is capped at 64.
+    - `test="paper"`: FastCache's literal rule, skip when
+      :math:`\delta^2 = Q/R < \chi^2_{ND,1-\alpha} / (ND)`. Its threshold is just above 1 for any
+      real model, so nearly any change below 100 % passes, and a smaller alpha makes it looser.
+      It has no epsilon; a `cache_ratio_threshold` of 0 still means "never skip".
+
+    Args:
+        cache_ratio_threshold: epsilon, a ratio.
+        significance_level: alpha, a ratio.
+        test: `"chi2"` or `"paper"`.
+
+    Example:
+        >>> gate = ChiSquareGate(cache_ratio_threshold=0.1)
+        >>> near = Evidence(change=0.5, change_squared=0.001, reference=100.0, tokens=256, dim=64)
+        >>> far = Evidence(change=2.0, change_squared=0.016, reference=100.0, tokens=256, dim=64)
+        >>> gate.may_skip(near), gate.may_skip(far)
+        (True, False)
+
+    Source: FastCache, arXiv 2505.20353, section on the transformer-level cache. `chi2` deviates
+    from it: the published statistic has no scale, so its test accepts what it should reject.
+    """
+
+    def __init__(
+        self,
+        cache_ratio_threshold: float,
+        significance_level: float = 0.05,
+        test: str = "chi2",
+    ):
+        self.epsilon = cache_ratio_threshold
+        self.alpha = significance_level
+        self.test = test
+
+    @classmethod
+    def from_config(cls, config: CacheConfig) -> ChiSquareGate:
+        """Build the gate that a config asks for."""
+        return cls(config.cache_ratio_threshold, config.significance_level, config.test)
+
+    def may_skip(self, evidence: Evidence) -> bool:
+        """Return whether the change is small enough; see the class for the rule."""
+        from scipy.special import gammaincinv
+
+        if self.epsilon == 0 or evidence.reference <= 0:
+            return False
+        if self.test == "paper":
+            degrees = float(evidence.tokens * evidence.dim)
+            quantile = 2.0 * gammaincinv(degrees / 2, 1 - self.alpha)
+            return bool(evidence.change < evidence.reference * quantile / degrees)
+        if evidence.change_squared <= 0:
+            # Nothing moved as far as the fixed point can tell; one degree is the strictest test.
+            degrees = 1.0
+        else:
+            degrees = evidence.change**2 / evidence.change_squared
+            degrees = min(max(degrees, 1.0), MAX_DEGREES_OF_FREEDOM)
+        # The chi-square quantile, as SciPy's stats.chi2.ppf computes it, without its overhead.
+        quantile = 2.0 * gammaincinv(degrees / 2, self.alpha)
+        return bool(evidence.change < self.epsilon**2 * evidence.reference * quantile / degrees)

@@ -1,0 +1,146 @@
+"""Puts the engine around a transformer and each of its blocks, on diffusers' own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from torch import nn
+
+from xfuser_fastcache.engine import CacheEngine
+
+HOOK = "xfuser_fastcache"
+
+
+class _BranchName(StateManager):
+    """Receives the name that a pipeline gives a call by diffusers' `cache_context`."""
+
+    def __init__(self) -> None:
+        super().__init__(BaseState)
+        self.name: str | None = None
+
+    def set_context(self, context: Any) -> None:
+        # A name in diffusers 0.35, an object that carries it later.
+        self.name = getattr(context, "name", context)
+
+
+class TransformerHook(ModelHook):
+    """Opens and closes a step around the transformer's forward.
+
+    Args:
+        attachment: that it is part of.
+        engine: does the work.
+        open_step: opens a step of the engine from the forward's arguments.
+    """
+
+    def __init__(
+        self, attachment: Attachment, engine: CacheEngine, open_step: Callable[..., None]
+    ):
+        super().__init__()
+        self.attachment = attachment
+        self.engine = engine
+        self.open_step = open_step
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the transformer within a step."""
+        try:
+            self.open_step(args, kwargs)
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            self.engine.close()
+        except BaseException as error:
+            self.engine.abandon(error)
+            raise
+        return output
+
+
+class BlockHook(ModelHook):
+    """Lets the engine run a block or stand in for it.
+
+    Args:
+        engine: of the transformer.
+        index: of the block among those that this rank holds.
+        branch_name: where `cache_context` leaves the name of the branch; one for all blocks.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, engine: CacheEngine, index: int, branch_name: _BranchName):
+        super().__init__()
+        self.engine = engine
+        self.index = index
+        self.branch_name = branch_name
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the block through the engine."""
+        return self.engine.run_block(self.index, self.fn_ref.original_forward, args, kwargs)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Nothing to do: the engine tells generations apart by itself, alike on all ranks."""
+        return module
+
+
+def _registry(module: nn.Module) -> HookRegistry:
+    """Return the module's own registry.
+
+    xfuser's wrappers hand attribute look-ups on to the model inside, whose registry would wrap a
+    forward that the wrapper does not call; so only the module's own attribute counts.
+    """
+    if "_diffusers_hook" not in module.__dict__:
+        module._diffusers_hook = HookRegistry(module)  # type: ignore[assignment]
+    return module.__dict__["_diffusers_hook"]
+
+
+def _forget_children(module: nn.Module) -> None:
+    """Make diffusers look again for hooked modules below `module`, where it remembers them."""
+    forget = getattr(_registry(module), "invalidate_child_registries_cache", None)
+    if forget is not None:
+        forget()
+
+
+class Attachment:
+    """The hooks on one transformer; `detach` restores it exactly.
+
+    Args:
+        transformer: whose forward the pipeline calls (perhaps xfuser's wrapper).
+        model: the diffusers model that holds the blocks (perhaps the same module).
+        blocks: the blocks that this rank holds, in order.
+    """
+
+    def __init__(self, transformer: nn.Module, model: nn.Module, blocks: list[nn.Module]):
+        self.transformer = transformer
+        self.model = model
+        self.blocks = blocks
+        self.branch_name = _BranchName()
+        self._had_forward: dict[nn.Module, bool] = {}
+
+    def attach(self, engine: CacheEngine, open_step: Callable[..., None]) -> None:
+        """Put the hooks on."""
+        self._register(self.transformer, TransformerHook(self, engine, open_step))
+        for index, block in enumerate(self.blocks):
+            self._register(block, BlockHook(engine, index, self.branch_name))
+        _forget_children(self.model)
+
+    def _register(self, module: nn.Module, hook: ModelHook) -> None:
+        self._had_forward[module] = "forward" in module.__dict__
+        _registry(module).register_hook(hook, HOOK)
+
+    def detach(self) -> None:
+        """Take the hooks off, and with them whatever registering them has left on the modules."""
+        for module in (self.transformer, *self.blocks):
+            registry = _registry(module)
+            registry.remove_hook(HOOK, recurse=False)
+            if not registry.hooks:
+                del module._diffusers_hook
+                if not self._had_forward[module]:
+                    # remove_hook leaves the bound method as an instance attribute.
+                    module.__dict__.pop("forward", None)
+        if "_diffusers_hook" in self.model.__dict__:
+            _forget_children(self.model)
+
+
+def hook_on(transformer: nn.Module) -> TransformerHook | None:
+    """Return the cache's hook on `transformer`, or None."""
+    registry = transformer.__dict__.get("_diffusers_hook")
+    return registry.get_hook(HOOK) if registry is not None else None

@@ -1,0 +1,98 @@
+"""Where this rank stands: who decides with it, which blocks it holds, which tokens it sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class DecisionGroup:
+    """The ranks that together run one forward pass of the transformer.
+
+    Attributes:
+        ranks: global ranks, in group order.
+        rank: this process's global rank.
+        stage: this rank's pipeline stage, from 0.
+        stages: number of pipeline stages.
+        counts_tokens: False where another rank holds the very same tokens and counts them
+            (tensor-parallel replicas).
+        device_group: process group to use with `sync_backend="nccl"`; None without one.
+    """
+
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    stage: int = 0
+    stages: int = 1
+    counts_tokens: bool = True
+    device_group: Any = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Which tokens the current forward pass of this rank carries.
+
+    Attributes:
+        patch: index of the PipeFusion patch; 0 outside patch mode.
+        patch_tokens: image tokens of each patch on this rank; empty without PipeFusion.
+        patched: whether this forward carries one patch rather than all tokens.
+    """
+
+    patch: int = 0
+    patch_tokens: tuple[int, ...] = ()
+    patched: bool = False
+
+    @property
+    def is_last_patch(self) -> bool:
+        """Whether the step is complete on this rank after this forward."""
+        return not self.patched or self.patch == len(self.patch_tokens) - 1
+
+
+class PlainLayout:
+    """No xDiT: a single process, or ranks of plain torch.distributed that share a forward pass.
+
+    Args:
+        process_group: ranks that run the same forward together; None means all ranks of the
+            default group where one is initialised, this process alone elsewhere.
+    """
+
+    name = "plain"
+
+    def __init__(self, process_group: Any = None):
+        self.process_group = process_group
+
+    @classmethod
+    def recognises(cls, transformer: nn.Module) -> bool:
+        """Any module; layouts that know more are asked first."""
+        return True
+
+    def model_of(self, transformer: nn.Module) -> nn.Module:
+        """Return the diffusers model inside `transformer`: itself."""
+        return transformer
+
+    def decision_group(self) -> DecisionGroup:
+        """Return the ranks that decide together."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return DecisionGroup()
+        ranks = tuple(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))
+        if dist.get_rank() not in ranks:
+            raise ValueError(
+                f"rank {dist.get_rank()} is not in the given process group {list(ranks)}. Pass the "
+                "group of the ranks that run this forward pass together."
+            )
+        return DecisionGroup(ranks, dist.get_rank(), device_group=self.process_group)
+
+    def position(self) -> Position:
+        """Return which tokens this forward carries: all of the rank's."""
+        return Position()
+
+    def limit_waits(self, seconds: float) -> None:
+        """Bound the waits of the model's own collectives: there are none that this layout knows."""

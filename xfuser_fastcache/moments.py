@@ -1,0 +1,143 @@
+"""The additive statistics of a tensor, in fixed point: sums that any sharding leaves alone.
+
+Every token is measured and rounded to an integer by itself; integers add up to the same bits in
+any order. So neither the order of ranks nor the way in which tokens are sharded changes a sum.
+
+Layout of one group of moments, all int64:
+
+| slot | sum over image tokens and batch of | unit |
+| --- | --- | --- |
+| CHANGE | q = squared L2 change against the reference | 2**-FRACTION of the scale |
+| CHANGE_SQUARED | q squared | 2**-FRACTION_SQUARED of the scale squared |
+| REFERENCE | squared L2 norm of the reference (of the tensor itself where there is none) | as CHANGE |
+| TOKENS | 1 | tokens |
+| NONFINITE | 1 where a moment of the token is NaN or infinite | tokens |
+| OVERFLOW | 1 where a moment of the token does not fit and was clamped | tokens |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+CHANGE, CHANGE_SQUARED, REFERENCE, TOKENS, NONFINITE, OVERFLOW = range(6)
+SLOTS = 6
+
+FRACTION = 26
+FRACTION_SQUARED = 36
+# A token's moment stays below 2**TOKEN_BITS, so 2**(62 - TOKEN_BITS) tokens add up without wrap.
+TOKEN_BITS = 42
+MAX_TOKENS = 2 ** (62 - TOKEN_BITS)
+# Before any reduced reference is known: room for a token of squared norm 2**29 (FLUX at RMS 300).
+INITIAL_EXPONENT = 14
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a tensor is measured against: the input of a span at its last computed step.
+
+    Attributes:
+        hidden_states: `(batch, tokens, dim)`.
+        energy: squared L2 norm of each token, `(batch, tokens)`, float32.
+    """
+
+    hidden_states: torch.Tensor
+    energy: torch.Tensor
+
+    @classmethod
+    def of(cls, hidden_states: torch.Tensor) -> Reference:
+        """Measure `hidden_states`; the tensor is kept, so hand over one that nobody overwrites."""
+        return cls(hidden_states, _energy(hidden_states))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One group of reduced moments in physical units.
+
+    Attributes:
+        change: Q, sum of squared changes.
+        change_squared: sum of the squared per-token changes.
+        reference: R, sum of squared norms of the reference.
+        tokens: number of tokens, over the batch and all ranks.
+        nonfinite: tokens whose moments were not finite.
+        overflow: tokens whose moments were clamped.
+    """
+
+    change: float
+    change_squared: float
+    reference: float
+    tokens: int
+    nonfinite: int
+    overflow: int
+
+    @classmethod
+    def decode(cls, slots: list[int], exponent: int) -> Moments:
+        """Read one group of integers that were encoded at scale `2**exponent`."""
+        unit = 2.0 ** (exponent - FRACTION)
+        return cls(
+            change=slots[CHANGE] * unit,
+            change_squared=slots[CHANGE_SQUARED] * 2.0 ** (2 * exponent - FRACTION_SQUARED),
+            reference=slots[REFERENCE] * unit,
+            tokens=slots[TOKENS],
+            nonfinite=slots[NONFINITE],
+            overflow=slots[OVERFLOW] + max(0, slots[TOKENS] - MAX_TOKENS),
+        )
+
+    def next_exponent(self, exponent: int) -> int:
+        """Return the scale for the next measurement: a power of two near the mean reference."""
+        if self.overflow or self.tokens == 0 or self.reference <= 0:
+            # Clamped sums say only that the scale was too small; 2**12 more is one step's room.
+            return exponent + 12 if self.overflow else exponent
+        return math.ceil(math.log2(self.reference / self.tokens))
+
+
+def _energy(x: torch.Tensor) -> torch.Tensor:
+    """Return the squared L2 norm of each token, `(batch, tokens)`, accumulated in float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()
+
+
+def measure(
+    hidden_states: torch.Tensor, reference: Reference | None, exponent: int
+) -> torch.Tensor:
+    """Return the moments of this rank's tokens against `reference`; no host synchronisation.
+
+    Args:
+        hidden_states: image tokens `(batch, tokens, dim)`.
+        reference: what to measure against; None leaves the change at 0 and the reference slot at
+            the tensor's own energy, from which the next scale follows.
+        exponent: the scale is `2**exponent`; the same on all ranks.
+
+    Returns:
+        int64 tensor `(SLOTS,)` on the device of `hidden_states`.
+
+    Example:
+        >>> x = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+        >>> old = Reference.of(torch.tensor([[[3.0, 3.0], [1.0, 0.0]]]))
+        >>> m = Moments.decode(measure(x, old, exponent=3).tolist(), exponent=3)
+        >>> round(m.change, 4), round(m.reference, 4), m.tokens
+        (1.0, 19.0, 2)
+    """
+    scale = 2.0**-exponent
+    if reference is None:
+        energy = _energy(hidden_states) * scale
+        change = torch.zeros_like(energy)
+    else:
+        energy = reference.energy * scale
+        change = _energy(hidden_states - reference.hidden_states) * scale
+    values = torch.stack((change, change.square(), energy))
+    bits = torch.tensor((FRACTION, FRACTION_SQUARED, FRACTION), dtype=torch.float32)
+    values *= bits.to(values.device, non_blocking=True).exp2_()[:, None, None]
+    # NaN fails the comparison, so whatever is not below the limit is one or the other.
+    fits = values < 2.0**TOKEN_BITS
+    finite = values.isfinite()
+    values = values.nan_to_num(nan=0.0).clamp_(max=2.0**TOKEN_BITS).round_()
+    return torch.stack(
+        (
+            *values.to(torch.int64).sum(dim=(1, 2)).unbind(),
+            torch.full((), change.numel(), dtype=torch.int64, device=values.device),
+            (~finite).any(0).sum(),
+            (finite & ~fits).any(0).sum(),
+        )
+    )

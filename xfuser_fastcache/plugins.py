@@ -1,0 +1,41 @@
+"""What other packages add by entry point: adapters and layouts, found by name and never imported here."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+ADAPTERS = "xfuser_fastcache.adapters"
+LAYOUTS = "xfuser_fastcache.layouts"
+
+
+@cache
+def registered(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name, none of them loaded.
+
+    Args:
+        group: `ADAPTERS` or `LAYOUTS`.
+
+    Raises:
+        ValueError: two different objects are registered under one name.
+
+    Example:
+        >>> "flux" in registered(ADAPTERS)
+        True
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        known = found.setdefault(entry.name, entry)
+        if known.value != entry.value:
+            raise ValueError(
+                f"two entry points of {group!r} are named {entry.name!r}: {known.value} and "
+                f"{entry.value}. Names must be unique: uninstall one of the packages or rename its "
+                "entry point."
+            )
+    return found
+
+
+def loaded(group: str) -> dict[str, Any]:
+    """Return what the entry points of a group stand for, by name."""
+    return {name: entry.load() for name, entry in registered(group).items()}

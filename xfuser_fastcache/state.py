@@ -1,0 +1,175 @@
+"""What is remembered, for which branch and patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.consensus import Ticket
+from xfuser_fastcache.layout import Position
+from xfuser_fastcache.moments import INITIAL_EXPONENT, Moments, Reference
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A span at a step at which it was really computed.
+
+    Attributes:
+        noise_level: sigma of that step.
+        inputs: what entered the span, `(batch, tokens, dim)` a stream.
+        residual: what left the span minus what entered it, same shapes.
+        reference: the image tokens of `inputs` with their energies, for the next measurement.
+    """
+
+    noise_level: float
+    inputs: Streams
+    residual: Streams
+    reference: Reference
+
+    def split(self, lengths: tuple[int, ...]) -> list[Anchor]:
+        """Cut the anchor along the image tokens into patches of the given lengths."""
+        energies = self.reference.energy.split(list(lengths), dim=1)
+        return [
+            Anchor(self.noise_level, inputs, residual, Reference(inputs.hidden_states, energy))
+            for inputs, residual, energy in zip(
+                self.inputs.split(lengths), self.residual.split(lengths), energies, strict=True
+            )
+        ]
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        energy = self.reference.energy
+        return (
+            self.inputs.nbytes()
+            + self.residual.nbytes()
+            + energy.numel() * energy.element_size()
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is remembered of one span, for one branch and patch.
+
+    Attributes:
+        anchors: newest first, as many as the forecaster looks back.
+        slope: per-channel correction of the linear forecaster, `(dim,)` a stream; else None.
+    """
+
+    anchors: tuple[Anchor, ...] = ()
+    slope: Streams | None = None
+
+    def split(self, lengths: tuple[int, ...]) -> list[Memory]:
+        """Cut the memory of all tokens into the memories of consecutive patches."""
+        cut = [anchor.split(lengths) for anchor in self.anchors]
+        return [
+            replace(self, anchors=tuple(parts[patch] for parts in cut))
+            for patch in range(len(lengths))
+        ]
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = sum(anchor.nbytes() for anchor in self.anchors)
+        return held + (self.slope.nbytes() if self.slope is not None else 0)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """Where and at which scale a group of moments was measured; the same on all ranks.
+
+    Attributes:
+        exponent: the scale is `2**exponent`.
+        noise_level: sigma of the measured step.
+        anchor_level: sigma of the anchor measured against; None where there was none.
+    """
+
+    exponent: int
+    noise_level: float
+    anchor_level: float | None
+
+
+@dataclass
+class SpanState:
+    """What all ranks know of one span in one branch: a function of reduced vectors alone.
+
+    Attributes:
+        exponent: scale for the next measurement.
+        anchor_level: sigma at which the span was last computed; None before.
+        skips_in_a_row: since it was last computed.
+        moments: last reduced moments with their sighting, or None.
+    """
+
+    exponent: int = INITIAL_EXPONENT
+    anchor_level: float | None = None
+    skips_in_a_row: int = 0
+    moments: tuple[Moments, Sighting] | None = None
+
+
+@dataclass
+class BranchState:
+    """One CFG branch of the current generation.
+
+    Attributes:
+        spans: shared knowledge of each span.
+        skip: the flags of the current step, True where a span is skipped.
+        sightings: of the moments in `pending`, one a span; None where nothing was measured.
+        pending: moments measured since the last post, int64 `(spans, SLOTS)`.
+        tickets: posted vectors not yet used, oldest first, with their sightings.
+        memories: span -> patch -> what the forecaster remembers; this rank's spans only.
+        poisoned: whether the last reduced vector was not finite or overflowed.
+    """
+
+    spans: list[SpanState]
+    pending: torch.Tensor
+    skip: list[bool] = field(default_factory=list)
+    tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
+    memories: dict[int, dict[int, Memory]] = field(default_factory=dict)
+    poisoned: bool = False
+    sightings: list[Sighting | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sightings = [None] * len(self.spans)
+
+    def memory(self, span: int, position: Position) -> Memory:
+        """Return what is remembered of a span for the tokens of `position`.
+
+        What was remembered of all tokens in PipeFusion's synchronous steps is cut into patches at
+        the first patched step.
+        """
+        patches = self.memories.setdefault(span, {})
+        if position.patched and -1 in patches:
+            whole = patches.pop(-1)
+            patches.update(enumerate(whole.split(position.patch_tokens)))
+        return patches.get(position.patch if position.patched else -1, Memory())
+
+    def remember(self, span: int, position: Position, memory: Memory) -> None:
+        """Replace what is remembered of a span for the tokens of `position`."""
+        self.memories[span][position.patch if position.patched else -1] = memory
+
+    def nbytes(self) -> int:
+        """Bytes of all memories of this branch."""
+        return sum(m.nbytes() for patches in self.memories.values() for m in patches.values())
+
+
+def rescaled(moments: Moments, sighting: Sighting, noise_level: float, anchor: float) -> Moments:
+    """Bring moments to another step: change grows with the gap in noise level to the anchor.
+
+    `Q(now) = Q(then) * ((sigma - anchor) / (sigma_then - anchor_then))**2`.
+
+    Args:
+        moments: measured at `sighting`, against an anchor.
+        sighting: where they were measured; its `anchor_level` is not None.
+        noise_level: sigma of the step that is decided.
+        anchor: sigma of the anchor that a skip would use.
+    """
+    then = abs(sighting.noise_level - (sighting.anchor_level or 0.0))
+    now = abs(noise_level - anchor)
+    if then == now or then == 0.0:
+        return moments
+    ratio = (now / then) ** 2
+    return replace(
+        moments,
+        change=moments.change * ratio,
+        change_squared=moments.change_squared * ratio * ratio,
+    )

@@ -1,0 +1,90 @@
+"""Counters of what the cache did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from xfuser_fastcache.consensus import Consensus
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block of the whole model, also where another pipeline stage holds it.
+
+    Attributes:
+        name: qualified name in the unsplit model, such as `single_transformer_blocks.3`.
+        span: index of the span it belongs to.
+        cost: its share of the cost of all blocks (0 to 1), by parameters.
+    """
+
+    name: str
+    span: int
+    cost: float
+
+
+class Counters:
+    """Counts since they were made; decisions go on untouched when they are made anew.
+
+    Args:
+        consensus: whose collectives and waits are counted.
+        spans: number of flags in a decision.
+
+    Attributes:
+        nonfinite_steps: decisions that found a statistic NaN, infinite or overflowing.
+        peak_bytes: most bytes that this rank's anchors occupied.
+    """
+
+    def __init__(self, consensus: Consensus, spans: int):
+        self.consensus = consensus
+        self.nonfinite_steps = 0
+        self.peak_bytes = 0
+        self._generations = 0
+        self._steps = 0
+        self._decisions = 0
+        self._skipped = [0] * spans
+        self._collectives = consensus.collectives
+        self._wait_s = consensus.wait_s
+
+    def record(self, step: int, branch: int, skip: list[bool]) -> None:
+        """Count one decision: a step of one branch, one flag per span."""
+        self._decisions += 1
+        self._steps += branch == 0
+        self._generations += step == 0 and branch == 0
+        for span, skipped in enumerate(skip):
+            self._skipped[span] += skipped
+
+    def as_dict(self, blocks: list[BlockInfo]) -> dict[str, Any]:
+        """Return the counts under the names of `get_cache_statistics`.
+
+        Ratios are between 0 and 1, times in seconds, sizes in bytes; `false_skip_rate` is None
+        where nothing was audited.
+        """
+        decided = self._decisions
+        table = {}
+        for block in blocks:
+            skipped = self._skipped[block.span]
+            table[block.name] = {
+                "computed": decided - skipped,
+                "skipped": skipped,
+                "hit_ratio": skipped / decided if decided else 0.0,
+            }
+        collectives = self.consensus.collectives - self._collectives
+        return {
+            "steps": self._steps,
+            "generations": self._generations,
+            "block_approx_ratio": sum(row["hit_ratio"] for row in table.values()) / len(table),
+            "spatial_approx_ratio": 0.0,
+            "blocks": table,
+            "estimated_flops_saved_ratio": sum(
+                block.cost * table[block.name]["hit_ratio"] for block in blocks
+            ),
+            "collectives": collectives,
+            "collectives_per_step": collectives / decided if decided else 0.0,
+            "consensus_wait_s": self.consensus.wait_s - self._wait_s,
+            "cache_bytes": self.peak_bytes,
+            "audits": 0,
+            "false_skip_rate": None,
+            "false_skip_interval": None,
+            "nonfinite_steps": self.nonfinite_steps,
+        }

@@ -1,0 +1,163 @@
+"""When is it: generations, steps, branches and patches, told apart by what a transformer is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from xfuser_fastcache.layout import Position
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps that a scheduler has planned for the current generation.
+
+    Attributes:
+        timesteps: the scheduler's own tensor; `set_timesteps` makes a new one, so its identity
+            marks a generation.
+        noise_levels: sigma of each step, in order.
+    """
+
+    timesteps: torch.Tensor
+    noise_levels: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass of the transformer, placed in time.
+
+    Attributes:
+        generation: counts from 0.
+        step: denoising step, from 0.
+        branch: CFG call within the step, from 0.
+        opens_step: False for the second and later patches of a step.
+        noise_level: sigma.
+        is_last_step: whether the schedule ends here; False where the number of steps is unknown.
+        more_steps_follow: whether the schedule goes on; False where that is unknown.
+        position: which tokens this rank carries.
+        starts_generation: whether everything older is to be forgotten.
+    """
+
+    generation: int
+    step: int
+    branch: int
+    opens_step: bool
+    noise_level: float
+    is_last_step: bool
+    more_steps_follow: bool
+    position: Position
+    starts_generation: bool
+
+    @property
+    def place(self) -> str:
+        """The call in words, for messages."""
+        patch = f", patch {self.position.patch}" if self.position.patched else ""
+        return f"generation {self.generation}, step {self.step}, branch {self.branch}{patch}"
+
+
+class Timeline:
+    """Tells generations, steps, branches and patches apart by what the transformer is given.
+
+    A new generation starts where the scheduler has new timesteps, where the noise level rises,
+    or where shape, dtype or device change. The same timestep again is the next branch, unless
+    diffusers' `cache_context` names a branch that this step has had already.
+
+    Args:
+        num_steps: steps of a generation where no scheduler tells; None if unknown.
+    """
+
+    def __init__(self, num_steps: int | None = None):
+        self.num_steps = num_steps
+        self._generation = -1
+        self._step = 0
+        self._branch = 0
+        self._timestep: float | None = None
+        self._noise_level = 0.0
+        self._signature: object = None
+        self._schedule: Schedule | None = None
+        self._names: list[str] = []
+
+    def open(
+        self,
+        timestep: float,
+        noise_level: float,
+        signature: object,
+        position: Position,
+        schedule: Schedule | None = None,
+        branch_name: str | None = None,
+    ) -> Call:
+        """Place a forward pass.
+
+        Args:
+            timestep: as the transformer gets it.
+            noise_level: sigma by the adapter, used where `schedule` does not give it.
+            signature: batch, tokens, dtype, device: whatever must stay equal in a generation.
+            position: which tokens this forward carries.
+            schedule: the scheduler's plan, or None.
+            branch_name: name given by `cache_context`, or None.
+        """
+        replanned = (
+            schedule is not None
+            and self._schedule is not None
+            and schedule.timesteps is not self._schedule.timesteps
+        )
+        named_again = branch_name is not None and branch_name in self._names
+        # Later patches of a step repeat its timestep and are no branch of their own.
+        continues = position.patched and position.patch > 0
+        same = timestep == self._timestep
+        starts = (
+            self._timestep is None
+            or replanned
+            or signature != self._signature
+            or noise_level > self._noise_level
+            or (same and named_again and not continues)
+        )
+        self._schedule, self._signature = schedule, signature
+        opens = True
+        if starts:
+            self._generation += 1
+            self._step = self._branch = 0
+            self._names = []
+        elif continues and same:
+            opens = False
+        elif same:
+            self._branch += 1
+        else:
+            self._step += 1
+            self._branch = 0
+            self._names = []
+        if branch_name is not None and opens:
+            self._names.append(branch_name)
+        self._timestep, self._noise_level = timestep, noise_level
+        level, remaining = self._planned(noise_level)
+        return Call(
+            generation=self._generation,
+            step=self._step,
+            branch=self._branch,
+            opens_step=opens,
+            noise_level=level,
+            is_last_step=remaining == 0,
+            more_steps_follow=bool(remaining),
+            position=position,
+            starts_generation=starts,
+        )
+
+    def restart(self) -> None:
+        """Let the next forward pass start a new generation."""
+        self._timestep = None
+
+    def _planned(self, noise_level: float) -> tuple[float, int | None]:
+        """Return the noise level in the scheduler's precision, and the number of steps to come.
+
+        The transformer sees timesteps in the model's dtype (8 bits in bf16). A level that is no
+        step of the plan means that the plan is another pipeline's: then it is not used.
+        """
+        levels = self._schedule.noise_levels if self._schedule is not None else ()
+        if levels:
+            index = min(range(len(levels)), key=lambda i: abs(levels[i] - noise_level))
+            if abs(levels[index] - noise_level) <= 0.01 * abs(noise_level) + 1e-6:
+                return levels[index], len(levels) - 1 - index
+        if self.num_steps is None:
+            return noise_level, None
+        return noise_level, max(0, self.num_steps - 1 - self._step)

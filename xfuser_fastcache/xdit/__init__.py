@@ -1,0 +1,1 @@
+"""The rooms that touch xfuser; nothing outside this package imports it."""

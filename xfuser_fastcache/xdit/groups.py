@@ -1,0 +1,85 @@
+"""xDiT's layout: which ranks decide together, and which tokens a forward pass carries."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from xfuser_fastcache.layout import DecisionGroup, Position
+
+
+class XDiTLayout:
+    """The layout that xfuser has set up in this process: SP x PP x CFG x TP decide together.
+
+    Data-parallel replicas and separate VAE ranks stay outside of the decision group.
+    """
+
+    name = "xdit"
+
+    @classmethod
+    def recognises(cls, transformer: nn.Module) -> bool:
+        """Say whether xfuser's model-parallel groups exist; xfuser is not imported to find out."""
+        state = sys.modules.get("xfuser.core.distributed.parallel_state")
+        return state is not None and state.model_parallel_is_initialized()
+
+    def model_of(self, transformer: nn.Module) -> nn.Module:
+        """Return the diffusers model inside xfuser's wrapper, or the transformer itself."""
+        from xfuser.model_executor.models import xFuserModelBaseWrapper
+
+        return transformer.module if isinstance(transformer, xFuserModelBaseWrapper) else transformer
+
+    def decision_group(self) -> DecisionGroup:
+        """Return the ranks of this model replica."""
+        from xfuser.core.distributed import parallel_state
+
+        replica = parallel_state.get_model_replica_group()
+        return DecisionGroup(
+            ranks=tuple(replica.ranks),
+            rank=dist.get_rank(),
+            stage=parallel_state.get_pipeline_parallel_rank(),
+            stages=parallel_state.get_pipeline_parallel_world_size(),
+            counts_tokens=parallel_state.get_tensor_model_parallel_rank() == 0,
+            device_group=replica.device_group,
+        )
+
+    def position(self) -> Position:
+        """Return the PipeFusion patch of the current forward pass."""
+        from xfuser.core.distributed import get_pipeline_parallel_world_size, get_runtime_state
+
+        if get_pipeline_parallel_world_size() == 1:
+            return Position()
+        state = get_runtime_state()
+        return Position(
+            patch=state.pipeline_patch_idx,
+            patch_tokens=tuple(state.pp_patches_token_num),
+            patched=state.patch_mode,
+        )
+
+    def limit_waits(self, seconds: float) -> None:
+        """Bound the waits of xfuser's own collectives and sends, in seconds.
+
+        torch offers no public call for it; without one, gloo waits for half an hour.
+        """
+        for group in self._device_groups():
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def _device_groups(self) -> list[Any]:
+        from xfuser.core.distributed import parallel_state
+
+        coordinators = (
+            parallel_state.get_tp_group(),
+            parallel_state.get_sp_group(),
+            parallel_state.get_pp_group(),
+            parallel_state.get_cfg_group(),
+        )
+        groups = []
+        for coordinator in coordinators:
+            for name in ("device_group", "ulysses_group", "ring_group"):
+                group = getattr(coordinator, name, None)
+                if group is not None and group not in groups:
+                    groups.append(group)
+        return groups
