@@ -85,6 +85,15 @@ class Ticket:
     sequence: int
 
 
+@dataclass
+class GatherTicket:
+    """A posted gather that may still be on its way."""
+
+    rows: list[torch.Tensor]
+    work: Any
+    what: str
+
+
 class Consensus:
     """Reduces vectors over a decision group; owns the only collectives of the cache.
 
@@ -125,7 +134,7 @@ class Consensus:
         self._distributed = dist.is_available() and dist.is_initialized()
         self._device = torch.device("cpu")
         self._process_group: Any = None
-        self._own_group = False
+        self._pool: list[Any] | None = None
         if self._distributed:
             self._store = dist.PrefixStore(
                 f"xfuser_fastcache/{_next_instance(group.ranks)}/{min(group.ranks)}",
@@ -144,7 +153,12 @@ class Consensus:
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._process_group = self.group.device_group
             return
-        self._arrive("the first meeting of the decision group")
+        what = "the first meeting of the decision group"
+        self._arrive(what)
+        self._pool = _idle_groups.setdefault((self.group.ranks, self.timeout_s), [])
+        if self._pool:
+            self._process_group = self._pool.pop()
+            return
         try:
             # Local synchronisation: replicas make their groups without waiting for each other,
             # and do not sum across each other.
@@ -155,8 +169,7 @@ class Consensus:
                 use_local_synchronization=True,
             )
         except RuntimeError as error:
-            raise self._missing("the first meeting of the decision group", error) from error
-        self._own_group = True
+            raise self._missing(what, error) from error
 
     def _hello(self, config_digest: int, own: tuple[BlockList, ...]) -> list[list[BlockList]]:
         """Compare, once and at fixed size, what must be equal; return the stages' block lists."""
@@ -202,7 +215,6 @@ class Consensus:
         """The collective; nothing else in the cache communicates during a generation."""
         if not self._distributed:
             return None
-        self._sequence += 1
         self._arrive(str(header))
         try:
             return dist.all_reduce(vector, group=self._process_group, async_op=True)
@@ -242,13 +254,25 @@ class Consensus:
 
     def gather(self, row: torch.Tensor, what: str) -> dict[int, list[int]]:
         """Return every rank's int64 row of a fixed length, by rank."""
-        if not self._distributed:
-            return {self.group.rank: row.tolist()}
+        return self.wait_gather(self.post_gather(row, what))
+
+    def post_gather(self, row: torch.Tensor, what: str) -> GatherTicket:
+        """Send a row of a fixed length on its way to all ranks; every rank does."""
         row = row.to(self._device)
+        if not self._distributed:
+            return GatherTicket([row], None, what)
         rows = [torch.empty_like(row) for _ in self.group.ranks]
         self._arrive(what)
-        self._finish(dist.all_gather(rows, row, group=self._process_group, async_op=True), what)
-        return {rank: r.tolist() for rank, r in zip(self.group.ranks, rows, strict=True)}
+        work = dist.all_gather(rows, row, group=self._process_group, async_op=True)
+        return GatherTicket(rows, work, what)
+
+    def wait_gather(self, ticket: GatherTicket) -> dict[int, list[int]]:
+        """Return the rows of a posted gather, by rank."""
+        if ticket.work is not None:
+            self._finish(ticket.work, ticket.what)
+        return {
+            rank: row.tolist() for rank, row in zip(self.group.ranks, ticket.rows, strict=True)
+        }
 
     def _finish(self, work: Any, what: str) -> None:
         try:
@@ -258,6 +282,7 @@ class Consensus:
 
     def _arrive(self, what: str) -> None:
         """Leave word of where this rank is, for those who might wait for it in vain."""
+        self._sequence += 1
         self._store.set(str(self.group.rank), f"{self._sequence}|{what}")
 
     def absent(self) -> dict[int, str]:
@@ -296,13 +321,16 @@ class Consensus:
         )
 
     def close(self) -> None:
-        """Give back the process group that was made for this consensus."""
-        if self._own_group and dist.is_initialized():
-            dist.destroy_process_group(self._process_group)
-        self._own_group = False
+        """Hand the process group on to the next consensus of the same ranks."""
+        if self._pool is not None:
+            self._pool.append(self._process_group)
+        self._pool = None
         self._distributed = False
 
 
+# Groups whose consensus is closed. They are used again and never destroyed: torch gives the next
+# group of the same ranks the same name, and with it the dead group's addresses in the store.
+_idle_groups: dict[tuple[tuple[int, ...], float], list[Any]] = {}
 _instances: dict[tuple[int, ...], int] = {}
 
 

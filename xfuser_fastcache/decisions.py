@@ -6,9 +6,11 @@ import hashlib
 
 import torch
 
-from xfuser_fastcache.consensus import Consensus, ConsensusError
+from xfuser_fastcache.consensus import ConsensusError
 
 _WORD = 62
+# Numbers in the row that ranks compare: 16 KiB.
+_ROW = 2048
 
 
 class DecisionLog:
@@ -23,6 +25,7 @@ class DecisionLog:
         self.entries: list[tuple[int, int, int, int]] = []
         self._hash = hashlib.sha256()
         self._verified = 0
+        self._words = -(-spans // _WORD)
 
     def begin_generation(self) -> None:
         """Forget the entries of the generation before; the digest goes on."""
@@ -43,43 +46,51 @@ class DecisionLog:
         """Return the first `count` bits of the digest."""
         return int.from_bytes(self._hash.digest()[:8], "big") >> (64 - count)
 
-    def verify(self, consensus: Consensus) -> None:
-        """Compare the decisions since the last call with all other ranks'.
+    def unverified(self) -> torch.Tensor | None:
+        """Return the decisions since the last call as a row of fixed length; None if there are none.
+
+        The row holds their number, a digest of all, and as many entries as fit: it can then be
+        gathered in one go, which also a pipeline's stages can, without waiting for each other.
+        """
+        new = self.entries[self._verified :]
+        self._verified = len(self.entries)
+        if not new:
+            return None
+        digest = int.from_bytes(hashlib.sha256(repr(new).encode()).digest()[:7], "big")
+        numbers = [len(new), digest]
+        for generation, step, branch, flags in new:
+            words = [flags >> (_WORD * w) & (1 << _WORD) - 1 for w in range(self._words)]
+            numbers += [generation, step, branch, *words]
+        row = torch.full((_ROW,), -1, dtype=torch.int64)
+        row[: min(_ROW, len(numbers))] = torch.tensor(numbers[:_ROW])
+        return row
+
+    def compare(self, rows: dict[int, list[int]]) -> None:
+        """Compare the rows of all ranks.
 
         Raises:
             ConsensusError: naming the first step, branch and span that differ, and the ranks.
         """
-        new = self.entries[self._verified :]
-        self._verified = len(self.entries)
-        digest = hashlib.sha256(repr(new).encode()).digest()
-        row = [len(new), *(int.from_bytes(digest[i : i + 7], "big") for i in range(0, 28, 7))]
-        rows = consensus.gather(torch.tensor(row), "the comparison of decisions")
-        if all(other == row for other in rows.values()):
+        if len({tuple(row) for row in rows.values()}) == 1:
             return
-        # All ranks see the same rows, so all of them come here.
-        longest = max(other[0] for other in rows.values())
-        width = 3 + -(-self.spans // _WORD)
-        table = torch.full((longest, width), -1, dtype=torch.int64)
-        for i, (generation, step, branch, flags) in enumerate(new):
-            words = [flags >> (_WORD * w) & (1 << _WORD) - 1 for w in range(width - 3)]
-            table[i] = torch.tensor([generation, step, branch, *words])
-        tables = consensus.gather(table.flatten(), "the search for the first difference")
-        raise ConsensusError(self._first_difference(tables, longest, width))
-
-    def _first_difference(self, tables: dict[int, list[int]], longest: int, width: int) -> str:
-        for i in range(longest):
-            entries = {rank: row[i * width : (i + 1) * width] for rank, row in tables.items()}
-            places = {tuple(entry[:3]) for entry in entries.values()}
-            if len(places) > 1:
-                return f"ranks decided at different places: {entries}"
-            ((generation, step, branch),) = places
+        width = 3 + self._words
+        for start in range(2, _ROW - width + 1, width):
+            entries = {rank: row[start : start + width] for rank, row in rows.items()}
+            if len({tuple(entry[:3]) for entry in entries.values()}) > 1:
+                raise ConsensusError(
+                    "ranks decided at different places (generation, step, branch): "
+                    + ", ".join(f"rank {rank} at {e[:3]}" for rank, e in entries.items())
+                )
+            generation, step, branch = next(iter(entries.values()))[:3]
             for span in range(self.spans):
                 word, bit = 3 + span // _WORD, span % _WORD
-                skipped = [rank for rank, entry in entries.items() if entry[word] >> bit & 1]
-                if 0 < len(skipped) < len(entries):
-                    computed = sorted(set(entries) - set(skipped))
-                    return (
+                skip = [rank for rank, entry in entries.items() if entry[word] >> bit & 1]
+                if 0 < len(skip) < len(entries):
+                    raise ConsensusError(
                         f"ranks decided differently at generation {generation}, step {step}, "
-                        f"branch {branch}, span {span}: ranks {skipped} skip, {computed} compute"
+                        f"branch {branch}, span {span}: ranks {skip} skip, ranks "
+                        f"{sorted(set(entries) - set(skip))} compute"
                     )
-        return "ranks decided differently, but no entry differs"
+        raise ConsensusError(
+            f"ranks {sorted(rows)} decided differently, beyond the first {_ROW // width} decisions"
+        )

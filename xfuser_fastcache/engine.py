@@ -22,7 +22,7 @@ import torch
 from xfuser_fastcache.backends import backend
 from xfuser_fastcache.block_contract import BlockContract, Streams
 from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.consensus import DIGEST_BITS, Consensus, ConsensusError, Header
+from xfuser_fastcache.consensus import DIGEST_BITS, Consensus, ConsensusError, GatherTicket, Header
 from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.layout import Position
@@ -108,6 +108,7 @@ class CacheEngine:
         self._owes_consensus = False
         self._entered: Streams | None = None
         self._said: set[str] = set()
+        self._verifications: list[GatherTicket] = []
 
     # ---- called by the transformer's hook ---------------------------------------------------
 
@@ -159,8 +160,10 @@ class CacheEngine:
             self.watchdog.expect(f"the communication after {call.place}")
         else:
             self.watchdog.rest()
-        if call.is_last_step and not self.lagged:
-            self.finish()
+        if call.is_last_step and call.position.is_last_patch:
+            self._verify()
+            if not self.lagged:
+                self._complete_verifications()
 
     def abandon(self, error: BaseException) -> None:
         """Leave a forward pass that raised `error`; the next one starts a new generation.
@@ -360,12 +363,25 @@ class CacheEngine:
             ConsensusError: with `verify_consensus`, ranks decided differently.
         """
         self.settle()
-        if self.config.verify_consensus:
-            self.decisions.verify(self.consensus)
+        self._complete_verifications()
+        self._verify()
+
+    def _verify(self) -> None:
+        """Post the comparison of decisions; a pipeline's stages complete it at their next turn."""
+        row = self.decisions.unverified() if self.config.verify_consensus else None
+        if row is not None:
+            self._verifications.append(
+                self.consensus.post_gather(row, "the comparison of decisions")
+            )
+
+    def _complete_verifications(self) -> None:
+        while self._verifications:
+            self.decisions.compare(self.consensus.wait_gather(self._verifications.pop(0)))
 
     def shut_down(self) -> None:
-        """End for good; collective with `verify_consensus`."""
+        """End for good; with `verify_consensus` all ranks meet here."""
         self.finish()
+        self._complete_verifications()
         self.branches.clear()
         self.watchdog.close()
         self.consensus.close()

@@ -94,7 +94,8 @@ def _registry(module: nn.Module) -> HookRegistry:
 
 def _forget_children(module: nn.Module) -> None:
     """Make diffusers look again for hooked modules below `module`, where it remembers them."""
-    forget = getattr(_registry(module), "invalidate_child_registries_cache", None)
+    registry = module.__dict__.get("_diffusers_hook")
+    forget = getattr(registry, "invalidate_child_registries_cache", None)
     if forget is not None:
         forget()
 
@@ -136,8 +137,7 @@ class Attachment:
                 if not self._had_forward[module]:
                     # remove_hook leaves the bound method as an instance attribute.
                     module.__dict__.pop("forward", None)
-        if "_diffusers_hook" in self.model.__dict__:
-            _forget_children(self.model)
+        _forget_children(self.model)
 
 
 def hook_on(transformer: nn.Module) -> TransformerHook | None:

@@ -1,9 +1,12 @@
-"""Which xfuser this package knows, and what it says about any other."""
+"""Which xfuser this package knows, what it says about any other, and what xfuser would run on."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from typing import Any
+
+import torch
 
 SUPPORTED = "0.7"
 INSTALL = 'pip install "xfuser>=0.7,<0.8"'
@@ -36,6 +39,14 @@ def check_xfuser_version() -> str:
             f"here. Install it with: {INSTALL}"
         )
     return version
+
+
+def has_accelerator() -> bool:
+    """Whether xfuser would find a device of a kind that it supports."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import torch_musa  # noqa: F401  # registers torch.musa, as xfuser.envs does
+    kinds = [getattr(torch, name, None) for name in ("cuda", "musa", "npu")]
+    return any(kind is not None and kind.is_available() for kind in (*kinds, torch.backends.mps))
 
 
 def require(module: Any, path: str) -> Any:

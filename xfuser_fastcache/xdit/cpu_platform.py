@@ -22,6 +22,7 @@ import torch.distributed as dist
 from xfuser_fastcache.xdit.compat import (
     IncompatibleXfuserError,
     check_xfuser_version,
+    has_accelerator,
     replace,
     require,
 )
@@ -30,18 +31,6 @@ from xfuser_fastcache.xdit.gloo_sends import KeptSend, pending_sends
 logger = logging.getLogger("xfuser_fastcache")
 
 _CPU_ATTENTION = ("SDPA", "SDPA_MATH", "SDPA_FLASH")
-
-
-def has_accelerator() -> bool:
-    """Whether xfuser would find a device of a kind that it supports."""
-    kinds = (torch.cuda, torch.backends.mps, getattr(torch, "npu", None))
-    try:
-        import torch_musa  # noqa: F401  # registers torch.musa, as xfuser.envs does
-
-        kinds += (torch.musa,)
-    except ModuleNotFoundError:
-        pass
-    return any(kind is not None and kind.is_available() for kind in kinds)
 
 
 def enable_cpu_platform() -> bool:
@@ -181,7 +170,7 @@ def _patch_envs(envs: ModuleType) -> None:
                 setattr(module, name, constant)
     for module in loaded:
         if "HAS_LONG_CTX_ATTN" in vars(module):
-            module.HAS_LONG_CTX_ATTN = True
+            vars(module).update(HAS_LONG_CTX_ATTN=True)
 
 
 def _constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -74,7 +74,7 @@ class PendingSends:
             kept = self._waiting.get()
             try:
                 kept.work.wait()
-            except Exception as error:  # noqa: BLE001  # handed to whoever waits or sends next
+            except Exception as error:  # handed to whoever waits or sends next
                 kept.error = self._error = error
             del kept.work, kept.tensor
             kept.done.set()

@@ -30,7 +30,9 @@ class XDiTLayout:
         """Return the diffusers model inside xfuser's wrapper, or the transformer itself."""
         from xfuser.model_executor.models import xFuserModelBaseWrapper
 
-        return transformer.module if isinstance(transformer, xFuserModelBaseWrapper) else transformer
+        return (
+            transformer.module if isinstance(transformer, xFuserModelBaseWrapper) else transformer
+        )
 
     def decision_group(self) -> DecisionGroup:
         """Return the ranks of this model replica."""

@@ -1,0 +1,163 @@
+"""One rank of one xDiT layout on the toy FLUX: every case of that layout in one world.
+
+Started by `worlds.run_world`; arguments are xDiT's flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from worlds import report  # noqa: E402
+
+from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
+
+STEPS = 12
+PROMPTS = ["a large red ring, top left, on dark blue", "a small green square, center, on black"]
+THRESHOLD = 0.4
+
+
+def load(**flags: Any) -> Any:
+    """Return the toy FLUX in xfuser's class, in the layout that xDiT's flags ask for."""
+    from diffusers import FluxPipeline
+    from xfuser import xFuserArgs
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    config, _ = xFuserArgs(
+        height=128, width=128, num_inference_steps=STEPS, max_sequence_length=32, **flags
+    ).create_config()
+    pipeline = FluxPipeline.from_pretrained(ROOT / "toys" / "flux", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    cpu_platform.prepare_engine_config(config, pipeline)
+    return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, config)
+
+
+def generate(pipe: Any, **changes: Any) -> torch.Tensor | None:
+    """Run one generation from the same noise; None on a rank that holds no output."""
+    arguments = {
+        "prompt": PROMPTS[0],
+        "height": 128,
+        "width": 128,
+        "num_inference_steps": STEPS,
+        "max_sequence_length": 32,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+        **changes,
+    }
+    output = pipe(**arguments)
+    return None if output is None else output.images
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Bitwise equality; two ranks without output agree."""
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def psnr(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:
+    """Peak signal-to-noise ratio of latents in dB, against the range of `b`."""
+    if a is None or b is None or torch.equal(a, b):
+        return None
+    span = b.max() - b.min()
+    return (10 * torch.log10(span**2 / (a - b).square().mean())).item()
+
+
+def module_state(transformer: torch.nn.Module) -> list[str]:
+    """Everything that a hook could leave behind: classes, instance attributes, state_dict keys."""
+    found = list(transformer.state_dict())
+    for name, module in transformer.named_modules():
+        found += [f"{name}: {type(module).__name__}.{key}" for key in sorted(module.__dict__)]
+    return found
+
+
+def cases(pipe: Any) -> dict[str, Any]:
+    """Run all cases of a layout and return what the test asserts on."""
+    from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
+
+    transformer = pipe.transformer
+    found: dict[str, Any] = {}
+    started = time.perf_counter()
+    control = generate(pipe)
+    found["uncached_s"] = time.perf_counter() - started
+    # After the first run: xfuser and diffusers add attributes of their own in it.
+    before = module_state(transformer)
+    found["has_output"] = control is not None
+    found["uncached_repeats"] = same(control, generate(pipe))
+
+    def apply(**options: Any) -> None:
+        options = {"cache_ratio_threshold": THRESHOLD, "verify_consensus": True, **options}
+        apply_cache_on_transformer(
+            transformer, scheduler=pipe.scheduler, sync_timeout_s=60, **options
+        )
+
+    apply(cache_ratio_threshold=0)
+    found["state_dict_unchanged"] = list(transformer.state_dict()) == _keys(pipe)
+    found["threshold_0_exact"] = same(control, generate(pipe))
+    found["threshold_0_hits"] = get_cache_statistics(transformer)["block_approx_ratio"]
+    remove_cache(transformer)
+    found["left_behind"] = sorted(set(module_state(transformer)) ^ set(before))
+    found["restored_exact"] = same(control, generate(pipe))
+
+    apply()
+    started = time.perf_counter()
+    cached = generate(pipe)
+    found["cached_s"] = time.perf_counter() - started
+    first = get_cache_statistics(transformer)
+    found["second_generation_exact"] = same(cached, generate(pipe))
+    others = {
+        "steps": {"num_inference_steps": STEPS - 3},
+        "size": {"height": 96, "width": 128},
+        "batch": {"prompt": PROMPTS * 2},
+    }
+    after = {name: generate(pipe, **change) for name, change in others.items()}
+    found["back_again_exact"] = same(cached, generate(pipe))
+    found["statistics"] = get_cache_statistics(transformer)
+    found["first_statistics"] = first
+    remove_cache(transformer)
+    found["psnr"] = psnr(cached, control)
+    found["changed"] = control is None or not same(control, cached)
+    for name, change in others.items():
+        apply()
+        found[f"other_{name}_exact"] = same(after[name], generate(pipe, **change))
+        remove_cache(transformer)
+        found[f"other_{name}_psnr"] = psnr(after[name], generate(pipe, **change))
+
+    for forecaster in ("reuse", "linear"):
+        apply(forecaster=forecaster, granularity=5)
+        spans = generate(pipe)
+        found[f"{forecaster}_digest"] = get_cache_statistics(transformer)["decisions_digest"]
+        found[f"{forecaster}_hits"] = get_cache_statistics(transformer)["block_approx_ratio"]
+        found[f"{forecaster}_repeats"] = same(spans, generate(pipe))
+        remove_cache(transformer)
+        found[f"{forecaster}_psnr"] = psnr(spans, control)
+    return found
+
+
+def _keys(pipe: Any) -> list[str]:
+    return [key for key, _ in pipe.transformer.named_parameters()]
+
+
+def main() -> None:
+    """Build the layout, run the cases, report."""
+    parser = argparse.ArgumentParser()
+    for flag in ("ulysses", "ring", "pipefusion_parallel", "data_parallel"):
+        parser.add_argument(f"--{flag}_degree", type=int, default=1)
+    parser.add_argument("--num_pipeline_patch", type=int)
+    options = parser.parse_args()
+    cpu_platform.enable_cpu_platform()
+    pipe = load(**vars(options), warmup_steps=1)
+    from xfuser.core.distributed import get_model_replica_group
+
+    report(dist.get_rank(), group=get_model_replica_group().ranks, **cases(pipe))
+    cpu_platform.finish()
+
+
+if __name__ == "__main__":
+    main()
