@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-import xdit_control
+from worlds import launch
 
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError
@@ -51,7 +51,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 def run_layout(world_size: int, *arguments: str) -> list[dict[str, Any]]:
     """Run ``xdit_control.py`` under torchrun and return the lines of all ranks."""
-    printed = xdit_control.launch(world_size, *arguments, timeout_s=TIMEOUT_S)
+    printed = launch("xdit_control.py", world_size, *arguments, timeout_s=TIMEOUT_S)
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert {line["rank"] for line in lines} == set(range(world_size))
     assert all(line["backend"] == "gloo" for line in lines)
@@ -154,7 +154,7 @@ def test_finish_names_the_rank_that_does_not_arrive(tmp_path: Path) -> None:
             """
         )
     )
-    printed = xdit_control.launch(2, script=script, timeout_s=TIMEOUT_S)
+    printed = launch(script, 2, timeout_s=TIMEOUT_S)
     (report,) = [line for line in printed.splitlines() if line.startswith("REPORTED")]
     assert "within 2 s" in report
     assert "anks 1 failed" in report

@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,42 +30,6 @@ _PER_SAMPLE = (
     "negative_pooled_prompt_embeds",
     "negative_prompt_attention_mask",
 )
-
-
-def launch(
-    world_size: int, *arguments: str, script: Path | None = None, timeout_s: float = 120.0
-) -> str:
-    """Run a script (this one, unless named) under torchrun and return what its ranks printed.
-
-    Args:
-        world_size: the number of ranks on this machine.
-        *arguments: what stands behind the script on the command line.
-        script: the worker.
-        timeout_s: seconds after which the ranks are ended.
-
-    Raises:
-        AssertionError: a rank failed, or time ran out; with the end of what was printed.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={world_size}", str(script or Path(__file__).resolve())]
-    path = os.pathsep.join(filter(None, (str(TESTS.parent), os.environ.get("PYTHONPATH"))))
-    with subprocess.Popen(
-        [*command, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            printed, errors = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            # torchrun ends its ranks when it is asked to; killed, it would leave them running.
-            process.send_signal(signal.SIGTERM)
-            printed, errors = process.communicate()
-            errors += f"\nended after {timeout_s} s"
-    outcome = f"{' '.join(arguments)}\n{printed[-2000:]}\n{errors[-6000:]}"
-    assert process.returncode == 0, outcome
-    return printed
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
@@ -193,7 +154,7 @@ def main() -> None:
                 "repeats": all(again == generations[0] for again in generations),
                 "backend": dist.get_backend(),
             }
-            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.write(f"\n{json.dumps(line)}\n")
             sys.stdout.flush()
     cpu_platform.finish()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,7 @@ FORECASTERS = ("reuse", "linear", "taylor")
 
 def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
     """A field with its documentation; `later` names what is missing until the option is built."""
-    return field(
-        default=default, metadata={"allowed": allowed, "meaning": meaning, "later": later}
-    )
+    return field(default=default, metadata={"allowed": allowed, "meaning": meaning, "later": later})
 
 
 def _later(allowed: str, meaning: str, missing: str) -> Any:
@@ -38,10 +38,10 @@ class CacheConfig:
     Example:
         >>> CacheConfig(cache_ratio_threshold=0.1).to_dict()["cache_ratio_threshold"]
         0.1
-        >>> CacheConfig.from_dict({"cache_ratio_treshold": 0.1})
+        >>> CacheConfig.from_dict({"num_step": 28})
         Traceback (most recent call last):
         ...
-        ValueError: unknown cache option 'cache_ratio_treshold'; did you mean 'cache_ratio_threshold'?
+        ValueError: unknown cache option 'num_step'; did you mean 'num_steps'?
     """
 
     use_cache: str = _option("Fast", "a registered backend", "backend: gate x forecaster")
@@ -83,7 +83,9 @@ class CacheConfig:
         "gloo", "gloo | nccl", "where decisions are reduced: on the host, or on the device"
     )
     sync_timeout_s: float = _option(
-        600.0, "number > 0", "longest wait for another rank (seconds); then an error names it"
+        600.0,
+        "finite number > 0",
+        "longest wait for another rank (seconds); then an error names it",
     )
     verify_consensus: bool = _option(
         False, "true | false", "compare all ranks' decisions after each generation"
@@ -121,9 +123,7 @@ class CacheConfig:
     )
     adacorr_gamma: float | None = _later("number, or none", "gamma", "AdaCorrection")
     adacorr_lambda: float | None = _later("number, or none", "lambda", "AdaCorrection")
-    calibration: str | None = _later(
-        "path, or none", "fitted maps and thresholds", "calibration"
-    )
+    calibration: str | None = _later("path, or none", "fitted maps and thresholds", "calibration")
     shadow_audit: float | None = _later(
         "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
     )
@@ -134,15 +134,16 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            # False asks for nothing, so it is no request for what is missing.
-            if option.metadata["later"] and value is not None and value is not False:
+            # A switch that is off asks for nothing, so it is no request for what is missing.
+            idle = value is None or (value is False and option.type == "bool | None")
+            if option.metadata["later"] and not idle:
                 raise NotImplementedError(
                     f"{option.name}={value!r} needs {option.metadata['later']}, which this version "
                     f"does not have yet. Leave {option.name} out."
                 )
         self._number("cache_ratio_threshold", lambda v: v >= 0)
         self._number("significance_level", lambda v: 0 < v < 1)
-        self._number("sync_timeout_s", lambda v: v > 0)
+        self._number("sync_timeout_s", lambda v: 0 < v < math.inf)
         self._integer("num_warmup_steps", 0)
         self._integer("max_consecutive_skips", 1)
         if self.num_steps is not None:
@@ -173,6 +174,8 @@ class CacheConfig:
             self._refuse(name, TypeError)
         if not within(value):
             self._refuse(name, ValueError)
+        # 1 and 1.0 are one option, so they must have one digest.
+        object.__setattr__(self, name, float(value))
 
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -212,9 +215,15 @@ class CacheConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CacheConfig:
-        """Read a config from the `cache` mapping of a YAML or JSON file, or from the whole of it."""
+        """Read a config from a YAML or JSON file: its `cache` mapping, or the whole of it."""
         options = read_mapping(path)
-        return cls.from_dict(options.get("cache", options))
+        options = options.get("cache", options)
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"'cache' in the config file {str(path)!r} must hold a mapping of options, not "
+                f"{type(options).__name__}"
+            )
+        return cls.from_dict(options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a mapping that `from_dict` reads back."""
@@ -226,6 +235,17 @@ class CacheConfig:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in JSON and in YAML 1.2; YAML 1.1 takes it for text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds one mapping.
 
@@ -233,11 +253,18 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, a file that does not parse, or one that holds something else.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            # Not all JSON is YAML: tabs are not.
+            loaded = json.loads(text)
+        except json.JSONDecodeError:
+            loaded = yaml.load(text, _Yaml)
     except OSError as error:
         raise ValueError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the config file {str(path)!r} is not valid YAML or JSON: {error}") from error
+        raise ValueError(
+            f"the config file {str(path)!r} is not valid YAML or JSON: {error}"
+        ) from error
     if not isinstance(loaded, dict):
         raise ValueError(
             f"the config file {str(path)!r} must hold a mapping of options, not "
@@ -253,5 +280,7 @@ def options_table() -> str:
         meta = option.metadata
         meaning = meta["meaning"] + (f" (raises: needs {meta['later']})" if meta["later"] else "")
         cells = (f"`{option.name}`", f"`{option.type}`", f"`{option.default!r}`", meta["allowed"])
-        rows.append(" | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip())
+        rows.append(
+            " | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip()
+        )
     return "\n".join(rows) + "\n"

@@ -27,7 +27,14 @@ from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import SLOTS, Moments, Reference, measure
-from xfuser_fastcache.state import Anchor, BranchState, Sighting, SpanState, rescaled
+from xfuser_fastcache.state import (
+    Anchor,
+    BranchState,
+    Memory,
+    Sighting,
+    SpanState,
+    rescaled,
+)
 from xfuser_fastcache.statistics import BlockInfo, Counters
 from xfuser_fastcache.timeline import Call, Schedule, Timeline
 from xfuser_fastcache.watchdog import Watchdog
@@ -247,6 +254,9 @@ class CacheEngine:
             reference=Reference.of(self._entered.hidden_states),
         )
         memory = branch.memory(span, call.position)
+        if branch.poisoned:
+            # Its anchors may hold the NaN; a forecaster that looks back would bring it up again.
+            memory = Memory()
         branch.remember(span, call.position, self.forecaster.update(memory, anchor))
 
     def _current(self) -> tuple[Call, BranchState]:

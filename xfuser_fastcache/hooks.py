@@ -114,7 +114,8 @@ class Attachment:
         self.model = model
         self.blocks = blocks
         self.branch_name = _BranchName()
-        self._had_forward: dict[nn.Module, bool] = {}
+        # Names that were in a module's own dictionary before; the hooks may add the others.
+        self._before: dict[nn.Module, frozenset[str]] = {}
 
     def attach(self, engine: CacheEngine, open_step: Callable[..., None]) -> None:
         """Put the hooks on."""
@@ -124,7 +125,7 @@ class Attachment:
         _forget_children(self.model)
 
     def _register(self, module: nn.Module, hook: ModelHook) -> None:
-        self._had_forward[module] = "forward" in module.__dict__
+        self._before[module] = frozenset(module.__dict__)
         _registry(module).register_hook(hook, HOOK)
 
     def detach(self) -> None:
@@ -133,10 +134,9 @@ class Attachment:
             registry = _registry(module)
             registry.remove_hook(HOOK, recurse=False)
             if not registry.hooks:
-                del module._diffusers_hook
-                if not self._had_forward[module]:
-                    # remove_hook leaves the bound method as an instance attribute.
-                    module.__dict__.pop("forward", None)
+                # remove_hook leaves the registry, and the bound method as an instance attribute.
+                for name in {"_diffusers_hook", "forward"} - self._before[module]:
+                    module.__dict__.pop(name, None)
         _forget_children(self.model)
 
 

@@ -95,7 +95,8 @@ class Moments:
 
 def _energy(x: torch.Tensor) -> torch.Tensor:
     """Return the squared L2 norm of each token, `(batch, tokens)`, accumulated in float32."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_()
+    # Strides decide the order in which a token's channels are added; ranks must not differ in it.
+    return torch.linalg.vector_norm(x.contiguous(), dim=-1, dtype=torch.float32).square_()
 
 
 def measure(
