@@ -1,4 +1,4 @@
-"""What the scripts measure, in one way: time of the denoising loop, memory, agreement of pictures."""
+"""What the scripts measure, in one way: time of the denoising loop, memory, quality."""
 
 from __future__ import annotations
 

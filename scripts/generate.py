@@ -22,13 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from _measure import DenoisingTimer, PeakMemory, comparison_sheet, psnr_db, ssim  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+from _measure import DenoisingTimer, PeakMemory, comparison_sheet, psnr_db, ssim
 
-from xfuser_fastcache.config import CacheConfig, read_mapping  # noqa: E402
-from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
+from xfuser_fastcache.config import CacheConfig, read_mapping
+from xfuser_fastcache.xdit import cpu_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 XDIT_METHODS = ("teacache", "fbcache", "dbcache")
@@ -202,7 +202,7 @@ class Generator:
         self.seed = options.seed + get_data_parallel_rank()
 
     def run(self, title: str, config: CacheConfig | None = None, **changes: Any) -> Run:
-        """Generate once, cached where a config is given; the progress bar shows on rank 0."""
+        """Generate once, cached where a config is given; a titled progress bar shows on rank 0."""
         from xfuser_fastcache import (
             apply_cache_on_transformer,
             get_cache_statistics,
@@ -210,7 +210,7 @@ class Generator:
         )
 
         pipe = self.pipe
-        pipe.set_progress_bar_config(disable=self.world.rank != 0, desc=title)
+        pipe.set_progress_bar_config(disable=self.world.rank != 0 or not title, desc=title)
         if config is not None:
             apply_cache_on_transformer(pipe.transformer, config=config, scheduler=pipe.scheduler)
         noise = torch.Generator("cpu").manual_seed(self.seed)
@@ -256,9 +256,7 @@ def build_report(
     }
     both = bool(baseline and cached)
     # A pair that is equal to the bit has no finite ratio; JSON knows none either.
-    quality = (
-        list(zip(images_of(cached[-1]), images_of(baseline[-1]), strict=True)) if both else []
-    )
+    quality = list(zip(images_of(cached[-1]), images_of(baseline[-1]), strict=True)) if both else []
     ratios = [psnr_db(image, reference) for image, reference in quality]
     finite = [ratio for ratio in ratios if np.isfinite(ratio)]
     last = cached[-1] if cached else []
@@ -331,7 +329,11 @@ def print_table(report: dict[str, Any]) -> None:
             shown(latency["cached"], ".3f", " s"),
         ),
         ("speedup", "", shown(report["speedup"], ".2f", "x")),
-        ("PSNR", "", "identical" if report["identical"] else shown(report["psnr_db"], ".1f", " dB")),
+        (
+            "PSNR",
+            "",
+            "identical" if report["identical"] else shown(report["psnr_db"], ".1f", " dB"),
+        ),
         ("SSIM", "", shown(report["ssim"], ".4f")),
         ("hit ratio", "", shown(report["statistics"].get("block_approx_ratio"), ".1%")),
         ("collectives per step", "", shown(report["collectives_per_step"], ".2f")),
@@ -358,14 +360,19 @@ def save_pictures(kind: str, images: list[np.ndarray], directory: Path) -> None:
     pictures[0].save(directory / f"{kind}.png")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
+def start() -> None:
+    """Make the process a rank, also where torchrun did not start it, and let xfuser run on it."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)  # started without torchrun: one rank
+        os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29512")
     cpu_platform.enable_cpu_platform()
-    options = options_from(sys.argv[1:] if arguments is None else arguments)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    start()
+    options = options_from(sys.argv[1:])
     config = cache_config(options)
     pipe = load(options)
     generator = Generator(pipe, options)

@@ -194,8 +194,7 @@ def _block_infos(
     total = sum(cost for _, cost in found)
     spans = span_of_blocks(len(found), granularity)
     return [
-        BlockInfo(name, span, cost / total)
-        for (name, cost), span in zip(found, spans, strict=True)
+        BlockInfo(name, span, cost / total) for (name, cost), span in zip(found, spans, strict=True)
     ]
 
 

@@ -26,6 +26,8 @@ PROTOCOL = 1
 _MAX_BLOCK_LISTS = 4
 
 
+# How long ranks whose waits end in vain give each other to say so.
+_GRACE_S = 3.0
 # What gloo and NCCL say when a peer is late or gone; they raise plain RuntimeErrors.
 _COMMUNICATION = re.compile(r"timed? ?out|connection|closed by peer|watchdog", re.IGNORECASE)
 
@@ -113,6 +115,7 @@ class Consensus:
         wait_s: seconds spent waiting for them.
 
     Raises:
+        ValueError: NCCL without a CUDA device.
         ConsensusError: the ranks run different options, models or protocols.
         ConsensusTimeout: a rank did not arrive.
     """
@@ -126,6 +129,10 @@ class Consensus:
         config_digest: int,
         block_lists: tuple[BlockList, ...],
     ):
+        if backend == "nccl" and not torch.cuda.is_available():
+            raise ValueError(
+                "sync_backend='nccl' needs a CUDA device and there is none; use sync_backend='gloo'"
+            )
         self.group = group
         self.timeout_s = timeout_s
         self.collectives = 0
@@ -145,11 +152,6 @@ class Consensus:
 
     def _join(self, backend: str) -> None:
         if backend == "nccl":
-            if not torch.cuda.is_available():
-                raise ValueError(
-                    "sync_backend='nccl' needs a CUDA device and there is none; use "
-                    "sync_backend='gloo'"
-                )
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._process_group = self.group.device_group
             return
@@ -270,9 +272,7 @@ class Consensus:
         """Return the rows of a posted gather, by rank."""
         if ticket.work is not None:
             self._finish(ticket.work, ticket.what)
-        return {
-            rank: row.tolist() for rank, row in zip(self.group.ranks, ticket.rows, strict=True)
-        }
+        return {rank: row.tolist() for rank, row in zip(self.group.ranks, ticket.rows, strict=True)}
 
     def _finish(self, work: Any, what: str) -> None:
         try:
@@ -309,6 +309,9 @@ class Consensus:
             ConsensusTimeout: from `error`; other errors return.
         """
         if self._distributed and _COMMUNICATION.search(str(error)):
+            # Ranks that wait like this one say so, and have a moment for it; the rest are missing.
+            self._arrive(f"{where}, waiting in vain")
+            time.sleep(min(_GRACE_S, self.timeout_s))
             raise self._missing(where, error) from error
 
     def _missing(self, what: str, error: Exception) -> ConsensusTimeout:

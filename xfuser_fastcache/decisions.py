@@ -47,7 +47,7 @@ class DecisionLog:
         return int.from_bytes(self._hash.digest()[:8], "big") >> (64 - count)
 
     def unverified(self) -> torch.Tensor | None:
-        """Return the decisions since the last call as a row of fixed length; None if there are none.
+        """Return the decisions since the last call as a row of fixed length; None without any.
 
         The row holds their number, a digest of all, and as many entries as fit: it can then be
         gathered in one go, which also a pipeline's stages can, without waiting for each other.
@@ -92,5 +92,6 @@ class DecisionLog:
                         f"{sorted(set(entries) - set(skip))} compute"
                     )
         raise ConsensusError(
-            f"ranks {sorted(rows)} decided differently, beyond the first {_ROW // width} decisions"
+            f"ranks {sorted(rows)} decided differently, beyond the first "
+            f"{(_ROW - 2) // width} decisions"
         )

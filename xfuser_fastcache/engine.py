@@ -60,14 +60,15 @@ class Piece:
 
 
 def span_of_blocks(blocks: int, granularity: int | str) -> list[int]:
-    """Return the span of each block of the whole model.
+    """Return the span of each block of the whole model; no more spans than blocks.
 
     Example:
         >>> span_of_blocks(5, 2), span_of_blocks(3, "stack"), span_of_blocks(3, "block")
         ([0, 0, 0, 1, 1], [0, 0, 0], [0, 1, 2])
     """
-    spans = {"stack": 1, "block": blocks}.get(granularity, granularity)
-    return [index * min(int(spans), blocks) // blocks for index in range(blocks)]
+    named = {"stack": 1, "block": blocks}
+    spans = named[granularity] if isinstance(granularity, str) else min(granularity, blocks)
+    return [index * spans // blocks for index in range(blocks)]
 
 
 class CacheEngine:
@@ -221,9 +222,7 @@ class CacheEngine:
                 return contract.pack(contract.read(args, kwargs))
             memory = branch.memory(piece.span, call.position)
             assert self._entered is not None
-            return contract.pack(
-                self.forecaster.forecast(memory, self._entered, call.noise_level)
-            )
+            return contract.pack(self.forecaster.forecast(memory, self._entered, call.noise_level))
         output = forward(*args, **kwargs)
         if index == piece.last:
             self._leave(piece.span, contract.unpack(output))
@@ -303,8 +302,8 @@ class CacheEngine:
         if broken:
             self.counters.nonfinite_steps += 1
             self._warn_once(
-                "A statistic is NaN, infinite or too large for some tokens: all blocks are computed "
-                "at the next decision. Counted as nonfinite_steps."
+                "A statistic is NaN, infinite or too large for some tokens: all blocks are "
+                "computed at the next decision. Counted as nonfinite_steps."
             )
 
     def _decide(self, branch: BranchState, call: Call) -> None:

@@ -35,9 +35,7 @@ class TransformerHook(ModelHook):
         open_step: opens a step of the engine from the forward's arguments.
     """
 
-    def __init__(
-        self, attachment: Attachment, engine: CacheEngine, open_step: Callable[..., None]
-    ):
+    def __init__(self, attachment: Attachment, engine: CacheEngine, open_step: Callable[..., None]):
         super().__init__()
         self.attachment = attachment
         self.engine = engine
@@ -88,7 +86,7 @@ def _registry(module: nn.Module) -> HookRegistry:
     forward that the wrapper does not call; so only the module's own attribute counts.
     """
     if "_diffusers_hook" not in module.__dict__:
-        module._diffusers_hook = HookRegistry(module)  # type: ignore[assignment]
+        module._diffusers_hook = HookRegistry(module)
     return module.__dict__["_diffusers_hook"]
 
 

@@ -9,7 +9,7 @@ Layout of one group of moments, all int64:
 | --- | --- | --- |
 | CHANGE | q = squared L2 change against the reference | 2**-FRACTION of the scale |
 | CHANGE_SQUARED | q squared | 2**-FRACTION_SQUARED of the scale squared |
-| REFERENCE | squared L2 norm of the reference (of the tensor itself where there is none) | as CHANGE |
+| REFERENCE | squared L2 norm of the reference (without one, of the tensor) | as CHANGE |
 | TOKENS | 1 | tokens |
 | NONFINITE | 1 where a moment of the token is NaN or infinite | tokens |
 | OVERFLOW | 1 where a moment of the token does not fit and was clamped | tokens |
@@ -96,7 +96,8 @@ class Moments:
 def _energy(x: torch.Tensor) -> torch.Tensor:
     """Return the squared L2 norm of each token, `(batch, tokens)`, accumulated in float32."""
     # Strides decide the order in which a token's channels are added; ranks must not differ in it.
-    return torch.linalg.vector_norm(x.contiguous(), dim=-1, dtype=torch.float32).square_()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.contiguous(), dim=-1, dtype=dtype).float().square_()
 
 
 def measure(

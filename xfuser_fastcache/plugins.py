@@ -1,4 +1,4 @@
-"""What other packages add by entry point: adapters and layouts, found by name and never imported here."""
+"""What packages add by entry point: adapters and layouts, found by name."""
 
 from __future__ import annotations
 

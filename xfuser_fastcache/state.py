@@ -42,9 +42,7 @@ class Anchor:
         """Bytes held."""
         energy = self.reference.energy
         return (
-            self.inputs.nbytes()
-            + self.residual.nbytes()
-            + energy.numel() * energy.element_size()
+            self.inputs.nbytes() + self.residual.nbytes() + energy.numel() * energy.element_size()
         )
 
 

@@ -1,4 +1,4 @@
-"""When is it: generations, steps, branches and patches, told apart by what a transformer is given."""
+"""When is it: generations, steps, branches and patches, by what a transformer is given."""
 
 from __future__ import annotations
 

@@ -1,0 +1,138 @@
+"""The consensus protocol over four real gloo ranks, and in a single process.
+
+Layers: one process; `gloo` (one world of plain torch.distributed runs all cases).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from consensus_worker import SHARDINGS, make, raised, round_trip
+from worlds import run_world
+
+from xfuser_fastcache.consensus import DIGEST_BITS, Header
+from xfuser_fastcache.moments import SLOTS
+
+RANKS = range(4)
+
+
+@pytest.fixture(scope="module")
+def world() -> dict[int, dict[str, Any]]:
+    return run_world("consensus_worker.py", 4, timeout_s=150)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_any_sharding_gives_the_same_integers_on_every_rank(
+    world: dict[int, dict[str, Any]], sharding: str, dtype: str
+) -> None:
+    expected = world[0][dtype]["one process"]
+    assert expected[0] > 0
+    assert expected[3] == 2 * 13
+    for rank in RANKS:
+        assert world[rank][dtype][sharding] == expected
+
+
+@pytest.mark.gloo
+def test_nan_and_overflow_of_one_rank_reach_all(world: dict[int, dict[str, Any]]) -> None:
+    nonfinite, overflow, tokens, reduced = world[0]["broken"]
+    assert (nonfinite, overflow, tokens) == (1, 2, 8)
+    assert all(number >= 0 for number in reduced), "clamped, not wrapped"
+    assert all(world[rank]["broken"] == world[0]["broken"] for rank in RANKS)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("generation", "generation"),
+        ("step", "step"),
+        ("branch", "branch"),
+        ("digest", "digest"),
+        ("squares", "step"),
+    ],
+)
+def test_ranks_at_different_places_all_raise_and_say_what_differs(
+    world: dict[int, dict[str, Any]], case: str, names: str
+) -> None:
+    for rank in RANKS:
+        message = world[rank]["places"][case]
+        assert "are at different places" in message
+        assert f"they differ in {names} (own" in message
+
+
+@pytest.mark.gloo
+def test_the_group_goes_on_after_a_disagreement(world: dict[int, dict[str, Any]]) -> None:
+    assert all(world[rank]["after"] == [[6] * SLOTS] for rank in RANKS)
+    assert all(world[rank]["async"] == [4, 8, 12] for rank in RANKS)
+
+
+@pytest.mark.gloo
+def test_every_post_is_one_collective(world: dict[int, dict[str, Any]]) -> None:
+    posts = 2 * len(SHARDINGS) + 1 + 5 + 1 + 3
+    assert [world[rank]["collectives"] for rank in RANKS] == [posts] * 4
+
+
+@pytest.mark.gloo
+def test_other_options_or_models_are_found_when_the_group_is_made(
+    world: dict[int, dict[str, Any]],
+) -> None:
+    for rank in RANKS:
+        assert "another cache config" in world[rank]["options"]
+        assert "run different models" in world[rank]["model"]
+    assert "ranks [2]" in world[0]["options"]
+    assert "ranks [0, 1, 3]" in world[2]["options"]
+
+
+@pytest.mark.gloo
+def test_replicas_never_wait_for_nor_sum_across_each_other(
+    world: dict[int, dict[str, Any]],
+) -> None:
+    assert world[0]["replica"] == world[1]["replica"] == [2] * 3
+    assert world[2]["replica"] == world[3]["replica"] == [200] * 7
+
+
+@pytest.mark.gloo
+def test_every_stage_learns_what_all_stages_hold(world: dict[int, dict[str, Any]]) -> None:
+    assert all(world[rank]["stages"] == [[4, 2], [0, 6]] for rank in RANKS)
+
+
+@pytest.mark.gloo
+def test_a_gather_brings_every_row_to_every_rank(world: dict[int, dict[str, Any]]) -> None:
+    rows = {str(rank): [rank, rank * rank] for rank in RANKS}
+    assert all(world[rank]["gather"] == rows for rank in RANKS)
+
+
+@pytest.mark.gloo
+def test_a_rank_that_never_arrives_is_named_within_the_limit(
+    world: dict[int, dict[str, Any]],
+) -> None:
+    for rank in (0, 1, 2):
+        assert "Did not arrive: rank 3" in world[rank]["absent"]
+        assert "generation 5, step 6, branch 1" in world[rank]["absent"]
+        assert world[rank]["absent_s"] < 3.0 + 4.0
+
+
+def test_a_single_process_needs_no_wire() -> None:
+    consensus = make()
+    moments = torch.arange(2 * SLOTS).reshape(2, SLOTS)
+    assert round_trip(consensus, Header(0, 0, 0, 0), moments) == moments.tolist()
+    assert consensus.collectives == 1
+    assert consensus.absent() == {}
+
+
+def test_a_header_fits_many_ranks_without_wrapping() -> None:
+    largest = 2**DIGEST_BITS - 1
+    assert 2**14 * largest**2 < 2**63
+    consensus = make()
+    zeros = torch.zeros(1, SLOTS, dtype=torch.int64)
+    assert raised(round_trip, consensus, Header(10**6, 10**4, 9, largest), zeros) == ""
+
+
+def test_nccl_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="use sync_backend='gloo'"):
+        make(backend="nccl")
