@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     xFuserArgs.add_cli_args(flags)
     for action in flags._actions:
         action.required = False  # a config file may give it
+    flags.set_defaults(model="")  # xDiT's default would be loaded where none is given
     ours = flags.add_argument_group("Step cache")
     ours.add_argument("--config", help="YAML or JSON file with flags by name")
     ours.add_argument(

@@ -26,6 +26,7 @@ ROOMS = (
     "hooks",
     "engine",
     "backends",
+    "agreement",
     "gates",
     "forecasters",
     "tokens",

@@ -123,14 +123,19 @@ def measure(
     """
     scale = 2.0**-exponent
     if reference is None:
-        energy = _energy(hidden_states) * scale
+        energy = _energy(hidden_states)
         change = torch.zeros_like(energy)
     else:
-        energy = reference.energy * scale
-        change = _energy(hidden_states - reference.hidden_states) * scale
-    values = torch.stack((change, change.square(), energy))
-    bits = torch.tensor((FRACTION, FRACTION_SQUARED, FRACTION), dtype=torch.float32)
-    values *= bits.to(values.device, non_blocking=True).exp2_()[:, None, None]
+        energy = reference.energy
+        change = _energy(hidden_states - reference.hidden_states)
+    values = torch.stack(
+        (
+            change * (scale * 2.0**FRACTION),
+            # Scaled before and after: the square of a large norm would leave float32.
+            (change * scale).square_() * 2.0**FRACTION_SQUARED,
+            energy * (scale * 2.0**FRACTION),
+        )
+    )
     # NaN fails the comparison, so whatever is not below the limit is one or the other.
     fits = values < 2.0**TOKEN_BITS
     finite = values.isfinite()

@@ -11,6 +11,9 @@ from xfuser_fastcache.consensus import Ticket
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import INITIAL_EXPONENT, Moments, Reference
 
+# Stands for the patch's index where a forward pass carries all tokens.
+WHOLE = -1
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -105,29 +108,38 @@ class SpanState:
 
 
 @dataclass
-class BranchState:
-    """One CFG branch of the current generation.
+class SharedState:
+    """What all ranks know of one CFG branch of the current generation.
 
     Attributes:
-        spans: shared knowledge of each span.
+        spans: one a span of the whole model.
         skip: the flags of the current step, True where a span is skipped.
-        sightings: of the moments in `pending`, one a span; None where nothing was measured.
-        pending: moments measured since the last post, int64 `(spans, SLOTS)`.
+        sightings: of the moments measured since the last post, one a span; None where nothing was.
         tickets: posted vectors not yet used, oldest first, with their sightings.
-        memories: span -> patch -> what the forecaster remembers; this rank's spans only.
         poisoned: whether the last reduced vector was not finite or overflowed.
     """
 
     spans: list[SpanState]
-    pending: torch.Tensor
     skip: list[bool] = field(default_factory=list)
-    tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
-    memories: dict[int, dict[int, Memory]] = field(default_factory=dict)
-    poisoned: bool = False
     sightings: list[Sighting | None] = field(default_factory=list)
+    tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
+    poisoned: bool = False
 
     def __post_init__(self) -> None:
         self.sightings = [None] * len(self.spans)
+
+
+@dataclass
+class LocalState:
+    """What this rank alone holds of one CFG branch of the current generation.
+
+    Attributes:
+        pending: moments measured since the last post, int64 `(spans, SLOTS)`.
+        memories: span -> patch (`WHOLE` for all tokens) -> what the forecaster remembers.
+    """
+
+    pending: torch.Tensor
+    memories: dict[int, dict[int, Memory]] = field(default_factory=dict)
 
     def memory(self, span: int, position: Position) -> Memory:
         """Return what is remembered of a span for the tokens of `position`.
@@ -136,14 +148,14 @@ class BranchState:
         the first patched step.
         """
         patches = self.memories.setdefault(span, {})
-        if position.patched and -1 in patches:
-            whole = patches.pop(-1)
+        if position.patched and WHOLE in patches:
+            whole = patches.pop(WHOLE)
             patches.update(enumerate(whole.split(position.patch_tokens)))
-        return patches.get(position.patch if position.patched else -1, Memory())
+        return patches.get(position.patch if position.patched else WHOLE, Memory())
 
     def remember(self, span: int, position: Position, memory: Memory) -> None:
         """Replace what is remembered of a span for the tokens of `position`."""
-        self.memories[span][position.patch if position.patched else -1] = memory
+        self.memories[span][position.patch if position.patched else WHOLE] = memory
 
     def nbytes(self) -> int:
         """Bytes of all memories of this branch."""

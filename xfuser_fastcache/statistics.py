@@ -54,6 +54,10 @@ class Counters:
         for span, skipped in enumerate(skip):
             self._skipped[span] += skipped
 
+    def saw_bytes(self, held: int) -> None:
+        """Note how many bytes this rank's anchors occupy."""
+        self.peak_bytes = max(self.peak_bytes, held)
+
     def as_dict(self, blocks: list[BlockInfo]) -> dict[str, Any]:
         """Return the counts under the names of `get_cache_statistics`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from scipy.special import gammaincinv
+
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.gates.base import Evidence, Gate
 
@@ -56,8 +58,6 @@ class ChiSquareGate(Gate):
 
     def may_skip(self, evidence: Evidence) -> bool:
         """Return whether the change is small enough; see the class for the rule."""
-        from scipy.special import gammaincinv
-
         if self.epsilon == 0 or evidence.reference <= 0:
             return False
         if self.test == "paper":

@@ -1,0 +1,157 @@
+"""scripts/generate.py as a user runs it: flags, errors, report, and the demo's promise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import ROOT, launch
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
+REPORT_KEYS = {
+    "model", "world_size", "parallel", "num_inference_steps", "use_cache", "latency_s", "speedup",
+    "psnr_db", "ssim", "statistics", "decisions_digest", "collectives_per_step",
+    "peak_memory_bytes", "environment",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def generate() -> Any:
+    """The script as a module; xfuser is imported on the way."""
+    from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+
+    enable_cpu_platform()
+    import generate
+
+    return generate
+
+
+def configured(generate: Any, *flags: str) -> Any:
+    return generate.cache_config(generate.options_from(["--config", CONFIG, *flags]))
+
+
+def test_the_command_line_wins_over_the_config_file(generate: Any) -> None:
+    options = generate.options_from(["--config", CONFIG, "--seed", "7", "--ulysses_degree", "2"])
+    assert (options.seed, options.ulysses_degree) == (7, 2)
+    assert (options.height, options.num_inference_steps) == (128, 28)
+    assert options.model == "toys/flux"
+
+
+def test_three_ways_to_ask_for_fast_mean_the_same(generate: Any) -> None:
+    plain = ["--model", "m", "--prompt", "p", "--cache_config", '{"cache_ratio_threshold": 0.2}']
+    named, method = (
+        generate.cache_config(generate.options_from([*plain, *flags]))
+        for flags in (["--use_cache", "Fast"], ["--cache_method", "fastcache"])
+    )
+    assert named == method
+    assert named.cache_ratio_threshold == 0.2
+
+
+def test_a_bare_use_cache_keeps_its_meaning(generate: Any) -> None:
+    options = generate.options_from(["--model", "m", "--prompt", "p", "--use_cache"])
+    assert options.use_cache is True
+    assert generate.cache_config(options) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache_config", "{"], "not valid JSON"),
+        (["--cache_config", '{"treshold": 1}'], "unknown cache option 'treshold'"),
+        (["--cache_config", '{"cache_ratio_threshold": "x"}'], "cache_ratio_threshold='x'"),
+        (["--use_cache", "Slow"], "unknown cache backend 'Slow'; known: Fast"),
+        (["--cache_method", "teacache"], "xDiT's own cache"),
+    ],
+)
+def test_wrong_cache_flags_say_what_is_wrong(generate: Any, flags: list[str], message: str) -> None:
+    from xfuser_fastcache.backends import backend
+
+    with pytest.raises((ValueError, TypeError), match=message.replace("'", ".")):
+        backend(configured(generate, *flags).use_cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "not valid YAML or JSON"),
+        ("- a\n- b\n", "must hold a mapping"),
+        ("model: x\nheigth: 3\n", "'heigth' is no flag"),
+    ],
+)
+def test_a_config_file_that_is_wrong_is_named(
+    generate: Any, tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        generate.options_from(["--config", str(path)])
+    assert "wrong.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize("missing", ["--model", "--prompt"])
+def test_what_is_missing_is_named(
+    generate: Any, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    given = {"--model": "m", "--prompt": "p"}
+    del given[missing]
+    with pytest.raises(SystemExit):
+        generate.options_from([part for pair in given.items() for part in pair])
+    assert f"{missing} is needed" in capsys.readouterr().err
+
+
+@pytest.mark.gloo
+def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
+    """What scripts/demo.sh runs: 2 ranks, 28 steps, 40 dB at a speedup of 1.5 or more."""
+    from PIL import Image
+
+    printed = launch(
+        "../scripts/generate.py", 2, "--config", CONFIG, "--ulysses_degree", "2", "--baseline",
+        "--repeat", "3", "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) >= REPORT_KEYS
+    assert report["world_size"] == 2
+    assert report["parallel"] == {"ulysses": 2, "ring": 1, "pipefusion": 1, "cfg": 1, "data": 1}
+    assert report["use_cache"] == "Fast"
+    assert report["psnr_db"] >= 40
+    assert report["speedup"] >= 1.5
+    assert report["latency_s"]["baseline"] / report["latency_s"]["cached"] == report["speedup"]
+    assert report["collectives_per_step"] == 1
+    assert sorted(report["decisions_digest"]) == ["0", "1"]
+    assert len(set(report["decisions_digest"].values())) == 1
+    for name in ("baseline", "cached", "comparison"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) >= 128
+    for word in ("speedup", "PSNR", "SSIM", "hit ratio", "collectives per step"):
+        assert word in printed
+
+
+@pytest.mark.gloo
+def test_replicas_write_their_own_pictures(tmp_path: Path) -> None:
+    launch(
+        "../scripts/generate.py", 2, "--config", CONFIG, "--data_parallel_degree", "2",
+        "--num_inference_steps", "6", "--output_dir", str(tmp_path), "--baseline",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(list(tmp_path.glob("cached_*.png"))) == len(report["prompts"]) == 4
+    assert report["parallel"]["data"] == 2
+
+
+@pytest.mark.gloo
+def test_being_there_costs_little() -> None:
+    """The never-skip ratio of scripts/overhead.py is not shown to be above 1.03."""
+    command = [
+        sys.executable, str(ROOT / "scripts" / "overhead.py"), "--config", CONFIG,
+        "--num_inference_steps", "10", "--pairs", "30",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("never-skip ratio"))
+    lower = float(line.split("interval ")[1].split()[0])
+    assert lower <= 1.03, line

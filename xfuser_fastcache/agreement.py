@@ -1,0 +1,199 @@
+"""Decisions: flags from reduced vectors and from nothing else, so that all ranks have the same.
+
+No tensor of this rank, no clock and no random number is seen here; the moments to post pass
+through unread. What an `Agreement` holds is therefore equal on every rank of the group at equal
+places, and each vector carries a digest of its decisions to prove it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.consensus import DIGEST_BITS, Consensus, GatherTicket, Header
+from xfuser_fastcache.decisions import DecisionLog
+from xfuser_fastcache.gates.base import Evidence, Gate
+from xfuser_fastcache.moments import Moments
+from xfuser_fastcache.state import SharedState, Sighting, SpanState, rescaled
+from xfuser_fastcache.statistics import Counters
+from xfuser_fastcache.timeline import Call
+
+logger = logging.getLogger("xfuser_fastcache")
+
+# A pipeline's decisions rest on the vector of two steps before; see the engine.
+LAG = 2
+
+
+class Agreement:
+    """Turns what the gate says into one flag per span and step, alike on every rank.
+
+    Args:
+        config: validated options.
+        consensus: of the decision group.
+        gate: of the backend.
+        spans: number of spans of the whole model.
+        dim: width of a token.
+
+    Attributes:
+        decisions: the log of flags.
+        counters: for the statistics.
+        lagged: whether decisions rest on earlier steps (several pipeline stages).
+    """
+
+    def __init__(self, config: CacheConfig, consensus: Consensus, gate: Gate, spans: int, dim: int):
+        self.config = config
+        self.consensus = consensus
+        self.gate = gate
+        self.dim = dim
+        self.lagged = consensus.group.stages > 1
+        self.decisions = DecisionLog(spans)
+        self.counters = Counters(consensus, spans)
+        self.branches: dict[int, SharedState] = {}
+        self._verifications: list[GatherTicket] = []
+        self._warned = False
+
+    def begin_generation(self) -> None:
+        """Forget the generation before, after completing what is outstanding.
+
+        Raises:
+            ConsensusError: with `verify_consensus`, ranks decided differently in it.
+        """
+        self.finish()
+        self.branches.clear()
+        self.decisions.begin_generation()
+
+    def branch(self, index: int) -> SharedState:
+        """Return the shared state of a CFG branch of this generation."""
+        if index not in self.branches:
+            self.branches[index] = SharedState([SpanState() for _ in range(self.decisions.spans)])
+        return self.branches[index]
+
+    # ---- the two timings ---------------------------------------------------------------------
+
+    def decide_now(self, call: Call, pending: torch.Tensor) -> None:
+        """Post, await and decide at once; the first span's moments are this step's."""
+        shared = self.branch(call.branch)
+        shared.sightings[0] = _sighting(shared.spans[0], call)
+        self.post(call, pending)
+        self._receive(shared)
+        self._decide(shared, call)
+
+    def decide_lagged(self, call: Call) -> None:
+        """Decide from the vector of `LAG` steps before, which every stage has posted by now."""
+        shared = self.branch(call.branch)
+        if len(shared.tickets) >= LAG:
+            self._receive(shared)
+        self._decide(shared, call)
+
+    def post(self, call: Call, pending: torch.Tensor) -> None:
+        """Send the moments measured since the last post on their way, and start them anew.
+
+        Args:
+            call: the step that they are posted at.
+            pending: int64 `(spans, SLOTS)`; zeroed here.
+        """
+        shared = self.branch(call.branch)
+        digest = self.decisions.bits(DIGEST_BITS)
+        header = Header(call.generation, call.step, call.branch, digest)
+        shared.tickets.append((self.consensus.post(header, pending), shared.sightings))
+        shared.sightings = [None] * len(shared.spans)
+        pending.zero_()
+
+    # ---- from a vector to flags --------------------------------------------------------------
+
+    def _receive(self, shared: SharedState) -> None:
+        """Take in the oldest posted vector."""
+        ticket, sightings = shared.tickets.pop(0)
+        groups = self.consensus.wait(ticket)
+        broken = 0
+        for span, group, sighting in zip(shared.spans, groups, sightings, strict=True):
+            if sighting is None:
+                span.moments = None
+                continue
+            moments = Moments.decode(group, sighting.exponent)
+            span.moments = (moments, sighting)
+            span.exponent = moments.next_exponent(sighting.exponent)
+            broken += moments.nonfinite + moments.overflow
+        shared.poisoned = broken > 0
+        if broken:
+            self.counters.nonfinite_steps += 1
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "A statistic is NaN, infinite or too large for some tokens: all blocks are "
+                    "computed at the next decision. Counted as nonfinite_steps; said once."
+                )
+
+    def _decide(self, shared: SharedState, call: Call) -> None:
+        """Turn reduced numbers into one flag per span."""
+        config = self.config
+        compute_all = (
+            not config.enable_block_approx
+            or call.step < config.num_warmup_steps
+            or call.is_last_step
+            or shared.poisoned
+            or (self.lagged and not call.position.patched)
+        )
+        shared.skip = [
+            not compute_all
+            and span.skips_in_a_row < config.max_consecutive_skips
+            and self._may_skip(span, call.noise_level)
+            for span in shared.spans
+        ]
+        self.counters.record(call.step, call.branch, shared.skip)
+        self.decisions.record(call.generation, call.step, call.branch, shared.skip)
+        shared.sightings = [_sighting(span, call) for span in shared.spans]
+        for span, skip in zip(shared.spans, shared.skip, strict=True):
+            span.skips_in_a_row = span.skips_in_a_row + 1 if skip else 0
+            if not skip:
+                span.anchor_level = call.noise_level
+
+    def _may_skip(self, span: SpanState, noise_level: float) -> bool:
+        if span.moments is None or span.anchor_level is None:
+            return False
+        moments, sighting = span.moments
+        if sighting.anchor_level is None or moments.tokens == 0:
+            return False
+        moments = rescaled(moments, sighting, noise_level, span.anchor_level)
+        evidence = Evidence(
+            moments.change, moments.change_squared, moments.reference, moments.tokens, self.dim
+        )
+        return self.gate.may_skip(evidence)
+
+    # ---- the end of a generation -------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Complete a generation: nothing of it reaches into the next.
+
+        Raises:
+            ConsensusError: with `verify_consensus`, ranks decided differently.
+        """
+        tickets = [t for shared in self.branches.values() for t, _ in shared.tickets]
+        for shared in self.branches.values():
+            shared.tickets.clear()
+        for ticket in sorted(tickets, key=lambda ticket: ticket.sequence):
+            self.consensus.wait(ticket)
+        self.complete_verifications()
+        self.verify()
+
+    def verify(self) -> None:
+        """Post the comparison of decisions; a pipeline's stages complete it at their next turn."""
+        row = self.decisions.unverified() if self.config.verify_consensus else None
+        if row is not None:
+            ticket = self.consensus.post_gather(row, "the comparison of decisions")
+            self._verifications.append(ticket)
+
+    def complete_verifications(self) -> None:
+        """Await posted comparisons.
+
+        Raises:
+            ConsensusError: ranks decided differently.
+        """
+        while self._verifications:
+            self.decisions.compare(self.consensus.wait_gather(self._verifications.pop(0)))
+
+
+def _sighting(span: SpanState, call: Call) -> Sighting:
+    return Sighting(span.exponent, call.noise_level, span.anchor_level)
