@@ -234,8 +234,10 @@ class CacheEngine:
             residual=outputs.map(torch.sub, self._entered),
             reference=Reference.of(self._entered.hidden_states),
         )
-        # Anchors of a poisoned step may hold the NaN; looking back would bring it up again.
-        memory = Memory() if shared.poisoned else local.memory(span, call.position)
+        memory = local.memory(span, call.position)
+        if shared.poisoned:
+            # Its anchors may hold the NaN; looking back would bring it up again.
+            memory = Memory()
         local.remember(span, call.position, self.forecaster.update(memory, anchor))
 
     def _take_consensus(self, call: Call, local: LocalState) -> None:

@@ -1,0 +1,269 @@
+"""Every cache option is checked, survives its file formats, and is documented as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.config import options_table, read_mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "configuration.md"
+NOT_BUILT = [o.name for o in dataclasses.fields(CacheConfig) if o.metadata["later"]]
+CUSTOM = {
+    "cache_ratio_threshold": 1e-5,
+    "granularity": 3,
+    "forecaster": "linear",
+    "num_steps": 28,
+    "verify_consensus": True,
+    "return_hidden_states_first": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("cache_ratio_treshold", "did you mean 'cache_ratio_threshold'"),
+        ("num_step", "did you mean 'num_steps'"),
+        ("zzz", "known: use_cache, cache_ratio_threshold"),
+        (7, "known: use_cache"),
+    ],
+)
+def test_an_unknown_option_is_named_with_a_hint(key: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown cache option {key!r}; {hint}"):
+        CacheConfig.from_dict({key: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_cache", 3),
+        ("cache_ratio_threshold", "0.1"),
+        ("cache_ratio_threshold", True),
+        ("cache_ratio_threshold", None),
+        ("significance_level", [0.05]),
+        ("test", 2),
+        ("forecaster", None),
+        ("granularity", True),
+        ("granularity", 2.0),
+        ("num_warmup_steps", False),
+        ("num_warmup_steps", 1.0),
+        ("max_consecutive_skips", "4"),
+        ("num_steps", True),
+        ("enable_block_approx", 1),
+        ("enable_block_approx", None),
+        ("sync_backend", 1),
+        ("sync_timeout_s", True),
+        ("verify_consensus", "yes"),
+        ("return_hidden_states_first", 0),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, value: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        CacheConfig(**{name: value})
+    assert str(caught.value).startswith(f"{name}={value!r} is not allowed; give ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cache_ratio_threshold", -0.01),
+        ("cache_ratio_threshold", math.nan),
+        ("significance_level", 0),
+        ("significance_level", 1),
+        ("significance_level", math.nan),
+        ("test", "conformal"),
+        ("forecaster", "Taylor"),
+        ("granularity", 0),
+        ("granularity", "span"),
+        ("num_warmup_steps", -1),
+        ("max_consecutive_skips", 0),
+        ("num_steps", 0),
+        ("sync_backend", "mpi"),
+        ("sync_timeout_s", 0),
+        ("sync_timeout_s", math.nan),
+        ("sync_timeout_s", math.inf),
+    ],
+)
+def test_a_value_out_of_range_is_a_value_error_that_says_the_range(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        CacheConfig(**{name: value})
+    allowed = CacheConfig.__dataclass_fields__[name].metadata["allowed"]
+    assert str(caught.value) == f"{name}={value!r} is not allowed; give {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cache_ratio_threshold", 0),
+        ("significance_level", 1e-9),
+        ("granularity", 1),
+        ("granularity", "block"),
+        ("num_warmup_steps", 0),
+        ("max_consecutive_skips", 1),
+        ("num_steps", 1),
+        ("num_steps", None),
+        ("return_hidden_states_first", None),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(name: str, value: Any) -> None:
+    assert getattr(CacheConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_an_option_that_is_not_built_yet_says_so(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"^{name}=1 needs .* does not have yet"):
+        CacheConfig(**{name: 1})
+
+
+@pytest.mark.parametrize("name", [n for n in NOT_BUILT if n.startswith("enable_")])
+def test_switching_off_what_is_not_built_is_no_request(name: str) -> None:
+    assert getattr(CacheConfig(**{name: False}), name) is False
+
+
+@pytest.mark.parametrize("name", [n for n in NOT_BUILT if not n.startswith("enable_")])
+def test_false_is_no_value_for_an_option_that_is_no_switch(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{name}=False"):
+        CacheConfig(**{name: False})
+
+
+def test_the_options_of_the_published_call_are_all_known() -> None:
+    published = {
+        "cache_ratio_threshold", "motion_threshold", "significance_level", "adaptive_beta",
+        "enable_spatial_approx", "enable_block_approx", "enable_token_merge", "token_merge_k",
+        "token_merge_lambda", "num_stages", "merge_ratio", "enable_adacorrection", "adacorr_gamma",
+        "adacorr_lambda", "calibration", "use_cache", "return_hidden_states_first", "num_steps",
+    }  # fmt: skip
+    assert published <= {option.name for option in dataclasses.fields(CacheConfig)}
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CacheConfig().num_steps = 3  # type: ignore[misc]
+
+
+def test_rel_l1_thresh_is_the_threshold_under_xdits_name() -> None:
+    assert CacheConfig.from_dict({"rel_l1_thresh": 0.2}).cache_ratio_threshold == 0.2
+    both = {"rel_l1_thresh": 0.2, "cache_ratio_threshold": 0.2}
+    assert CacheConfig.from_dict(both).cache_ratio_threshold == 0.2
+
+
+def test_rel_l1_thresh_may_not_contradict_the_threshold() -> None:
+    with pytest.raises(ValueError, match="rel_l1_thresh=0.2 and cache_ratio_threshold=0.1 are two"):
+        CacheConfig.from_dict({"rel_l1_thresh": 0.2, "cache_ratio_threshold": 0.1})
+
+
+def test_reading_options_leaves_the_callers_mapping_alone() -> None:
+    options = {"rel_l1_thresh": 0.2}
+    CacheConfig.from_dict(options)
+    assert options == {"rel_l1_thresh": 0.2}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [json.dumps, lambda o: json.dumps(o, indent="\t"), yaml.safe_dump],
+    ids=["json", "json with tabs", "yaml"],
+)
+@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: {"cache": o, "model": "x"}])
+def test_a_config_survives_a_file(tmp_path: Path, write: Any, wrap: Any) -> None:
+    config = CacheConfig(**CUSTOM)
+    path = tmp_path / "cache.conf"
+    path.write_text(write(wrap(config.to_dict())))
+    assert CacheConfig.from_file(path) == config
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.e-3", "+1.0e-3", ".001", "0.001"])
+def test_a_number_in_yaml_may_be_written_with_an_exponent(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "cache.yaml"
+    path.write_text(f"cache:\n  cache_ratio_threshold: {written}\n")
+    assert CacheConfig.from_file(path).cache_ratio_threshold == 0.001
+
+
+@pytest.mark.parametrize("text", ["e5", "1e", "1e-3x", "fast-1e3"])
+def test_text_in_yaml_stays_text(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cache.yaml"
+    path.write_text(f"name: {text}\n")
+    assert read_mapping(path) == {"name": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{a: [1", "is not valid YAML or JSON"),
+        (b"\xff\xfe\xff", "is not valid YAML or JSON"),
+        (b"- num_steps\n- 3\n", "must hold a mapping of options, not list"),
+        (b"[1, 2]", "must hold a mapping of options, not list"),
+        (b"", "must hold a mapping of options, not NoneType"),
+        (b"cache: [num_steps]", "'cache' in the config file .* not list"),
+        (b"cache:\n", "'cache' in the config file .* not NoneType"),
+        (b"cache: {num_stepz: 3}", "did you mean 'num_steps'"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_an_error(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "cache.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        CacheConfig.from_file(path)
+
+
+@pytest.mark.parametrize(("name", "words"), [("none.yaml", "No such file"), (".", "directory")])
+def test_a_path_that_cannot_be_read_is_an_error(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot read the config file .*{words}"):
+        CacheConfig.from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {}),
+        ({"num_steps": 3, "granularity": 2}, {"granularity": 2, "num_steps": 3}),
+        ({"cache_ratio_threshold": 1}, {"cache_ratio_threshold": 1.0}),
+        ({"sync_timeout_s": 600}, {}),
+        ({"rel_l1_thresh": 0.2}, {"cache_ratio_threshold": 0.2}),
+    ],
+)
+def test_equal_options_have_one_digest(one: dict[str, Any], other: dict[str, Any]) -> None:
+    digest = CacheConfig.from_dict(one).digest()
+    assert digest == CacheConfig.from_dict(other).digest()
+    assert 0 <= digest < 2**48
+
+
+@pytest.mark.parametrize("change", CUSTOM.items(), ids=lambda item: item[0])
+def test_any_other_option_has_another_digest(change: tuple[str, Any]) -> None:
+    assert CacheConfig(**dict([change])).digest() != CacheConfig().digest()
+
+
+def test_the_digest_is_the_same_in_another_process() -> None:
+    code = "from xfuser_fastcache import CacheConfig; print(CacheConfig(num_steps=3).digest())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+    assert int(found.stdout) == CacheConfig(num_steps=3).digest()
+
+
+def test_the_documented_table_is_the_codes_own() -> None:
+    text = DOCUMENT.read_text()
+    begin, end = "<!-- options: begin -->\n", "<!-- options: end -->"
+    assert text.split(begin)[1].split(end)[0] == options_table(), (
+        "docs/configuration.md is out of date; the command in it regenerates the table"
+    )
+
+
+@pytest.mark.parametrize("option", dataclasses.fields(CacheConfig), ids=lambda o: o.name)
+def test_the_table_gives_type_default_and_range_of_every_option(
+    option: dataclasses.Field[Any],
+) -> None:
+    rows = [line.replace("\\|", "/").split(" | ") for line in options_table().splitlines()]
+    (row,) = [row for row in rows if row[0] == f"| `{option.name}`"]
+    wanted = [f"`{option.type}`", f"`{option.default!r}`", option.metadata["allowed"]]
+    assert row[1:4] == [cell.replace("|", "/") for cell in wanted]
+    assert row[4].removesuffix(" |") and ("raises" in row[4]) == bool(option.metadata["later"])

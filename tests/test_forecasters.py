@@ -1,0 +1,234 @@
+"""Forecasters are exact on what they claim, for image and text, in the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.backends import FORECASTERS, backend
+from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.forecasters.base import Forecaster
+from xfuser_fastcache.forecasters.linear import RIDGE, LinearForecaster
+from xfuser_fastcache.forecasters.reuse import ReuseForecaster
+from xfuser_fastcache.forecasters.taylor import TaylorForecaster
+from xfuser_fastcache.state import Anchor, Memory, Reference
+
+BATCH, TOKENS, TEXT_TOKENS, DIM = 2, 6, 3, 4
+both_streams = pytest.mark.parametrize("text", [True, False], ids=["image and text", "image"])
+every_forecaster = pytest.mark.parametrize("make", FORECASTERS.values(), ids=FORECASTERS)
+
+
+def streams(seed: int, text: bool = True, dtype: torch.dtype = torch.float64) -> Streams:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(BATCH, TOKENS, DIM, generator=generator, dtype=torch.float64)
+    words = torch.randn(BATCH, TEXT_TOKENS, DIM, generator=generator, dtype=torch.float64)
+    return Streams(image.to(dtype), words.to(dtype) if text else None)
+
+
+def anchor(noise_level: float, inputs: Streams, residual: Streams) -> Anchor:
+    return Anchor(noise_level, inputs, residual, Reference.of(inputs.hidden_states))
+
+
+def remember(forecaster: Forecaster, *anchors: Anchor) -> Memory:
+    """Return the memory of steps computed in this order."""
+    memory = Memory()
+    for computed in anchors:
+        memory = forecaster.update(memory, computed)
+    return memory
+
+
+def assert_close(found: Streams, wanted: Streams) -> None:
+    torch.testing.assert_close(found.hidden_states, wanted.hidden_states)
+    torch.testing.assert_close(found.encoder_hidden_states, wanted.encoder_hidden_states)
+
+
+@both_streams
+def test_reuse_is_exact_on_a_constant_residual(text: bool) -> None:
+    residual = streams(1, text)
+    memory = remember(
+        ReuseForecaster(), *(anchor(s, streams(i, text), residual) for i, s in enumerate((1, 0.9)))
+    )
+    now = streams(5, text)
+    assert_close(ReuseForecaster().forecast(memory, now, 0.1), now.map(torch.add, residual))
+
+
+@both_streams
+@pytest.mark.parametrize("sigmas", [(1.0, 0.9), (0.97, 0.42), (1.0, 0.8, 0.79)])
+@pytest.mark.parametrize("sigma", [0.4, 0.15, 0.0])
+def test_taylor_is_exact_on_residuals_linear_in_sigma_unevenly_spaced(
+    sigmas: tuple[float, ...], sigma: float, text: bool
+) -> None:
+    constant, slope = streams(1, text), streams(2, text)
+
+    def residual(level: float) -> Streams:
+        return constant.map(lambda c, s: c + level * s, slope)
+
+    memory = remember(
+        TaylorForecaster(),
+        *(anchor(s, streams(int(100 * s), text), residual(s)) for s in sigmas),
+    )
+    now = streams(5, text)
+    wanted = now.map(torch.add, residual(sigma))
+    assert_close(TaylorForecaster().forecast(memory, now, sigma), wanted)
+
+
+def test_taylor_over_two_anchors_at_one_noise_level_is_reuse() -> None:
+    old, new = (anchor(0.5, streams(s), streams(s + 1)) for s in (1, 3))
+    now = streams(5)
+    found = TaylorForecaster().forecast(remember(TaylorForecaster(), old, new), now, 0.3)
+    assert_close(found, now.map(torch.add, new.residual))
+
+
+@every_forecaster
+@both_streams
+def test_with_one_anchor_every_forecaster_is_reuse(make: type[Forecaster], text: bool) -> None:
+    only = anchor(0.7, streams(1, text), streams(2, text))
+    now = streams(5, text)
+    memory = remember(make(), only)
+    assert_close(make().forecast(memory, now, 0.2), now.map(torch.add, only.residual))
+
+
+@every_forecaster
+def test_at_its_anchor_every_forecaster_returns_what_was_computed(make: type[Forecaster]) -> None:
+    old, new = (anchor(level, streams(i), streams(i + 7)) for i, level in enumerate((0.9, 0.6)))
+    found = make().forecast(remember(make(), old, new), new.inputs, 0.6)
+    assert_close(found, new.inputs.map(torch.add, new.residual))
+
+
+@both_streams
+def test_linear_is_the_ridge_regression_of_residual_on_input(text: bool) -> None:
+    old, new = (
+        anchor(level, streams(i, text), streams(i + 7, text)) for i, level in ((1, 1), (2, 0))
+    )
+    now = streams(5, text)
+
+    def closed_form(
+        x: torch.Tensor, x1: torch.Tensor, x0: torch.Tensor, r1: torch.Tensor, r0: torch.Tensor
+    ) -> torch.Tensor:
+        dx, dr = (x1 - x0).flatten(0, 1), (r1 - r0).flatten(0, 1)
+        ridge = RIDGE * dx.square().sum(0).mean()
+        slope = torch.stack(
+            [dx[:, d] @ dr[:, d] / (dx[:, d] @ dx[:, d] + ridge) for d in range(DIM)]
+        )
+        return x + r1 + slope * (x - x1)
+
+    wanted = now.map(closed_form, new.inputs, old.inputs, new.residual, old.residual)
+    found = LinearForecaster().forecast(remember(LinearForecaster(), old, new), now, 0.3)
+    # The slope is summed in float32.
+    torch.testing.assert_close(found.hidden_states, wanted.hidden_states, rtol=1e-5, atol=1e-5)
+    assert text == (found.encoder_hidden_states is not None)
+    if text:
+        torch.testing.assert_close(
+            found.encoder_hidden_states, wanted.encoder_hidden_states, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_linear_shrinks_the_true_slope_by_the_ridge_alone() -> None:
+    # Equal energies in all channels: each slope shrinks by the factor 1 / (1 + RIDGE).
+    signs = torch.sign(streams(1).hidden_states)
+    x0, x1 = torch.zeros_like(signs), signs
+    slope = torch.tensor([0.5, -0.25, 0.0, 2.0], dtype=torch.float64)
+    old = anchor(1.0, Streams(x0), Streams(slope * x0))
+    new = anchor(0.5, Streams(x1), Streams(slope * x1))
+    memory = remember(LinearForecaster(), old, new)
+    assert memory.slope is not None
+    torch.testing.assert_close(memory.slope.hidden_states, slope / (1 + RIDGE))
+
+
+def test_linear_on_an_input_that_does_not_move_is_reuse() -> None:
+    still = streams(1)
+    old, new = (anchor(level, still, streams(i)) for i, level in ((2, 0.9), (3, 0.6)))
+    memory = remember(LinearForecaster(), old, new)
+    now = streams(5)
+    assert_close(LinearForecaster().forecast(memory, now, 0.3), now.map(torch.add, new.residual))
+
+
+@every_forecaster
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_and_device_are_preserved(make: type[Forecaster], dtype: torch.dtype) -> None:
+    memory = remember(
+        make(),
+        *(
+            anchor(level, streams(i, dtype=dtype), streams(i + 7, dtype=dtype))
+            for i, level in enumerate((0.9, 0.6, 0.5))
+        ),
+    )
+    now = streams(5, dtype=dtype)
+    found = make().forecast(memory, now, 0.3)
+    for given, returned in (
+        (now.hidden_states, found.hidden_states),
+        (now.encoder_hidden_states, found.encoder_hidden_states),
+    ):
+        assert returned is not None and given is not None
+        assert (returned.dtype, returned.device) == (given.dtype, given.device)
+        assert returned.isfinite().all()
+
+
+@every_forecaster
+def test_forecasting_changes_neither_memory_nor_input(make: type[Forecaster]) -> None:
+    anchors = [anchor(level, streams(i), streams(i + 7)) for i, level in enumerate((0.9, 0.6))]
+    memory, now = remember(make(), *anchors), streams(5)
+    first = make().forecast(memory, now, 0.3)
+    assert_close(now, streams(5))
+    assert_close(make().forecast(memory, now, 0.3), first)
+    assert memory.anchors == tuple(reversed(anchors))[: make().depth]
+
+
+@every_forecaster
+def test_updating_returns_a_new_memory_and_leaves_the_old_one_alone(
+    make: type[Forecaster],
+) -> None:
+    first, second = (anchor(level, streams(i), streams(i)) for i, level in ((1, 0.9), (2, 0.6)))
+    old = remember(make(), first)
+    new = make().update(old, second)
+    assert (old.anchors, old.slope) == ((first,), None)
+    assert new.anchors == (second, first)[: make().depth]
+
+
+@every_forecaster
+@pytest.mark.parametrize("lengths", [(6,), (2, 4), (1, 2, 3)])
+def test_a_split_memory_forecasts_each_patch_as_the_whole(
+    make: type[Forecaster], lengths: tuple[int, ...]
+) -> None:
+    anchors = [anchor(level, streams(i), streams(i + 7)) for i, level in enumerate((0.9, 0.6))]
+    memory, now = remember(make(), *anchors), streams(5)
+    whole = make().forecast(memory, now, 0.3)
+    patches = memory.split(lengths)
+    assert len(patches) == len(lengths)
+    start = 0
+    for length, patch in zip(lengths, patches, strict=True):
+        part, wanted = (
+            Streams(x.hidden_states[:, start : start + length], x.encoder_hidden_states)
+            for x in (now, whole)
+        )
+        assert_close(make().forecast(patch, part, 0.3), wanted)
+        start += length
+    for index, computed in enumerate(memory.anchors):
+        cut = [patch.anchors[index].reference for patch in patches]
+        for field in ("hidden_states", "energy"):
+            joined = torch.cat([getattr(part, field) for part in cut], dim=1)
+            assert torch.equal(joined, getattr(computed.reference, field))
+
+
+def test_memory_counts_the_bytes_of_its_tensors() -> None:
+    computed = anchor(0.5, streams(1), streams(2))
+    stream_bytes = BATCH * (TOKENS + TEXT_TOKENS) * DIM * 8
+    energy_bytes = BATCH * TOKENS * 4
+    assert Memory((computed, computed)).nbytes() == 2 * (2 * stream_bytes + energy_bytes)
+    slope = Streams(torch.zeros(DIM), torch.zeros(DIM))
+    assert Memory(slope=slope).nbytes() == 2 * DIM * 4
+
+
+@pytest.mark.parametrize(("name", "depth"), [("reuse", 1), ("linear", 1), ("taylor", 2)])
+def test_only_as_many_anchors_are_kept_as_are_looked_at(name: str, depth: int) -> None:
+    forecaster = FORECASTERS[name]()
+    anchors = [anchor(1 - i / 10, streams(i), streams(i)) for i in range(4)]
+    assert len(remember(forecaster, *anchors).anchors) == depth
+
+
+@pytest.mark.parametrize(("name", "make"), FORECASTERS.items())
+def test_the_option_selects_the_forecaster(name: str, make: Callable[[], Forecaster]) -> None:
+    assert type(backend("Fast").forecaster(CacheConfig(forecaster=name))) is make

@@ -1,0 +1,204 @@
+"""Moments: right sums, the same integers for every sharding, and no wrap, whatever comes in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from xfuser_fastcache.moments import (
+    CHANGE,
+    CHANGE_SQUARED,
+    INITIAL_EXPONENT,
+    MAX_TOKENS,
+    NONFINITE,
+    OVERFLOW,
+    REFERENCE,
+    SLOTS,
+    TOKEN_BITS,
+    TOKENS,
+    Moments,
+    Reference,
+    measure,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DIMS = (8, 31, 128, 1152, 3072)
+BATCH, COUNT = 2, 37
+
+
+def pair(dim: int, dtype: torch.dtype, rms: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(batch, tokens, dim)` now and at the anchor; tokens differ in size and in change."""
+    generator = torch.Generator().manual_seed(dim)
+    size = torch.logspace(-1, 0.5, COUNT)[:, None] * rms
+    anchor = torch.randn(BATCH, COUNT, dim, generator=generator) * size
+    change = torch.randn(BATCH, COUNT, dim, generator=generator) * size.flip(0) * 0.1
+    return (anchor + change).to(dtype), anchor.to(dtype)
+
+
+def moments(now: torch.Tensor, anchor: torch.Tensor | None, exponent: int) -> Moments:
+    reference = None if anchor is None else Reference.of(anchor)
+    return Moments.decode(measure(now, reference, exponent).tolist(), exponent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_sums_match_a_float64_reference(dim: int, dtype: torch.dtype) -> None:
+    now, anchor = pair(dim, dtype)
+    # The difference itself is taken in the model's dtype.
+    change = (now - anchor).double().square().sum(-1)
+    reference = anchor.double().square().sum(-1)
+    found = moments(now, anchor, math.ceil(math.log2(reference.mean().item())))
+    assert found.change == pytest.approx(change.sum().item(), rel=1e-5)
+    assert found.change_squared == pytest.approx(change.square().sum().item(), rel=1e-4)
+    assert found.reference == pytest.approx(reference.sum().item(), rel=1e-5)
+    assert (found.tokens, found.nonfinite, found.overflow) == (BATCH * COUNT, 0, 0)
+
+
+@pytest.mark.parametrize("exponent", [4, 9, 14])
+def test_without_a_reference_the_change_is_zero_and_the_own_energy_is_the_reference(
+    exponent: int,
+) -> None:
+    now, _ = pair(64, torch.float32)
+    found = moments(now, None, exponent)
+    assert (found.change, found.change_squared, found.tokens) == (0, 0, BATCH * COUNT)
+    assert found.reference == pytest.approx(now.double().square().sum().item(), rel=1e-4)
+
+
+SHARDINGS: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    "uneven": lambda x: list(x.split([1, 19, 17], dim=1)),
+    "one token each": lambda x: list(x.split(1, dim=1)),
+    "by batch item": lambda x: list(x.split(1, dim=0)),
+    "an empty shard": lambda x: list(x.split([0, COUNT], dim=1)),
+    "permuted": lambda x: [x[:, torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))]],
+    "contiguous shards": lambda x: [part.contiguous() for part in x.split(5, dim=1)],
+    "token-major": lambda x: [x.transpose(0, 1).contiguous().transpose(0, 1)],
+    "channel-major": lambda x: [x.mT.contiguous().mT],
+    "every other channel of a wider tensor": lambda x: [x.repeat_interleave(2, dim=-1)[..., ::2]],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_any_sharding_of_the_same_tokens_sums_to_the_same_integers(
+    sharding: str, dim: int, dtype: torch.dtype
+) -> None:
+    now, anchor = pair(dim, dtype)
+    whole = measure(now, Reference.of(anchor), 5)
+    shards = zip(SHARDINGS[sharding](now), SHARDINGS[sharding](anchor), strict=True)
+    parts = [measure(part, Reference.of(before), 5) for part, before in shards]
+    assert torch.stack(parts).sum(0).tolist() == whole.tolist()
+
+
+def test_a_change_of_one_token_changes_the_integers() -> None:
+    now, anchor = pair(128, torch.float32)
+    before = measure(now, Reference.of(anchor), 5)
+    now[0, 3] *= 1.01
+    assert measure(now, Reference.of(anchor), 5)[CHANGE] != before[CHANGE]
+
+
+@pytest.mark.parametrize(
+    ("bad", "slot"),
+    [
+        (math.nan, NONFINITE),
+        (math.inf, NONFINITE),
+        (-math.inf, NONFINITE),
+        (1e30, NONFINITE),
+        (1e6, OVERFLOW),
+    ],
+)
+@pytest.mark.parametrize("where", ["now", "anchor", "both"])
+def test_tokens_that_cannot_be_measured_are_counted(bad: float, slot: int, where: str) -> None:
+    now, anchor = pair(16, torch.float32)
+    for tensor, name in ((now, "now"), (anchor, "anchor")):
+        if where in (name, "both"):
+            tensor[0, 3, 5] = tensor[1, 7, 0] = bad
+    found = measure(now, Reference.of(anchor), 0)
+    other = {NONFINITE: OVERFLOW, OVERFLOW: NONFINITE}[slot]
+    assert (found[slot], found[other], found[TOKENS]) == (2, 0, BATCH * COUNT)
+    assert (found >= 0).all()
+
+
+def test_a_nan_adds_nothing_to_the_sums() -> None:
+    now, anchor = pair(16, torch.float32)
+    healthy = measure(now[:, 1:], Reference.of(anchor[:, 1:]), 0)
+    now[:, 0] = anchor[:, 0] = math.nan
+    found = measure(now, Reference.of(anchor), 0)
+    sums = [CHANGE, CHANGE_SQUARED, REFERENCE]
+    assert found[sums].tolist() == healthy[sums].tolist()
+
+
+@pytest.mark.parametrize("bad", [math.inf, 1e18])
+def test_clamped_tokens_add_up_without_wrap(bad: float) -> None:
+    now, anchor = torch.full((1, 1000, 4), bad), torch.full((1, 1000, 4), -bad)
+    found = measure(now, Reference.of(anchor), 0)
+    assert found[[CHANGE, CHANGE_SQUARED, REFERENCE]].tolist() == [1000 * 2**TOKEN_BITS] * 3
+    # So many tokens of the largest moment that is ever written fit into 63 bits.
+    assert MAX_TOKENS * 2**TOKEN_BITS < 2**63
+
+
+@pytest.mark.parametrize(("tokens", "overflow"), [(MAX_TOKENS, 0), (MAX_TOKENS + 3, 3)])
+def test_more_tokens_than_fit_count_as_overflow(tokens: int, overflow: int) -> None:
+    slots = [0] * SLOTS
+    slots[TOKENS] = tokens
+    assert Moments.decode(slots, 0).overflow == overflow
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flux_at_rms_300_fits_the_initial_scale(dtype: torch.dtype) -> None:
+    now = (torch.randn(1, 64, 3072, generator=torch.Generator().manual_seed(0)) * 300).to(dtype)
+    found = moments(now, None, INITIAL_EXPONENT)
+    assert (found.nonfinite, found.overflow) == (0, 0)
+    assert found.reference == pytest.approx(now.double().square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rms", [1e-3, 1.0, 300.0, 1e4])
+def test_the_scale_adapts_until_nothing_overflows_and_small_changes_are_seen(rms: float) -> None:
+    now, anchor = pair(3072, torch.float32, rms)
+    exponent = INITIAL_EXPONENT
+    for _ in range(4):
+        exponent = moments(now, anchor, exponent).next_exponent(exponent)
+    found = moments(now, anchor, exponent)
+    change = (now - anchor).double().square().sum(-1)
+    assert (found.nonfinite, found.overflow) == (0, 0)
+    assert found.change == pytest.approx(change.sum().item(), rel=1e-4)
+    assert found.change_squared == pytest.approx(change.square().sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("reference", "tokens", "overflow", "exponent"),
+    [
+        (640.0, 64, 0, 4),
+        (16.0 * 64, 64, 0, 4),
+        (0.25, 1, 0, -2),
+        (0.0, 64, 0, 7),
+        (0.0, 0, 0, 7),
+        (640.0, 64, 1, 7 + 12),
+    ],
+)
+def test_the_next_scale_is_the_power_of_two_above_the_mean_reference(
+    reference: float, tokens: int, overflow: int, exponent: int
+) -> None:
+    found = Moments(0.0, 0.0, reference, tokens, nonfinite=0, overflow=overflow)
+    assert found.next_exponent(7) == exponent
+
+
+def test_a_broken_run_never_drives_the_scale_out_of_range() -> None:
+    now, anchor = torch.full((1, 4, 8), math.inf), torch.full((1, 4, 8), -math.inf)
+    exponent = INITIAL_EXPONENT
+    for _ in range(200):
+        exponent = moments(now, anchor, exponent).next_exponent(exponent)
+    assert moments(now, anchor, exponent).nonfinite == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_measuring_leaves_its_inputs_alone(dtype: torch.dtype) -> None:
+    now, anchor = pair(64, dtype)
+    reference = Reference.of(anchor)
+    copies = now.clone(), anchor.clone(), reference.energy.clone()
+    measure(now, reference, 3)
+    assert all(map(torch.equal, (now, anchor, reference.energy), copies))
+    assert reference.energy.dtype == torch.float32
