@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter
+from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
 
 # Since diffusers 0.35 both kinds of block take the two streams and return them text first.
 _BLOCK = BlockContract(
@@ -54,6 +54,7 @@ class FluxAdapter(ModelAdapter):
         return timestep
 
     @classmethod
-    def noise_levels(cls, scheduler: Any) -> list[float]:
-        """Sigma of every planned step; the scheduler appends a final 0, which is no step."""
-        return scheduler.sigmas[: len(scheduler.timesteps)].tolist()
+    def plan(cls, scheduler: Any) -> list[Step]:
+        """Every planned step; the scheduler appends a final sigma of 0, which is no step."""
+        count = len(scheduler.timesteps)
+        return [Step(sigma, sigma) for sigma in scheduler.sigmas[:count].tolist()]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from xfuser_fastcache.block_contract import Step
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.timeline import Call, Schedule, Timeline
 
@@ -15,7 +16,7 @@ WHOLE = Position()
 
 def schedule(*levels: float) -> Schedule:
     """Return a new plan, as `set_timesteps` makes one."""
-    return Schedule(torch.tensor(levels), levels)
+    return Schedule(torch.tensor(levels), tuple(Step(level, level) for level in levels))
 
 
 def opened(timeline: Timeline, level: float, **given: Any) -> Call:
@@ -154,7 +155,7 @@ def test_without_a_plan_the_last_step_is_unknown() -> None:
 
 def test_the_plan_says_which_step_is_the_last_also_against_num_steps() -> None:
     timeline, plan = Timeline(num_steps=2), schedule(1.0, 0.7, 0.4)
-    calls = [opened(timeline, level, schedule=plan) for level in plan.noise_levels]
+    calls = [opened(timeline, level, schedule=plan) for level in plan.timesteps.tolist()]
     assert [c.is_last_step for c in calls] == [False, False, True]
     assert [c.more_steps_follow for c in calls] == [True, True, False]
 

@@ -214,7 +214,7 @@ def _step_opener(
         if timesteps is None:
             schedule = None
         elif schedule is None or schedule.timesteps is not timesteps:
-            schedule = Schedule(timesteps, tuple(adapter.noise_levels(scheduler)))
+            schedule = Schedule(timesteps, tuple(adapter.plan(scheduler)))
         hidden_states = args[0] if args else kwargs["hidden_states"]
         position = layout.position()
         tokens = sum(position.patch_tokens) or tuple(hidden_states.shape[1:])

@@ -28,14 +28,13 @@ class Streams:
     encoder_hidden_states: torch.Tensor | None = None
 
     def map(self, function: Callable[..., torch.Tensor], *others: Streams) -> Streams:
-        """Apply `function` stream by stream, to this and to the same stream of `others`."""
-        text = self.encoder_hidden_states
-        return Streams(
-            function(self.hidden_states, *(other.hidden_states for other in others)),
-            None
-            if text is None
-            else function(text, *(other.encoder_hidden_states for other in others)),
-        )
+        """Apply `function` stream by stream, to this and to the same stream of `others`.
+
+        A text stream that one of them lacks is left out: the last block of SD3 drops it.
+        """
+        image = function(self.hidden_states, *(other.hidden_states for other in others))
+        texts = [streams.encoder_hidden_states for streams in (self, *others)]
+        return Streams(image, None if any(text is None for text in texts) else function(*texts))
 
     def split(self, lengths: tuple[int, ...]) -> list[Streams]:
         """Cut the image tokens into consecutive parts; each keeps the whole text stream.
@@ -96,6 +95,19 @@ class BlockContract:
         return tuple(named[name] for name in self.returns)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One planned denoising step.
+
+    Attributes:
+        timestep: as the transformer gets it, but for rounding to the model's dtype.
+        noise_level: sigma; the variable of forecasts.
+    """
+
+    timestep: float
+    noise_level: float
+
+
 class ModelAdapter(ABC):
     """What the engine must know of a model family; one file a family, no state.
 
@@ -133,5 +145,5 @@ class ModelAdapter(ABC):
 
     @classmethod
     @abstractmethod
-    def noise_levels(cls, scheduler: Any) -> list[float]:
-        """Return the noise level of each of `scheduler.timesteps`, in full precision."""
+    def plan(cls, scheduler: Any) -> list[Step]:
+        """Return the steps that `scheduler.timesteps` plans, in full precision."""

@@ -13,6 +13,7 @@ uses it for step t + 2; by then every stage has closed step t, so nobody waits.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,8 @@ class CacheEngine:
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
-        self.watchdog = Watchdog(config.sync_timeout_s, consensus.absent)
+        self.watchdog = Watchdog(config.sync_timeout_s, consensus)
+        weakref.finalize(self, self.watchdog.close)
         self._owes_consensus = False
         self._entered: Streams | None = None
         self._said: set[str] = set()

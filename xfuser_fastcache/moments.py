@@ -26,12 +26,16 @@ CHANGE, CHANGE_SQUARED, REFERENCE, TOKENS, NONFINITE, OVERFLOW = range(6)
 SLOTS = 6
 
 FRACTION = 26
-FRACTION_SQUARED = 36
+# Room for a token that changes by 2**9 times the mean energy; coarse for small changes, which all
+# round to 0 together where no token stands out: the gate then takes its cap.
+FRACTION_SQUARED = 24
 # A token's moment stays below 2**TOKEN_BITS, so 2**(62 - TOKEN_BITS) tokens add up without wrap.
 TOKEN_BITS = 42
 MAX_TOKENS = 2 ** (62 - TOKEN_BITS)
 # Before any reduced reference is known: room for a token of squared norm 2**29 (FLUX at RMS 300).
 INITIAL_EXPONENT = 14
+# Squared norms below 2**-126 are no float32.
+SMALLEST_EXPONENT = -126
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,13 @@ class Moments:
 
     def next_exponent(self, exponent: int) -> int:
         """Return the scale for the next measurement: a power of two near the mean reference."""
-        if self.overflow or self.tokens == 0 or self.reference <= 0:
-            # Clamped sums say only that the scale was too small; 2**12 more is one step's room.
-            return exponent + 12 if self.overflow else exponent
+        if self.tokens == 0 or self.nonfinite:
+            return exponent
+        # Clamped sums say only that the scale was too small, zeros that it was too large.
+        if self.overflow:
+            return exponent + 12
+        if self.reference <= 0:
+            return max(exponent - 24, SMALLEST_EXPONENT)
         return math.ceil(math.log2(self.reference / self.tokens))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xfuser_fastcache.block_contract import Step
 from xfuser_fastcache.layout import Position
 
 
@@ -16,11 +17,11 @@ class Schedule:
     Attributes:
         timesteps: the scheduler's own tensor; `set_timesteps` makes a new one, so its identity
             marks a generation.
-        noise_levels: sigma of each step, in order.
+        steps: what it has planned, in order.
     """
 
     timesteps: torch.Tensor
-    noise_levels: tuple[float, ...]
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Timeline:
         if branch_name is not None and opens:
             self._names.append(branch_name)
         self._timestep, self._noise_level = timestep, noise_level
-        level, remaining = self._planned(noise_level)
+        level, remaining = self._planned(timestep, noise_level)
         return Call(
             generation=self._generation,
             step=self._step,
@@ -147,17 +148,17 @@ class Timeline:
         """Let the next forward pass start a new generation."""
         self._timestep = None
 
-    def _planned(self, noise_level: float) -> tuple[float, int | None]:
+    def _planned(self, timestep: float, noise_level: float) -> tuple[float, int | None]:
         """Return the noise level in the scheduler's precision, and the number of steps to come.
 
-        The transformer sees timesteps in the model's dtype (8 bits in bf16). A level that is no
-        step of the plan means that the plan is another pipeline's: then it is not used.
+        The transformer sees timesteps in the model's dtype (8 bits in bf16). A timestep that is
+        not of the plan means that the plan is another pipeline's: then it is not used.
         """
-        levels = self._schedule.noise_levels if self._schedule is not None else ()
-        if levels:
-            index = min(range(len(levels)), key=lambda i: abs(levels[i] - noise_level))
-            if abs(levels[index] - noise_level) <= 0.01 * abs(noise_level) + 1e-6:
-                return levels[index], len(levels) - 1 - index
+        steps = self._schedule.steps if self._schedule is not None else ()
+        if steps:
+            index = min(range(len(steps)), key=lambda i: abs(steps[i].timestep - timestep))
+            if abs(steps[index].timestep - timestep) <= 0.01 * abs(timestep) + 1e-6:
+                return steps[index].noise_level, len(steps) - 1 - index
         if self.num_steps is None:
             return noise_level, None
         return noise_level, max(0, self.num_steps - 1 - self._step)

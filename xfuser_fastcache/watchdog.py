@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+
+from xfuser_fastcache.consensus import Consensus
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -18,12 +19,12 @@ class Watchdog:
 
     Args:
         timeout_s: longest time between two events, in seconds.
-        absent: returns the ranks that are behind, with where they were last seen.
+        consensus: knows the ranks that are behind; a group of one rank is not watched.
     """
 
-    def __init__(self, timeout_s: float, absent: Callable[[], dict[int, str]]):
+    def __init__(self, timeout_s: float, consensus: Consensus):
         self.timeout_s = timeout_s
-        self.absent = absent
+        self.consensus = consensus
         self._deadline: float | None = None
         self._place = ""
         self._closed = threading.Event()
@@ -32,6 +33,8 @@ class Watchdog:
     def expect(self, place: str) -> None:
         """Expect another event within `timeout_s`; `place` is where this rank is now."""
         self._place = place
+        if self.consensus.group.world_size == 1:
+            return
         self._deadline = time.monotonic() + self.timeout_s
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="fastcache-watchdog")
@@ -51,9 +54,11 @@ class Watchdog:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 self._deadline = None
-                who = "; ".join(f"rank {rank} ({where})" for rank, where in self.absent().items())
+                absent = self.consensus.absent()
+                who = "; ".join(f"rank {rank} ({where})" for rank, where in absent.items())
                 logger.error(
-                    "No progress for sync_timeout_s=%g s since %s. Ranks behind: %s.",
+                    "No progress for sync_timeout_s=%g s since %s, unless the generation was "
+                    "interrupted on purpose. Ranks behind: %s.",
                     self.timeout_s,
                     self._place,
                     who or "none; look at the slowest communication",

@@ -65,8 +65,8 @@ class ChiSquareGate(Gate):
             quantile = 2.0 * gammaincinv(degrees / 2, 1 - self.alpha)
             return bool(evidence.change < evidence.reference * quantile / degrees)
         if evidence.change_squared <= 0:
-            # Nothing moved as far as the fixed point can tell; one degree is the strictest test.
-            degrees = 1.0
+            # No token moved enough to stand out from the others.
+            degrees = MAX_DEGREES_OF_FREEDOM
         else:
             degrees = evidence.change**2 / evidence.change_squared
             degrees = min(max(degrees, 1.0), MAX_DEGREES_OF_FREEDOM)

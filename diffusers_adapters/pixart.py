@@ -1,0 +1,74 @@
+"""PixArt-Alpha and -Sigma: blocks that carry image tokens alone; text comes by cross-attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser_fastcache.block_contract import HIDDEN, BlockContract, ModelAdapter, Step
+
+_BLOCK = BlockContract(parameters=(HIDDEN,), returns=(HIDDEN,))
+_TIMESTEP = 2
+# The noise schedule that PixArt was trained with: betas rise linearly.
+_BETAS = (0.0001, 0.02, 1000)
+
+
+def _level(alphas_cumprod: list[float], timestep: float) -> float:
+    alpha = alphas_cumprod[min(max(round(timestep), 0), len(alphas_cumprod) - 1)]
+    return math.sqrt((1 - alpha) / alpha)
+
+
+@cache
+def _alphas_cumprod() -> list[float]:
+    return torch.cumprod(1 - torch.linspace(*_BETAS, dtype=torch.float64), dim=0).tolist()
+
+
+class PixArtAdapter(ModelAdapter):
+    """PixArt as diffusers' `PixArtTransformer2DModel` and as xfuser's wrapper around it.
+
+    The variable of forecasts is the model's own noise level sqrt((1 - a) / a), a being the
+    cumulative product of alphas, since its schedulers need not have a sigma.
+
+    Source: diffusers `models/transformers/pixart_transformer_2d.py`; betas from the scheduler
+    configuration of PixArt-alpha.
+    """
+
+    block_lists = {"transformer_blocks": _BLOCK}
+
+    @classmethod
+    def model_names(cls) -> tuple[str, ...]:
+        """Names of the supported transformer classes."""
+        return ("PixArtTransformer2DModel",)
+
+    @classmethod
+    def supports(cls, model: nn.Module) -> bool:
+        """Say whether `model` is a PixArt transformer."""
+        from diffusers import PixArtTransformer2DModel
+
+        return isinstance(model, PixArtTransformer2DModel)
+
+    @classmethod
+    def dim(cls, model: Any) -> int:
+        """Width of a token inside the blocks."""
+        return model.inner_dim
+
+    @classmethod
+    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The third parameter of the transformer's forward; 0 to 999."""
+        return args[_TIMESTEP] if len(args) > _TIMESTEP else kwargs["timestep"]
+
+    @classmethod
+    def noise_level(cls, timestep: float) -> float:
+        """The noise level of the published schedule, where no scheduler is at hand."""
+        return _level(_alphas_cumprod(), timestep)
+
+    @classmethod
+    def plan(cls, scheduler: Any) -> list[Step]:
+        """Every planned step with the scheduler's own noise level."""
+        alphas = scheduler.alphas_cumprod.tolist()
+        return [Step(t, _level(alphas, t)) for t in scheduler.timesteps.tolist()]
