@@ -47,7 +47,11 @@ setup(
         "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*"],
     },
     entry_points={
-        "xfuser_fastcache.adapters": ["flux = diffusers_adapters.flux:FluxAdapter"],
+        "xfuser_fastcache.adapters": [
+            "flux = diffusers_adapters.flux:FluxAdapter",
+            "sd3 = diffusers_adapters.sd3:SD3Adapter",
+            "pixart = diffusers_adapters.pixart:PixArtAdapter",
+        ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },
 )
