@@ -29,6 +29,7 @@ from _measure import DenoisingTimer, PeakMemory, comparison_sheet, psnr_db, ssim
 
 from xfuser_fastcache.config import CacheConfig, read_mapping
 from xfuser_fastcache.xdit import cpu_platform
+from xfuser_fastcache.xdit.mends import mend_xfuser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 XDIT_METHODS = ("teacache", "fbcache", "dbcache")
@@ -149,6 +150,7 @@ def load(options: argparse.Namespace) -> Any:
     from xfuser import xFuserArgs
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
+    mend_xfuser()
     fast_attn_cache = options.use_cache is True
     engine_config, _ = xFuserArgs.from_cli_args(
         argparse.Namespace(

@@ -23,6 +23,7 @@ from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,
     engine,
     get_cache_statistics,
+    remove_cache,
 )
 from xfuser_fastcache.hooks import hook_on  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
@@ -128,12 +129,17 @@ def main(case: str) -> None:
         generate(pipe)
     except ConsensusError as raised:
         error = f"{type(raised).__name__}: {raised}"
+    seconds = time.perf_counter() - started
+    decisions = list(cache.decisions.entries)
+    statistics = get_cache_statistics(pipe.transformer)
+    remove_cache(pipe.transformer)  # works also where the group is broken
     report(
         dist.get_rank(),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         error=error,
-        decisions=cache.decisions.entries,
-        statistics=get_cache_statistics(pipe.transformer) if not error else None,
+        decisions=decisions,
+        statistics=statistics,
+        removed=hook_on(pipe.transformer) is None,
         warnings=log.messages,
     )
     if error:

@@ -13,7 +13,9 @@ pytestmark = [pytest.mark.gloo, pytest.mark.chaos]
 
 
 def chaos(case: str, timeout_s: float = 120) -> dict[int, dict[str, Any]]:
-    return run_world("chaos_worker.py", 2, case, timeout_s=timeout_s)
+    world = run_world("chaos_worker.py", 2, case, timeout_s=timeout_s)
+    assert all(report["removed"] for report in world.values())
+    return world
 
 
 def flags(report: dict[str, Any]) -> list[int]:

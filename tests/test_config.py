@@ -173,7 +173,7 @@ def test_reading_options_leaves_the_callers_mapping_alone() -> None:
     [json.dumps, lambda o: json.dumps(o, indent="\t"), yaml.safe_dump],
     ids=["json", "json with tabs", "yaml"],
 )
-@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: {"cache": o, "model": "x"}])
+@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: {"cache_config": o, "model": "x"}])
 def test_a_config_survives_a_file(tmp_path: Path, write: Any, wrap: Any) -> None:
     config = CacheConfig(**CUSTOM)
     path = tmp_path / "cache.conf"
@@ -184,7 +184,7 @@ def test_a_config_survives_a_file(tmp_path: Path, write: Any, wrap: Any) -> None
 @pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.e-3", "+1.0e-3", ".001", "0.001"])
 def test_a_number_in_yaml_may_be_written_with_an_exponent(tmp_path: Path, written: str) -> None:
     path = tmp_path / "cache.yaml"
-    path.write_text(f"cache:\n  cache_ratio_threshold: {written}\n")
+    path.write_text(f"cache_config:\n  cache_ratio_threshold: {written}\n")
     assert CacheConfig.from_file(path).cache_ratio_threshold == 0.001
 
 
@@ -203,9 +203,9 @@ def test_text_in_yaml_stays_text(tmp_path: Path, text: str) -> None:
         (b"- num_steps\n- 3\n", "must hold a mapping of options, not list"),
         (b"[1, 2]", "must hold a mapping of options, not list"),
         (b"", "must hold a mapping of options, not NoneType"),
-        (b"cache: [num_steps]", "'cache' in the config file .* not list"),
-        (b"cache:\n", "'cache' in the config file .* not NoneType"),
-        (b"cache: {num_stepz: 3}", "did you mean 'num_steps'"),
+        (b"cache_config: [num_steps]", "'cache_config' in the config file .* not list"),
+        (b"cache_config:\n", "'cache_config' in the config file .* not NoneType"),
+        (b"cache_config: {num_stepz: 3}", "did you mean 'num_steps'"),
     ],
 )
 def test_a_file_that_holds_no_options_is_an_error(

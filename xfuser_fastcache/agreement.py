@@ -167,12 +167,17 @@ class Agreement:
     def finish(self) -> None:
         """Complete a generation: nothing of it reaches into the next.
 
+        After a failed wait there is nothing that could be completed; the next vector says so again.
+
         Raises:
             ConsensusError: with `verify_consensus`, ranks decided differently.
         """
         tickets = [t for shared in self.branches.values() for t, _ in shared.tickets]
         for shared in self.branches.values():
             shared.tickets.clear()
+        if self.consensus.broken:
+            self._verifications.clear()
+            return
         for ticket in sorted(tickets, key=lambda ticket: ticket.sequence):
             self.consensus.wait(ticket)
         self.complete_verifications()

@@ -29,7 +29,8 @@ def apply_cache_on_transformer(
     """Put a step cache on a transformer, in place.
 
     Under torch.distributed it is a collective call: every rank of the decision group makes it,
-    with the same options. Apply it after xfuser has wrapped the pipeline.
+    with the same options. Apply it after xfuser has wrapped the pipeline. `sync_timeout_s` also
+    becomes the limit of xfuser's own waits, and stays it when the cache is removed.
 
     Args:
         transformer: a supported diffusers transformer, or xfuser's wrapper around one.

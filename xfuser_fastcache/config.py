@@ -85,7 +85,8 @@ class CacheConfig:
     sync_timeout_s: float = _option(
         600.0,
         "finite number > 0",
-        "longest wait for another rank (seconds); then an error names it",
+        "longest wait for another rank, also in xfuser's own collectives (seconds); then an error "
+        "names it",
     )
     verify_consensus: bool = _option(
         False, "true | false", "compare all ranks' decisions after each generation"
@@ -215,14 +216,19 @@ class CacheConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CacheConfig:
-        """Read a config from a YAML or JSON file: its `cache` mapping, or the whole of it."""
+        """Read a config from a YAML or JSON file: a mapping of options, or a config of generate.py.
+
+        The latter holds the options under `cache_config`, with `use_cache` beside it.
+        """
         options = read_mapping(path)
-        options = options.get("cache", options)
-        if not isinstance(options, dict):
-            raise ValueError(
-                f"'cache' in the config file {str(path)!r} must hold a mapping of options, not "
-                f"{type(options).__name__}"
-            )
+        if "cache_config" in options:
+            nested = options["cache_config"]
+            if not isinstance(nested, dict):
+                raise ValueError(
+                    f"'cache_config' in the config file {str(path)!r} must hold a mapping of "
+                    f"options, not {type(nested).__name__}"
+                )
+            options = {key: options[key] for key in ("use_cache",) if key in options} | nested
         return cls.from_dict(options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Consensus:
         stages: the block lists of every pipeline stage, in order.
         collectives: vectors posted so far.
         wait_s: seconds spent waiting for them.
+        broken: whether a wait has failed; then no collective of this group can succeed.
 
     Raises:
         ValueError: NCCL without a CUDA device.
@@ -142,6 +143,7 @@ class Consensus:
         self._device = torch.device("cpu")
         self._process_group: Any = None
         self._pool: list[Any] | None = None
+        self.broken = False
         if self._distributed:
             self._store = dist.PrefixStore(
                 f"xfuser_fastcache/{_next_instance(group.ranks)}/{min(group.ranks)}",
@@ -315,6 +317,7 @@ class Consensus:
             raise self._missing(where, error) from error
 
     def _missing(self, what: str, error: Exception) -> ConsensusTimeout:
+        self.broken = True
         absent = self.absent()
         who = "; ".join(f"rank {rank} ({where})" for rank, where in absent.items())
         return ConsensusTimeout(
@@ -325,7 +328,7 @@ class Consensus:
 
     def close(self) -> None:
         """Hand the process group on to the next consensus of the same ranks."""
-        if self._pool is not None:
+        if self._pool is not None and not self.broken:
             self._pool.append(self._process_group)
         self._pool = None
         self._distributed = False
