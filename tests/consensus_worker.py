@@ -143,15 +143,17 @@ def main() -> None:
     lonely = make(timeout_s=3.0)
     started = time.perf_counter()
     if rank == 3:
-        time.sleep(9)
-        found["absent"], found["absent_s"] = "", 0.0
+        time.sleep(16)
     else:
         found["absent"] = raised(round_trip, lonely, Header(5, 6, 1, 0), zeros)
         found["absent_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        found["alone"] = raised(make, timeout_s=4.0)
+        found["alone_s"] = time.perf_counter() - started
     report(rank, **found)
     sys.stdout.flush()
     # The group is broken on purpose; leaving in order is not possible any more.
-    time.sleep(10 if rank != 3 else 3)
+    time.sleep(1 if rank == 3 else 12)
     os._exit(0)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from consensus_worker import SHARDINGS, make, raised, round_trip
+from consensus_worker import EXPONENT, SHARDINGS, make, raised, round_trip
 from worlds import run_world
 
 from xfuser_fastcache.consensus import DIGEST_BITS, Header
-from xfuser_fastcache.moments import SLOTS
+from xfuser_fastcache.gates.base import Evidence
+from xfuser_fastcache.gates.chi_square import ChiSquareGate
+from xfuser_fastcache.moments import SLOTS, Moments
 
 RANKS = range(4)
 
@@ -114,6 +116,34 @@ def test_a_rank_that_never_arrives_is_named_within_the_limit(
         assert "Did not arrive: rank 3" in world[rank]["absent"]
         assert "generation 5, step 6, branch 1" in world[rank]["absent"]
         assert world[rank]["absent_s"] < 3.0 + 4.0
+
+
+@pytest.mark.gloo
+def test_a_rank_that_never_applies_the_cache_is_named_too(
+    world: dict[int, dict[str, Any]],
+) -> None:
+    for rank in (0, 1, 2):
+        assert "the first meeting of the decision group" in world[rank]["alone"]
+        assert "Did not arrive: rank 3" in world[rank]["alone"]
+        assert world[rank]["alone_s"] < 4.0 + 6.0
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("threshold", [0.02, 0.08, 0.1, 0.12, 0.15, 0.3])
+def test_any_sharding_gives_the_same_decision(
+    world: dict[int, dict[str, Any]], threshold: float
+) -> None:
+    gate = ChiSquareGate(threshold)
+    decisions = set()
+    for rank in RANKS:
+        for slots in world[rank]["float32"].values():
+            found = Moments.decode(slots, EXPONENT)
+            evidence = Evidence(
+                found.change, found.change_squared, found.reference, found.tokens, dim=96
+            )
+            decisions.add(gate.may_skip(evidence))
+    # The change is 10 %.
+    assert decisions == {threshold > 0.12}
 
 
 def test_a_single_process_needs_no_wire() -> None:
