@@ -215,6 +215,8 @@ def test_import_is_light() -> None:
 
 DECLARED = {
     ("xfuser_fastcache.adapters", "flux"): "diffusers_adapters.flux:FluxAdapter",
+    ("xfuser_fastcache.adapters", "sd3"): "diffusers_adapters.sd3:SD3Adapter",
+    ("xfuser_fastcache.adapters", "pixart"): "diffusers_adapters.pixart:PixArtAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

@@ -99,7 +99,7 @@ class GatherTicket:
 class Consensus:
     """Reduces vectors over a decision group; owns the only collectives of the cache.
 
-    Without torch.distributed the group is this process and a round needs no wire.
+    A group of one rank agrees with itself: a round then needs no wire.
 
     Args:
         group: who decides together.
@@ -139,7 +139,7 @@ class Consensus:
         self.collectives = 0
         self.wait_s = 0.0
         self._sequence = 0
-        self._distributed = dist.is_available() and dist.is_initialized()
+        self._distributed = group.world_size > 1
         self._device = torch.device("cpu")
         self._process_group: Any = None
         self._pool: list[Any] | None = None
@@ -208,17 +208,16 @@ class Consensus:
             header: which decision this is.
             moments: int64 `(groups, SLOTS)` on any device.
         """
+        self.collectives += 1
+        if not self._distributed:
+            return Ticket(header, moments.clone(), None, 0)
         head = [number for value in header.fields().values() for number in (value, value * value)]
         payload = moments.reshape(-1).to(self._device)
         vector = torch.cat((torch.tensor(head, dtype=torch.int64, device=self._device), payload))
-        ticket = Ticket(header, vector, self._all_reduce(vector, header), self._sequence)
-        self.collectives += 1
-        return ticket
+        return Ticket(header, vector, self._all_reduce(vector, header), self._sequence)
 
     def _all_reduce(self, vector: torch.Tensor, header: Header) -> Any:
         """The collective; nothing else in the cache communicates during a generation."""
-        if not self._distributed:
-            return None
         self._arrive(str(header))
         try:
             return dist.all_reduce(vector, group=self._process_group, async_op=True)
@@ -232,9 +231,10 @@ class Consensus:
             ConsensusError: the header shows that ranks are at different places.
             ConsensusTimeout: a rank did not arrive within `timeout_s`.
         """
+        if ticket.work is None:
+            return ticket.vector.tolist()
         started = time.perf_counter()
-        if ticket.work is not None:
-            self._finish(ticket.work, str(ticket.header))
+        self._finish(ticket.work, str(ticket.header))
         numbers = ticket.vector.tolist()
         self.wait_s += time.perf_counter() - started
         self._check(ticket.header, numbers[:HEADER])

@@ -102,7 +102,9 @@ class CacheEngine:
         self.watchdog = Watchdog(config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._owes_consensus = False
+        # Of the span that was entered last.
         self._entered: Streams | None = None
+        self._skipping = False
         self._said: set[str] = set()
 
     @property
@@ -125,6 +127,7 @@ class CacheEngine:
         """Begin a forward pass of the transformer; see `Timeline.open` for the arguments."""
         call = self.timeline.open(timestep, noise_level, signature, position, schedule, branch_name)
         if call.starts_generation:
+            self._note_bytes()
             self.agreement.begin_generation()
             self.branches.clear()
         if call.branch not in self.branches:
@@ -147,7 +150,6 @@ class CacheEngine:
             self._take_consensus(call, local)
         if agreement.lagged and call.position.is_last_patch:
             agreement.post(call, local.pending)
-        agreement.counters.saw_bytes(sum(local.nbytes() for local in self.branches.values()))
         self.call = None
         if call.more_steps_follow:
             self.watchdog.expect(f"the communication after {call.place}")
@@ -201,13 +203,10 @@ class CacheEngine:
         piece, contract = self.pieces[index], self.contracts[index]
         if index == piece.first:
             self._enter(piece.span, contract.read(args, kwargs))
-        call, local, shared = self._current()
-        if shared.skip[piece.span]:
+        if self._skipping:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
-            memory = local.memory(piece.span, call.position)
-            assert self._entered is not None
-            return contract.pack(self.forecaster.forecast(memory, self._entered, call.noise_level))
+            return contract.pack(self._forecast(piece.span))
         output = forward(*args, **kwargs)
         if index == piece.last:
             self._leave(piece.span, contract.unpack(output))
@@ -220,11 +219,21 @@ class CacheEngine:
             memory = local.memory(span, call.position)
             reference = memory.anchors[0].reference if memory.anchors else None
             exponent = shared.spans[span].exponent
-            local.pending[span] += measure(inputs.hidden_states, reference, exponent)
+            local.pending[span].add_(measure(inputs.hidden_states, reference, exponent))
         if self._owes_consensus:
             self._take_consensus(call, local)
-        # A later pipeline stage reads from a receive buffer that the next patch overwrites.
-        self._entered = inputs if shared.skip[span] else inputs.map(torch.clone)
+        self._skipping = shared.skip[span]
+        # A pipeline stage reads from a receive buffer that the next patch overwrites; elsewhere
+        # nobody writes into what a block was given.
+        keeps = self._skipping or not self.agreement.lagged
+        self._entered = inputs if keeps else inputs.map(torch.clone)
+
+    def _forecast(self, span: int) -> Streams:
+        """Stand in for a skipped span."""
+        call, local, _ = self._current()
+        assert self._entered is not None
+        memory = local.memory(span, call.position)
+        return self.forecaster.forecast(memory, self._entered, call.noise_level)
 
     def _leave(self, span: int, outputs: Streams) -> None:
         """Remember a computed span."""
@@ -266,8 +275,14 @@ class CacheEngine:
         self.watchdog.close()
         self.consensus.close()
 
+    def _note_bytes(self) -> None:
+        """Anchors only come to be within a generation, so its end has the most."""
+        held = sum(local.nbytes() for local in self.branches.values())
+        self.agreement.counters.saw_bytes(held)
+
     def statistics(self) -> dict[str, Any]:
         """Return the counters; waits for nothing, so that a single rank may ask."""
+        self._note_bytes()
         return {
             "use_cache": self.config.use_cache,
             **self.agreement.counters.as_dict(self.blocks),

@@ -59,16 +59,16 @@ class BlockHook(ModelHook):
     Args:
         engine: of the transformer.
         index: of the block among those that this rank holds.
-        branch_name: where `cache_context` leaves the name of the branch; one for all blocks.
+        branch_name: where `cache_context` leaves the name of the branch. The first block's hook
+            has it, and is alone stateful: diffusers visits all stateful hooks at every step.
     """
 
-    _is_stateful = True
-
-    def __init__(self, engine: CacheEngine, index: int, branch_name: _BranchName):
+    def __init__(self, engine: CacheEngine, index: int, branch_name: _BranchName | None):
         super().__init__()
         self.engine = engine
         self.index = index
         self.branch_name = branch_name
+        self._is_stateful = branch_name is not None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the block through the engine."""
@@ -119,7 +119,8 @@ class Attachment:
         """Put the hooks on."""
         self._register(self.transformer, TransformerHook(self, engine, open_step))
         for index, block in enumerate(self.blocks):
-            self._register(block, BlockHook(engine, index, self.branch_name))
+            name = self.branch_name if index == 0 else None
+            self._register(block, BlockHook(engine, index, name))
         _forget_children(self.model)
 
     def _register(self, module: nn.Module, hook: ModelHook) -> None:

@@ -11,8 +11,8 @@ Layout of one group of moments, all int64:
 | CHANGE_SQUARED | q squared | 2**-FRACTION_SQUARED of the scale squared |
 | REFERENCE | squared L2 norm of the reference (without one, of the tensor) | as CHANGE |
 | TOKENS | 1 | tokens |
-| NONFINITE | 1 where a moment of the token is NaN or infinite | tokens |
-| OVERFLOW | 1 where a moment of the token does not fit and was clamped | tokens |
+| NONFINITE | 1 where a moment of the token is not finite; it adds nothing above | tokens |
+| OVERFLOW | 1 where a finite moment of the token does not fit and is clamped | tokens |
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Moments:
         reference: R, sum of squared norms of the reference.
         tokens: number of tokens, over the batch and all ranks.
         nonfinite: tokens whose moments were not finite.
-        overflow: tokens whose moments were clamped.
+        overflow: tokens whose finite moments did not fit, or that are too many to add up.
     """
 
     change: float
@@ -130,29 +130,22 @@ def measure(
         (1.0, 19.0, 2)
     """
     scale = 2.0**-exponent
+    top = scale * 2.0**FRACTION
     if reference is None:
         energy = _energy(hidden_states)
         change = torch.zeros_like(energy)
     else:
         energy = reference.energy
         change = _energy(hidden_states - reference.hidden_states)
+    # Scaled before it is squared: the square of a large norm would leave float32.
+    change = change * scale
     values = torch.stack(
-        (
-            change * (scale * 2.0**FRACTION),
-            # Scaled before and after: the square of a large norm would leave float32.
-            (change * scale).square_() * 2.0**FRACTION_SQUARED,
-            energy * (scale * 2.0**FRACTION),
-        )
+        (change * 2.0**FRACTION, change.square() * 2.0**FRACTION_SQUARED, energy * top)
     )
-    # NaN fails the comparison, so whatever is not below the limit is one or the other.
-    fits = values < 2.0**TOKEN_BITS
-    finite = values.isfinite()
-    values = values.nan_to_num(nan=0.0).clamp_(max=2.0**TOKEN_BITS).round_()
-    return torch.stack(
-        (
-            *values.to(torch.int64).sum(dim=(1, 2)).unbind(),
-            torch.full((), change.numel(), dtype=torch.int64, device=values.device),
-            (~finite).any(0).sum(),
-            (finite & ~fits).any(0).sum(),
-        )
-    )
+    finite = values.sum(0).isfinite().sum()
+    # What is not finite adds nothing; what does not fit is clamped, and bit TOKEN_BITS marks it.
+    values.nan_to_num_(nan=0.0, posinf=0.0).clamp_(max=2.0**TOKEN_BITS).round_()
+    numbers = values.to(torch.int64)
+    overflow = (numbers >> TOKEN_BITS).amax(0).sum() if change.numel() else finite
+    tokens = torch.full_like(finite, change.numel())
+    return torch.cat((numbers.sum(dim=(1, 2)), torch.stack((tokens, tokens - finite, overflow))))

@@ -156,7 +156,9 @@ class Timeline:
         """
         steps = self._schedule.steps if self._schedule is not None else ()
         if steps:
-            index = min(range(len(steps)), key=lambda i: abs(steps[i].timestep - timestep))
+            index = self._step  # where it is, unless the pipeline begins in the middle of the plan
+            if index >= len(steps) or steps[index].timestep != timestep:
+                index = min(range(len(steps)), key=lambda i: abs(steps[i].timestep - timestep))
             if abs(steps[index].timestep - timestep) <= 0.01 * abs(timestep) + 1e-6:
                 return steps[index].noise_level, len(steps) - 1 - index
         if self.num_steps is None:

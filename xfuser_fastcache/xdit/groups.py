@@ -19,6 +19,7 @@ class XDiTLayout:
     """
 
     name = "xdit"
+    _stages = 1
 
     @classmethod
     def recognises(cls, transformer: nn.Module) -> bool:
@@ -39,21 +40,22 @@ class XDiTLayout:
         from xfuser.core.distributed import parallel_state
 
         replica = parallel_state.get_model_replica_group()
+        self._stages = parallel_state.get_pipeline_parallel_world_size()
         return DecisionGroup(
             ranks=tuple(replica.ranks),
             rank=dist.get_rank(),
             stage=parallel_state.get_pipeline_parallel_rank(),
-            stages=parallel_state.get_pipeline_parallel_world_size(),
+            stages=self._stages,
             counts_tokens=parallel_state.get_tensor_model_parallel_rank() == 0,
             device_group=replica.device_group,
         )
 
     def position(self) -> Position:
         """Return the PipeFusion patch of the current forward pass."""
-        from xfuser.core.distributed import get_pipeline_parallel_world_size, get_runtime_state
-
-        if get_pipeline_parallel_world_size() == 1:
+        if self._stages == 1:
             return Position()
+        from xfuser.core.distributed import get_runtime_state
+
         state = get_runtime_state()
         return Position(
             patch=state.pipeline_patch_idx,
