@@ -22,6 +22,7 @@ from xfuser_fastcache import (
     get_cache_statistics,
     remove_cache,
     reset_cache_statistics,
+    state,
 )
 from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract
 from xfuser_fastcache.consensus import BlockList, Consensus
@@ -29,7 +30,7 @@ from xfuser_fastcache.engine import CacheEngine, span_of_blocks
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.layout import DecisionGroup, Position
 from xfuser_fastcache.moments import Moments
-from xfuser_fastcache.state import WHOLE, Sighting, rescaled
+from xfuser_fastcache.state import Sighting, rescaled
 from xfuser_fastcache.statistics import BlockInfo
 
 STEPS = 8
@@ -184,7 +185,7 @@ def test_in_a_pipeline_an_anchor_outlives_the_buffer_that_it_came_in() -> None:
     buffer = ones()
     stack(buffer, 1.0)
     buffer.fill_(70.0)
-    (anchor,) = stack.engine.branches[0].memories[0][WHOLE].anchors
+    (anchor,) = stack.engine.branches[0].memories[0][state.WHOLE].anchors
     assert torch.equal(anchor.inputs.hidden_states, ones())
 
 
