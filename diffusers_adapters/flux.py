@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import nn
 
 from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
 
@@ -15,7 +11,6 @@ _BLOCK = BlockContract(
     parameters=(HIDDEN, ENCODER, "temb", "image_rotary_emb", "joint_attention_kwargs"),
     returns=(ENCODER, HIDDEN),
 )
-_TIMESTEP = 3
 
 
 class FluxAdapter(ModelAdapter):
@@ -24,29 +19,9 @@ class FluxAdapter(ModelAdapter):
     Source: diffusers `models/transformers/transformer_flux.py`.
     """
 
+    model_class = "FluxTransformer2DModel"
+    timestep_index = 3
     block_lists = {"transformer_blocks": _BLOCK, "single_transformer_blocks": _BLOCK}
-
-    @classmethod
-    def model_names(cls) -> tuple[str, ...]:
-        """Names of the supported transformer classes."""
-        return ("FluxTransformer2DModel",)
-
-    @classmethod
-    def supports(cls, model: nn.Module) -> bool:
-        """Say whether `model` is a FLUX transformer."""
-        from diffusers import FluxTransformer2DModel
-
-        return isinstance(model, FluxTransformer2DModel)
-
-    @classmethod
-    def dim(cls, model: Any) -> int:
-        """Width of a token inside the blocks."""
-        return model.inner_dim
-
-    @classmethod
-    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The fourth parameter of the transformer's forward; sigma, in the model's dtype."""
-        return args[_TIMESTEP] if len(args) > _TIMESTEP else kwargs["timestep"]
 
     @classmethod
     def noise_level(cls, timestep: float) -> float:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from xfuser_fastcache.block_contract import HIDDEN, BlockContract, ModelAdapter, Step
 
 _BLOCK = BlockContract(parameters=(HIDDEN,), returns=(HIDDEN,))
-_TIMESTEP = 2
 # The noise schedule that PixArt was trained with: betas rise linearly.
 _BETAS = (0.0001, 0.02, 1000)
 
@@ -38,29 +35,9 @@ class PixArtAdapter(ModelAdapter):
     configuration of PixArt-alpha.
     """
 
+    model_class = "PixArtTransformer2DModel"
+    timestep_index = 2
     block_lists = {"transformer_blocks": _BLOCK}
-
-    @classmethod
-    def model_names(cls) -> tuple[str, ...]:
-        """Names of the supported transformer classes."""
-        return ("PixArtTransformer2DModel",)
-
-    @classmethod
-    def supports(cls, model: nn.Module) -> bool:
-        """Say whether `model` is a PixArt transformer."""
-        from diffusers import PixArtTransformer2DModel
-
-        return isinstance(model, PixArtTransformer2DModel)
-
-    @classmethod
-    def dim(cls, model: Any) -> int:
-        """Width of a token inside the blocks."""
-        return model.inner_dim
-
-    @classmethod
-    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The third parameter of the transformer's forward; 0 to 999."""
-        return args[_TIMESTEP] if len(args) > _TIMESTEP else kwargs["timestep"]
 
     @classmethod
     def noise_level(cls, timestep: float) -> float:

@@ -10,7 +10,7 @@ def adapters() -> dict[str, type[ModelAdapter]]:
     """Return every registered adapter by name.
 
     Example:
-        >>> adapters()["flux"].model_names()
-        ('FluxTransformer2DModel',)
+        >>> adapters()["flux"].model_class
+        'FluxTransformer2DModel'
     """
     return loaded(ADAPTERS)

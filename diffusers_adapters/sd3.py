@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import nn
 
 from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
 
 _BLOCK = BlockContract(
     parameters=(HIDDEN, ENCODER, "temb", "joint_attention_kwargs"), returns=(ENCODER, HIDDEN)
 )
-_TIMESTEP = 3
 _TRAIN_TIMESTEPS = 1000
 
 
@@ -26,29 +21,9 @@ class SD3Adapter(ModelAdapter):
     Source: diffusers `models/transformers/transformer_sd3.py`, `models/attention.py`.
     """
 
+    model_class = "SD3Transformer2DModel"
+    timestep_index = 3
     block_lists = {"transformer_blocks": _BLOCK}
-
-    @classmethod
-    def model_names(cls) -> tuple[str, ...]:
-        """Names of the supported transformer classes."""
-        return ("SD3Transformer2DModel",)
-
-    @classmethod
-    def supports(cls, model: nn.Module) -> bool:
-        """Say whether `model` is an SD3 transformer."""
-        from diffusers import SD3Transformer2DModel
-
-        return isinstance(model, SD3Transformer2DModel)
-
-    @classmethod
-    def dim(cls, model: Any) -> int:
-        """Width of a token inside the blocks."""
-        return model.inner_dim
-
-    @classmethod
-    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The fourth parameter of the transformer's forward; 1000 times sigma."""
-        return args[_TIMESTEP] if len(args) > _TIMESTEP else kwargs["timestep"]
 
     @classmethod
     def noise_level(cls, timestep: float) -> float:

@@ -160,7 +160,7 @@ def _adapter(model: nn.Module) -> type[ModelAdapter]:
     for adapter in known.values():
         if adapter.supports(model):
             return adapter
-    names = sorted(name for adapter in known.values() for name in adapter.model_names())
+    names = sorted(adapter.model_class for adapter in known.values())
     raise ValueError(
         f"{type(model).__name__} is not supported by the cache; supported: {', '.join(names)}. "
         "Pass the pipeline's transformer (pipe.transformer), or register an adapter for the model "

@@ -112,31 +112,31 @@ class ModelAdapter(ABC):
     """What the engine must know of a model family; one file a family, no state.
 
     Attributes:
+        model_class: name of the diffusers transformer class; subclasses of it count.
+        timestep_index: position of `timestep` among the parameters of the transformer's forward.
         block_lists: attribute of the transformer that holds blocks -> their contract, in the order
             in which the forward pass runs through them.
     """
 
+    model_class: ClassVar[str]
+    timestep_index: ClassVar[int]
     block_lists: ClassVar[Mapping[str, BlockContract]]
 
     @classmethod
-    @abstractmethod
     def supports(cls, model: nn.Module) -> bool:
         """Say whether `model` (not a wrapper around it) belongs to this family."""
+        return any(base.__name__ == cls.model_class for base in type(model).__mro__)
 
     @classmethod
-    @abstractmethod
-    def model_names(cls) -> tuple[str, ...]:
-        """Names of the transformer classes it supports, for messages and documentation."""
-
-    @classmethod
-    @abstractmethod
-    def dim(cls, model: nn.Module) -> int:
+    def dim(cls, model: Any) -> int:
         """Return the width of a token inside the blocks, `hidden_states.shape[-1]`."""
+        return model.inner_dim
 
     @classmethod
-    @abstractmethod
     def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the timestep among the arguments of the transformer's forward."""
+        index = cls.timestep_index
+        return args[index] if index < len(args) else kwargs["timestep"]
 
     @classmethod
     @abstractmethod
