@@ -146,6 +146,16 @@ def test_any_sharding_gives_the_same_decision(
     assert decisions == {threshold > 0.12}
 
 
+@pytest.mark.gloo
+def test_a_pipeline_runs_under_plain_torch_distributed() -> None:
+    reports = run_world("plain_worker.py", 2, timeout_s=120).values()
+    assert not any(report["xfuser"] for report in reports)
+    assert all(report["never"]["exact"] and not report["ever"]["exact"] for report in reports)
+    assert all(report["ever"]["block_approx_ratio"] >= 0.4 for report in reports)
+    assert {report["ever"]["collectives_per_step"] for report in reports} == {1.0}
+    assert len({report["ever"]["decisions_digest"] for report in reports}) == 1
+
+
 def test_a_single_process_needs_no_wire() -> None:
     consensus = make()
     moments = torch.arange(2 * SLOTS).reshape(2, SLOTS)

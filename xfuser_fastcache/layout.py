@@ -64,8 +64,6 @@ class PlainLayout:
             default group where one is initialised, this process alone elsewhere.
     """
 
-    name = "plain"
-
     def __init__(self, process_group: Any = None):
         self.process_group = process_group
 

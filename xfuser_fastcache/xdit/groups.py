@@ -18,7 +18,6 @@ class XDiTLayout:
     Data-parallel replicas and separate VAE ranks stay outside of the decision group.
     """
 
-    name = "xdit"
     _stages = 1
 
     @classmethod
