@@ -184,6 +184,7 @@ def call_arguments(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "max_sequence_length": options.max_sequence_length,
+        "use_resolution_binning": not options.no_use_resolution_binning,
         "output_type": "np",
     }
     known = inspect.signature(type(pipe.module).__call__).parameters

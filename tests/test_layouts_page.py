@@ -1,0 +1,93 @@
+"""scripts/layouts.py: the cells are those of the registry, and what falls short is said."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import layouts
+
+from diffusers_adapters.registry import adapters
+
+GOOD: dict[str, Any] = {
+    "world_size": 2,
+    "identical": False,
+    "psnr_db": 45.0,
+    "statistics": {"block_approx_ratio": 0.5},
+    "collectives_per_step": 1.0,
+    "decisions_digest": {"0": "a", "1": "a"},
+    "parallel": {"data": 1},
+}
+
+
+def test_every_model_in_every_layout_is_a_cell_or_excluded_with_a_reason() -> None:
+    missing = {(m, at) for m in adapters() for at in layouts.LAYOUTS} - set(layouts.cells())
+    assert missing == {
+        (e.model, at)
+        for e in layouts.EXCLUDED
+        for at, (_, flags) in layouts.LAYOUTS.items()
+        if e.flag in flags
+    }
+    assert all(e.reason and e.error for e in layouts.EXCLUDED)
+
+
+@pytest.mark.parametrize("model", sorted(adapters()))
+def test_a_cell_is_a_command_that_the_user_may_give(model: str) -> None:
+    arguments = layouts.command(model, "pipefusion 2 x ulysses 2")
+    assert arguments[:2] == ["--nproc_per_node=4", "scripts/generate.py"]
+    assert {"--pipefusion_parallel_degree=2", "--ulysses_degree=2"} < set(arguments)
+
+
+def test_a_model_without_a_toy_is_an_error_that_says_what_to_add() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'wan' is registered but configs/toy_wan_fast"):
+        layouts.command("wan", "1 rank")
+
+
+def test_a_cell_that_holds_its_promises_has_no_shortfall() -> None:
+    assert layouts.shortfalls("flux", "ulysses 2", GOOD, 0.95) == []
+    identical = {**GOOD, "identical": True, "psnr_db": None}
+    assert layouts.shortfalls("flux", "ulysses 2", identical, 0.95) == []
+    replicas = {**GOOD, "parallel": {"data": 2}, "decisions_digest": {"0": "a", "1": "b"}}
+    assert layouts.shortfalls("flux", "data 2", replicas, 0.95) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "kept", "words"),
+    [
+        ({"psnr_db": 34.9}, 1.0, "PSNR 34.9 dB is below 35 dB"),
+        ({"statistics": {"block_approx_ratio": 0.0}}, 1.0, "nothing was skipped"),
+        ({"collectives_per_step": 1.5}, 1.0, "1.5 collectives a step"),
+        ({"decisions_digest": {"0": "a", "1": "b"}}, 1.0, "decided differently"),
+        ({}, 0.89, "keeps 89% of one rank's gain"),
+    ],
+)
+def test_each_broken_promise_is_said(change: dict[str, Any], kept: float, words: str) -> None:
+    report = {**copy.deepcopy(GOOD), **change}
+    (line,) = layouts.shortfalls("sd3", "cfg 2", report, kept)
+    assert line.startswith("sd3, cfg 2: ")
+    assert words in line
+
+
+@pytest.mark.gloo
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    """One cell for real; what xDiT cannot run is run as well, and its error compared."""
+    page = tmp_path / "layouts.md"
+    command = [sys.executable, "scripts/layouts.py", "--models", "pixart", "--layouts", "cfg 2"]
+    command += ["--repeat", "1", "--captions", "0", "--output_dir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--output", str(page)], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    text = page.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| pixart | cfg 2 | 2 |")]
+    assert line.endswith("| 1.00 |")
+    for exclusion in layouts.EXCLUDED:
+        assert exclusion.error in text

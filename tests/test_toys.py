@@ -1,0 +1,119 @@
+"""The shipped toys: load offline, are small, take any prompt and draw what captions say."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from worlds import ROOT
+
+from diffusers_adapters.registry import adapters
+from toys.captions import sample_captions
+from toys.checker import check_caption
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+TOYS = ROOT / "toys"
+
+
+@pytest.fixture(params=sorted(adapters()), scope="module")
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(name):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(TOYS / name, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def call(name):
+    """Arguments of a call besides prompt and steps; as training marks the toy."""
+    from train_toy import FAMILIES
+
+    return FAMILIES[name]().call_kwargs
+
+
+def size_of(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def test_all_toys_fit_in_24_mb_and_each_in_8(name):
+    assert size_of(TOYS / name) <= 8_000_000
+    assert size_of(TOYS) <= 24_000_000
+
+
+def test_record_is_beside_the_weights(name):
+    for file in ("record.json", "losses.json", "losses.png", "samples.png"):
+        assert (TOYS / name / "training" / file).is_file()
+
+
+def test_loads_offline_with_default_dtype(name):
+    """A fresh process with the hub switched off; all parts agree on float32 without being told."""
+    code = (
+        "import sys, torch; from diffusers import DiffusionPipeline;"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1]);"
+        "parts = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)];"
+        "assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}"
+    )
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TOYS / name)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_tokenizers_take_any_prompt_and_survive_saving(pipe, tmp_path):
+    from transformers import AutoTokenizer
+
+    text = "A LARGE red ring, top left; an oil painting of Ada's cat?"
+    tokenizers = [part for key, part in pipe.components.items() if key.startswith("tokenizer")]
+    ids = tokenizers[0](text).input_ids
+    assert all(tokenizer(text).input_ids == ids for tokenizer in tokenizers)
+    assert ids[-1] == pipe.tokenizer.eos_token_id
+    assert pipe.tokenizer.unk_token_id in ids
+    assert "large red ring" in pipe.tokenizer.decode(ids)
+    assert pipe.tokenizer.model_max_length == 32
+    pipe.tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)(text).input_ids == ids
+
+
+def test_any_english_prompt_gives_a_picture(pipe, call):
+    prompts = ["", "A photograph of an astronaut riding a horse, 35mm, very detailed! " * 5]
+    images = pipe(prompt=prompts, num_inference_steps=2, output_type="np", **call).images
+    assert images.shape == (2, 128, 128, 3)
+    assert np.isfinite(images).all()
+    assert images.std() > 0.01
+
+
+def test_the_seed_matters_and_repeats(pipe, call):
+    def picture(seed):
+        generator = torch.Generator().manual_seed(seed)
+        prompt = "a large blue square, center, on white"
+        return pipe(
+            prompt, num_inference_steps=3, generator=generator, output_type="np", **call
+        ).images
+
+    assert np.array_equal(picture(0), picture(0))
+    assert not np.array_equal(picture(0), picture(1))
+
+
+def test_unseen_captions_are_drawn(pipe, call):
+    captions = sample_captions(24, seed=11, split="unseen")
+    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+    images = pipe(prompt=captions, num_inference_steps=14, generator=generators, **call).images
+    passed = [check_caption(i, c).passed for i, c in zip(images, captions, strict=True)]
+    assert np.mean(passed) >= 0.8, [c for c, p in zip(captions, passed, strict=True) if not p]
