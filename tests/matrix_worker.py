@@ -1,4 +1,4 @@
-"""One rank of one layout: every registered model that runs there, uncached and cached.
+"""One rank of one layout: every model that runs there, uncached and under every backend.
 
 Tiny pipelines with random weights: what is tested is that ranks agree and that nothing hangs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tiny_models import TINY_PIPELINES  # noqa: E402
 from worlds import report  # noqa: E402
-from xdit_control import own_share, wrap  # noqa: E402
+from xdit_control import describe, own_share, wrap  # noqa: E402
 
+from xfuser_fastcache.backends import BACKENDS  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
+from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
 
 STEPS = 10
@@ -34,14 +37,32 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
+def build(model: str, batch: int, **flags: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model's pipeline in xfuser's class, and the arguments of one call."""
+    pipeline, call = TINY_PIPELINES[model](batch=batch, **SIZES.get(model, {}))
+    call["num_inference_steps"] = STEPS
+    pipe, _ = wrap(pipeline, call, warmup_steps=1, **flags)
+    return pipe, call
+
+
+def synchronous(generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
+    """Describe what the layout computes with all of PipeFusion's steps synchronous."""
+    from xfuser.core.distributed import get_runtime_state
+
+    runtime = get_runtime_state().runtime_config
+    before, runtime.warmup_steps = runtime.warmup_steps, STEPS
+    try:
+        return describe(generate())
+    finally:
+        runtime.warmup_steps = before
+
+
 def cases(model: str, flags: dict[str, Any]) -> dict[str, Any]:
     """Run one model in this world's layout."""
     from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 
     replicas = flags["data_parallel_degree"]
-    pipeline, call = TINY_PIPELINES[model](batch=replicas, **SIZES.get(model, {}))
-    call["num_inference_steps"] = STEPS
-    pipe, _ = wrap(pipeline, call, warmup_steps=1, **flags)
+    pipe, call = build(model, replicas, **flags)
 
     def generate() -> torch.Tensor | None:
         output = pipe(**own_share(call, replicas))
@@ -56,28 +77,40 @@ def cases(model: str, flags: dict[str, Any]) -> dict[str, Any]:
             **options,
         )
 
+    found: dict[str, Any] = {"synchronous": synchronous(generate)}
     control = generate()
-    found: dict[str, Any] = {"has_output": control is not None}
+    found["has_output"] = control is not None
     found["control_repeats"] = same(control, generate())
-    apply(cache_ratio_threshold=0)
-    found["threshold_0_exact"] = same(control, generate())
-    remove_cache(pipe.transformer)
-    for granularity in ("stack", 3):
-        apply(cache_ratio_threshold=THRESHOLD, granularity=granularity)
-        cached = generate()
-        repeats = same(cached, generate())
-        statistics = get_cache_statistics(pipe.transformer)
+    found["backends"] = {}
+    for name in BACKENDS:
+        apply(use_cache=name, cache_ratio_threshold=0)
+        found["backends"][name] = {"threshold_0_exact": same(control, generate())}
         remove_cache(pipe.transformer)
-        found[f"granularity {granularity}"] = {
-            "repeats": repeats,
-            "changed": control is None or not same(control, cached),
-            "finite": cached is None or bool(cached.isfinite().all()),
-            "digest": statistics["decisions_digest"],
-            "hits": statistics["block_approx_ratio"],
-            "collectives_per_step": statistics["collectives_per_step"],
-            "steps": statistics["steps"],
-        }
-    found["restored_exact"] = same(control, generate())
+        for granularity in ("stack", 3):
+            apply(use_cache=name, cache_ratio_threshold=THRESHOLD, granularity=granularity)
+            cached = generate()
+            repeats = same(cached, generate())
+            statistics = get_cache_statistics(pipe.transformer)
+            remove_cache(pipe.transformer)
+            found["backends"][name][f"granularity {granularity}"] = {
+                "repeats": repeats,
+                "changed": control is None or not same(control, cached),
+                "finite": cached is None or bool(cached.isfinite().all()),
+                "digest": statistics["decisions_digest"],
+                "hits": statistics["block_approx_ratio"],
+                "collectives_per_step": statistics["collectives_per_step"],
+                "steps": statistics["steps"],
+            }
+        found["backends"][name]["restored_exact"] = same(control, generate())
+    return found
+
+
+def references(model: str, batches: list[int]) -> dict[str, Any]:
+    """Describe what one rank computes of each batch size: what the layouts are compared with."""
+    found = {}
+    for batch in batches:
+        pipe, call = build(model, batch)
+        found[str(batch)] = describe(pipe(**own_share(call, batch)).images)
     return found
 
 
@@ -86,16 +119,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", nargs="+", required=True)
     parser.add_argument("--use_cfg_parallel", action="store_true")
+    parser.add_argument("--reference_batch", type=int, nargs="+", default=[], help="on one rank")
     for name in ("ulysses", "ring", "pipefusion_parallel", "data_parallel"):
         parser.add_argument(f"--{name}_degree", type=int, default=1)
     flags = vars(parser.parse_args())
-    models = flags.pop("model")
+    models, batches = flags.pop("model"), flags.pop("reference_batch")
     cpu_platform.enable_cpu_platform()
     mend_xfuser()
     found = {model: cases(model, flags) for model in models}
-    from xfuser.core.distributed import get_model_replica_group
-
-    report(dist.get_rank(), group=get_model_replica_group().ranks, models=found)
+    for model in models:
+        found[model]["references"] = references(model, batches)
+    report(dist.get_rank(), group=XDiTLayout().decision_group().ranks, models=found)
     cpu_platform.finish()
 
 

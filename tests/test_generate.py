@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from worlds import ROOT, launch
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
 CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
 REPORT_KEYS = {
     "model", "world_size", "parallel", "num_inference_steps", "use_cache", "latency_s", "speedup",

@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 from worlds import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import layouts
 
 from diffusers_adapters.registry import adapters
 

@@ -1,85 +1,119 @@
-"""Every registered model x every layout of xDiT, as real processes; generated from the registry.
+"""Every tiny pipeline x every layout of xDiT x every backend, as real processes.
 
-One spawned world per layout runs all models that xDiT itself runs there uncached.
+One spawned world per layout runs all models that xDiT itself runs there uncached. What xDiT
+computes there is checked too, against one rank. Every registered adapter and backend is in it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from layouts import EXCLUDED, LAYOUTS, Exclusion
 from matrix_worker import STEPS
-from tiny_models import TINY_PIPELINES
+from tiny_models import ADAPTER_OF, TINY_PIPELINES
 from worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
-
-PIPEFUSION, ULYSSES = "--pipefusion_parallel_degree", "--ulysses_degree=2"
-CFG = "--use_cfg_parallel"
-LAYOUTS = {
-    "1 rank": (1, ()),
-    "ulysses 2": (2, (ULYSSES,)),
-    "ring 2": (2, ("--ring_degree=2",)),
-    "pipefusion 2": (2, (f"{PIPEFUSION}=2",)),
-    "cfg 2": (2, (CFG,)),
-    "data 2": (2, ("--data_parallel_degree=2",)),
-    "pipefusion 2 x ulysses 2": (4, (f"{PIPEFUSION}=2", ULYSSES)),
-    "cfg 2 x pipefusion 2": (4, (CFG, f"{PIPEFUSION}=2")),
-    "cfg 2 x ulysses 2": (4, (CFG, ULYSSES)),
-    "pipefusion 4": (4, (f"{PIPEFUSION}=4",)),
-}
-# What xDiT cannot do uncached: model, flag in the layout -> xDiT's own error.
-EXCLUDED = {("flux", CFG): "CFG parallelism is not supported by the model"}
+from xfuser_fastcache.backends import BACKENDS
 
 
 def excluded(model: str, layout: str) -> bool:
-    return any(model == m and flag in LAYOUTS[layout][1] for m, flag in EXCLUDED)
+    """Whether xDiT itself cannot run the model's family there."""
+    flags = LAYOUTS[layout][1]
+    return any(ADAPTER_OF[model] == e.model and e.flag in flags for e in EXCLUDED)
 
 
-CELLS = [(m, layout) for layout in LAYOUTS for m in adapters() if not excluded(m, layout)]
-_worlds: dict[str, dict[int, dict[str, Any]]] = {}
+CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_PIPELINES if not excluded(m, layout)]
+_worlds: dict[str, list[dict[str, Any]]] = {}
 
 
-@pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]}, {cell[1]}")
-def cell(request: pytest.FixtureRequest) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """What every rank reports of one model in one layout, and its decision group."""
-    model, layout = request.param
+@dataclass(frozen=True)
+class Cell:
+    """What every rank reports of one model in one layout.
+
+    Attributes:
+        ranks: the reports, by rank.
+        groups: the decision group of every rank.
+        replicas: degree of data parallelism.
+        references: what one rank computes, for each size of the batch.
+    """
+
+    ranks: list[dict[str, Any]]
+    groups: list[tuple[int, ...]]
+    replicas: int
+    references: dict[str, Any]
+
+
+def reports(layout: str) -> list[dict[str, Any]]:
+    """Run the layout's world once, and return what its ranks report, by rank."""
     if layout not in _worlds:
         ranks, flags = LAYOUTS[layout]
         models = [m for m, at in CELLS if at == layout]
-        _worlds[layout] = run_world("matrix_worker.py", ranks, "--model", *models, *flags)
-    reports = list(_worlds[layout].values())
-    return [report["models"][model] for report in reports], [r["group"] for r in reports]
+        batches = ("--reference_batch", "1", "2") if ranks == 1 else ()
+        world = run_world("matrix_worker.py", ranks, "--model", *models, *batches, *flags)
+        _worlds[layout] = [world[rank] for rank in sorted(world)]
+    return _worlds[layout]
+
+
+@pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]}, {cell[1]}")
+def cell(request: pytest.FixtureRequest) -> Cell:
+    model, layout = request.param
+    found = reports(layout)
+    return Cell(
+        ranks=[report["models"][model] for report in found],
+        groups=[tuple(report["group"]) for report in found],
+        replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
+        references=reports("1 rank")[0]["models"][model]["references"],
+    )
 
 
 def test_every_registered_adapter_is_in_the_matrix() -> None:
-    assert set(adapters()) == set(TINY_PIPELINES)
-    assert {model for model, _ in CELLS} == set(adapters())
+    assert set(ADAPTER_OF) == set(TINY_PIPELINES) == {model for model, _ in CELLS}
+    assert set(ADAPTER_OF.values()) == set(adapters())
+    for model, adapter in ADAPTER_OF.items():
+        pipeline, _ = TINY_PIPELINES[model]()
+        assert adapters()[adapter].supports(pipeline.transformer)
 
 
 @pytest.mark.gloo
-def test_a_cell_runs_cached_and_all_its_ranks_agree(
-    cell: tuple[list[dict[str, Any]], list[list[int]]],
-) -> None:
-    ranks, groups = cell
-    assert any(rank["has_output"] for rank in ranks)
-    for key in ("control_repeats", "threshold_0_exact", "restored_exact"):
-        assert all(rank[key] for rank in ranks), key
+def test_a_cell_computes_what_one_rank_computes(cell: Cell) -> None:
+    """Uncached, with PipeFusion's steps synchronous: no keys and values are stale."""
+    expected = cell.references[str(cell.replicas)]
+    held = [rank["synchronous"] for rank in cell.ranks if rank["has_output"]]
+    assert len(held) == cell.replicas
+    norms = [norm for described in held for norm in described["sample_norms"]]
+    assert norms == pytest.approx(expected["sample_norms"], rel=1e-6)
+    if cell.replicas == 1:
+        assert held[0]["values"] == pytest.approx(expected["values"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cell_runs_cached_and_all_its_ranks_agree(cell: Cell, backend: str) -> None:
+    assert all(rank["control_repeats"] for rank in cell.ranks)
+    # All ranks of a replica decide together: both of CFG parallel, though they see different text.
+    assert {len(group) for group in cell.groups} == {len(cell.ranks) // cell.replicas}
+    found = [rank["backends"][backend] for rank in cell.ranks]
+    assert all(f["threshold_0_exact"] and f["restored_exact"] for f in found)
     for granularity in ("granularity stack", "granularity 3"):
-        cached = [rank[granularity] for rank in ranks]
+        cached = [f[granularity] for f in found]
         assert all(c["repeats"] and c["changed"] and c["finite"] for c in cached)
         assert all(c["hits"] >= 0.4 for c in cached)
         assert all(c["collectives_per_step"] == 1 for c in cached)
         assert all(c["steps"] == 2 * STEPS for c in cached)
         by_group: dict[tuple[int, ...], set[str]] = {}
-        for group, c in zip(groups, cached, strict=True):
-            by_group.setdefault(tuple(group), set()).add(c["digest"])
+        for group, c in zip(cell.groups, cached, strict=True):
+            by_group.setdefault(group, set()).add(c["digest"])
+        assert len(by_group) == cell.replicas
         assert all(len(digests) == 1 for digests in by_group.values())
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("model", "flag"), EXCLUDED)
-def test_what_is_excluded_fails_in_xdit_itself(model: str, flag: str) -> None:
+@pytest.mark.parametrize("exclusion", EXCLUDED, ids=lambda e: f"{e.model} {e.flag}")
+def test_what_is_excluded_fails_in_xdit_itself(exclusion: Exclusion) -> None:
+    flags = ("--model", exclusion.model, exclusion.flag)
     with pytest.raises(WorldFailed) as failed:
-        launch("xdit_control.py", 2, "--model", model, flag, timeout_s=120)
-    assert EXCLUDED[model, flag] in failed.value.output
+        launch("xdit_control.py", 2, *flags, timeout_s=120)
+    assert exclusion.error in failed.value.output

@@ -1,7 +1,8 @@
-"""Bugs of xfuser: the mend makes the layout run, exactly where it can be exact."""
+"""Bugs of xfuser: the mend makes the layout run and compute what one rank computes."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import textwrap
 import types
@@ -14,19 +15,32 @@ from worlds import ROOT, WorldFailed, launch
 from xfuser_fastcache.xdit import mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
 
-SD3 = ("--model", "sd3", "--pipefusion_parallel_degree", "2", "--warmup_steps")
+PIPEFUSION, ULYSSES = ("--pipefusion_parallel_degree", "2"), ("--ulysses_degree", "2")
+# Text that two ranks cannot share.
+ODD_TEXT = ("--text_tokens", "7")
 
 
-def norms(printed: str) -> list[float]:
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return [line["norm"] for line in lines if line["norm"] is not None]
+def lines(printed: str) -> list[dict[str, Any]]:
+    """What the ranks that hold latents report."""
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return [line for line in found if line["norm"] is not None]
 
 
-@pytest.mark.gloo
-def test_sd3_under_pipefusion_crashes_unmended_and_equals_one_rank_mended(tmp_path: Path) -> None:
-    """In synchronous steps no patch is stale, so the result is one rank's."""
-    with pytest.raises(WorldFailed):
-        launch("xdit_control.py", 2, *SD3, "1", timeout_s=120)
+def assert_close(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal to float32 rounding."""
+    assert got["norm"] == pytest.approx(expected["norm"], rel=1e-6)
+    assert got["values"] == pytest.approx(expected["values"], rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, dict[str, Any]]:
+    printed = launch("xdit_control.py", 1, "--model", "flux", "sd3", "sd3.5", timeout_s=120)
+    return {line["model"]: line for line in lines(printed)}
+
+
+@pytest.fixture
+def mended(tmp_path: Path) -> Path:
+    """The script `xdit_control.py` in a mended xfuser."""
     script = tmp_path / "mended.py"
     script.write_text(
         textwrap.dedent(
@@ -35,35 +49,106 @@ def test_sd3_under_pipefusion_crashes_unmended_and_equals_one_rank_mended(tmp_pa
             sys.path.insert(0, {str(ROOT / "tests")!r})
             from xfuser_fastcache.xdit import cpu_platform, mends
             cpu_platform.enable_cpu_platform()
-            assert len(mends.mend_xfuser()) == 1
+            assert len(mends.mend_xfuser()) == len(mends.MENDS)
             assert mends.mend_xfuser() == []
             import xdit_control
             xdit_control.main()
             """
         )
     )
-    (alone,) = norms(launch("xdit_control.py", 1, "--model", "sd3", timeout_s=120))
+    return script
+
+
+@pytest.mark.gloo
+def test_sd3_under_pipefusion_crashes_unmended_and_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path
+) -> None:
+    """In synchronous steps no patch is stale, so the result is one rank's."""
+    arguments = ("--model", "sd3", *PIPEFUSION, "--warmup_steps")
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, *arguments, "1", timeout_s=120)
+    assert "The expanded size of the tensor" in failed.value.output
     # Three steps: all of them synchronous, then two of them asynchronous.
-    synchronous, stale = norms(launch(script, 2, *SD3, "3", "1", timeout_s=120))
-    assert synchronous == pytest.approx(alone, rel=1e-6)
-    assert stale == pytest.approx(alone, rel=1e-2)
+    synchronous, stale = lines(launch(mended, 2, *arguments, "3", "1", timeout_s=120))
+    assert_close(synchronous, one_rank["sd3"])
+    assert stale["norm"] == pytest.approx(one_rank["sd3"]["norm"], rel=1e-2)
 
 
-def test_a_mended_xfuser_is_left_alone() -> None:
-    class Mended:
-        def __call__(self, attn: Any) -> None:
-            attn_layer = None if self.use_long_ctx_attn_kvcache else attn
-            self.update_and_get_kv_cache(attn_layer=attn_layer)
+@pytest.mark.gloo
+@pytest.mark.parametrize("flag", ["--ulysses_degree", "--ring_degree"])
+def test_sd35_under_sequence_parallelism_crashes_unmended_and_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path, flag: str
+) -> None:
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, "--model", "sd3.5", flag, "2", timeout_s=120)
+    assert "cannot access local variable 'joint_strategy'" in failed.value.output
+    (output,) = lines(launch(mended, 2, "--model", "sd3.5", flag, "2", timeout_s=120))
+    assert_close(output, one_rank["sd3.5"])
 
-    module = types.ModuleType("attention_processor")
-    module.xFuserJointAttnProcessor2_0 = Mended
-    assert not mends._updates_kv_cache_twice(module)
+
+@pytest.mark.gloo
+def test_sd35_under_pipefusion_and_ulysses_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path
+) -> None:
+    """The second attention keeps its own keys and values, of all patches and ranks."""
+    arguments = ("--model", "sd3.5", *PIPEFUSION, *ULYSSES, "--warmup_steps", "3", "1")
+    synchronous, stale = lines(launch(mended, 4, *arguments, timeout_s=120))
+    assert_close(synchronous, one_rank["sd3.5"])
+    assert stale["norm"] == pytest.approx(one_rank["sd3.5"]["norm"], rel=1e-2)
+    assert stale["norm"] != pytest.approx(one_rank["sd3.5"]["norm"], rel=1e-6)
 
 
-def test_the_installed_xfuser_has_the_bug_or_has_been_mended() -> None:
+@pytest.mark.gloo
+def test_flux_counts_undivided_text_on_every_rank_unmended_and_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path
+) -> None:
+    """Text that Ulysses 2 cannot split, and PipeFusion x Ulysses with one patch: never split."""
+    arguments = ("--model", "flux", *ULYSSES, *ODD_TEXT)
+    (odd,) = lines(launch("xdit_control.py", 1, "--model", "flux", *ODD_TEXT, timeout_s=120))
+    (unmended,) = lines(launch("xdit_control.py", 2, *arguments, timeout_s=120))
+    assert unmended["norm"] != pytest.approx(odd["norm"], rel=1e-5)
+    (output,) = lines(launch(mended, 2, *arguments, timeout_s=120))
+    assert_close(output, odd)
+
+    arguments = ("--model", "flux", *PIPEFUSION, *ULYSSES, "--num_pipeline_patch", "1")
+    (output,) = lines(launch(mended, 4, *arguments, timeout_s=120))
+    assert_close(output, one_rank["flux"])
+
+
+class MendedJoint:
+    """How xfuser could mend its joint attention itself."""
+
+    def __call__(self, attn: Any, encoder_hidden_states: Any) -> None:
+        attn_layer = None if self.use_long_ctx_attn_kvcache else attn
+        self.update_and_get_kv_cache(attn_layer=attn_layer)
+        joint_strategy = None
+        if encoder_hidden_states is not None:
+            if self.split_text_embed_in_sp:
+                joint_strategy = None
+            else:
+                joint_strategy = "rear"
+        self.usp(joint_strategy=joint_strategy)
+
+
+class MendedFlux:
+    """How xfuser could mend its FLUX attention itself."""
+
+    def __call__(self, get_runtime_state: Any) -> None:
+        state = get_runtime_state()
+        uses_pipeline_parallelism = state.num_pipeline_patch > 1 or not state.split_text_embed_in_sp
+        self.usp(uses_pipeline_parallelism)
+
+
+@pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
+def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
+    module = types.ModuleType("mended")
+    module.xFuserJointAttnProcessor2_0 = MendedJoint
+    module.xFuserFluxAttnProcessor = MendedFlux
+    assert not mend.is_needed(module)
+
+
+@pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
+def test_the_installed_xfuser_has_the_bug_or_has_been_mended(mend: mends.Mend) -> None:
     enable_cpu_platform()
-    from xfuser.model_executor.layers import attention_processor
-
-    call = attention_processor.xFuserJointAttnProcessor2_0.__call__
-    found = mends._updates_kv_cache_twice(attention_processor)
-    assert found or hasattr(call, "__wrapped__")
+    module = importlib.import_module(mend.module)
+    assert mend.is_needed(module) or mend.line in mends.mended(module)

@@ -13,8 +13,6 @@ from diffusers_adapters.registry import adapters
 from toys.captions import sample_captions
 from toys.checker import check_caption
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
 TOYS = ROOT / "toys"
 
 

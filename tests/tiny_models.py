@@ -8,6 +8,7 @@ weights and embeddings on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -57,7 +59,7 @@ def tiny_flux(
 
 
 def tiny_sd3(
-    seed: int = 0, num_layers: int = 4, batch: int = 1
+    seed: int = 0, num_layers: int = 4, batch: int = 1, **transformer_config: Any
 ) -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
     """SD3 at 64 x 64 pixels with guidance: 8 x 8 image tokens and 8 text tokens, four heads."""
     torch.manual_seed(seed)
@@ -72,6 +74,7 @@ def tiny_sd3(
         joint_attention_dim=32,
         pooled_projection_dim=64,
         out_channels=4,
+        **transformer_config,
     ).eval()
     names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     parts = dict.fromkeys((*names, "text_encoder_3", "tokenizer_3"))
@@ -85,9 +88,23 @@ def tiny_sd3(
     return pipeline, call
 
 
-def tiny_pixart(
+def tiny_sd35(
     seed: int = 0, num_layers: int = 4, batch: int = 1
-) -> tuple[PixArtAlphaPipeline, dict[str, Any]]:
+) -> tuple[StableDiffusion3Pipeline, dict[str, Any]]:
+    """SD3.5: `tiny_sd3` with normed queries and keys, and blocks that attend to the image twice.
+
+    The last block has one attention; of two pipeline stages, both hold blocks with two.
+    """
+    dual = tuple(range(num_layers - 1))
+    return tiny_sd3(seed, num_layers, batch, dual_attention_layers=dual, qk_norm="rms_norm")
+
+
+def tiny_pixart(
+    seed: int = 0,
+    num_layers: int = 4,
+    batch: int = 1,
+    pipeline_class: type[Any] = PixArtAlphaPipeline,
+) -> tuple[Any, dict[str, Any]]:
     """PixArt at 64 x 64 pixels with guidance: 4 x 4 image tokens, four heads."""
     torch.manual_seed(seed)
     transformer = PixArtTransformer2DModel(
@@ -107,7 +124,7 @@ def tiny_pixart(
         norm_elementwise_affine=False,
         norm_eps=1e-6,
     ).eval()
-    pipeline = PixArtAlphaPipeline(
+    pipeline = pipeline_class(
         scheduler=DPMSolverMultistepScheduler(),
         transformer=transformer,
         **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
@@ -124,7 +141,17 @@ def tiny_pixart(
 TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "flux": tiny_flux,
     "sd3": tiny_sd3,
+    "sd3.5": tiny_sd35,
     "pixart": tiny_pixart,
+    "pixart-sigma": partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline),
+}
+# The registered adapter that each of them is for.
+ADAPTER_OF = {
+    "flux": "flux",
+    "sd3": "sd3",
+    "sd3.5": "sd3",
+    "pixart": "pixart",
+    "pixart-sigma": "pixart",
 }
 
 

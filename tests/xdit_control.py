@@ -70,6 +70,15 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     return own
 
 
+def cut_text(call: dict[str, Any], tokens: int) -> None:
+    """Leave only the first `tokens` of the text."""
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if name in call:
+            call[name] = call[name][:, :tokens]
+    if "max_sequence_length" in call:
+        call["max_sequence_length"] = tokens
+
+
 def use_embeddings_for_prompts(pipeline: Any, call: dict[str, Any]) -> None:
     """Let ``prompt=""`` stand for the embeddings: xfuser's warm-up run passes no others."""
     import torch
@@ -99,6 +108,8 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
     from tiny_models import TINY_PIPELINES
 
     pipeline, call = TINY_PIPELINES[model](batch=options.batch)
+    if options.text_tokens is not None:
+        cut_text(call, options.text_tokens)
     call["num_inference_steps"] = options.num_inference_steps
     wrapped, input_config = wrap(
         pipeline,
@@ -126,11 +137,12 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
 def main() -> None:
     """Run every model and number of warm-up steps in the layout of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="+", default=["flux"], help="flux, sd3, pixart")
+    parser.add_argument("--model", nargs="+", default=["flux"], help="names in TINY_PIPELINES")
     parser.add_argument("--warmup_steps", nargs="+", type=int, default=[1], help="PipeFusion's")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1, help="generations of each pipeline")
     parser.add_argument("--num_inference_steps", type=int, default=3)
+    parser.add_argument("--text_tokens", type=int, help="FLUX and SD3: fewer than 8")
     parser.add_argument("--prepare_run", action="store_true", help="xfuser's warm-up run (FLUX)")
     parser.add_argument("--ulysses_degree", type=int, default=1)
     parser.add_argument("--ring_degree", type=int, default=1)

@@ -22,9 +22,14 @@ class XDiTLayout:
 
     @classmethod
     def recognises(cls, transformer: nn.Module) -> bool:
-        """Say whether xfuser's model-parallel groups exist; xfuser is not imported to find out."""
+        """Say whether xfuser's groups exist; xfuser is not imported to find out.
+
+        A separate VAE rank has its VAE group only.
+        """
         state = sys.modules.get("xfuser.core.distributed.parallel_state")
-        return state is not None and state.model_parallel_is_initialized()
+        return state is not None and (
+            state.model_parallel_is_initialized() or state._VAE is not None
+        )
 
     def model_of(self, transformer: nn.Module) -> nn.Module:
         """Return the diffusers model inside xfuser's wrapper, or the transformer itself."""
@@ -35,9 +40,19 @@ class XDiTLayout:
         )
 
     def decision_group(self) -> DecisionGroup:
-        """Return the ranks of this model replica."""
+        """Return the ranks of this model replica.
+
+        Raises:
+            ValueError: on a separate VAE rank, which runs no transformer.
+        """
         from xfuser.core.distributed import parallel_state
 
+        if not parallel_state.model_parallel_is_initialized():
+            raise ValueError(
+                f"rank {dist.get_rank()} is a VAE rank of xDiT (vae_parallel_size): it runs no "
+                "transformer, so it has nothing to cache and no part in the decisions. Call this "
+                "on the ranks that run the transformer only."
+            )
         replica = parallel_state.get_model_replica_group()
         self._stages = parallel_state.get_pipeline_parallel_world_size()
         return DecisionGroup(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +16,38 @@ from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
 
 logger = logging.getLogger("xfuser_fastcache")
 
-_PROCESSOR = "xFuserJointAttnProcessor2_0"
+_JOINT = "xFuserJointAttnProcessor2_0.__call__"
+_FLUX = "xFuserFluxAttnProcessor.__call__"
+_FLUX_FORWARD = "xFuserFluxTransformer2DWrapper.forward"
+
+
+@dataclass(frozen=True)
+class Mend:
+    """One bug of xfuser.
+
+    Attributes:
+        line: the models and layouts that it breaks, and what goes wrong.
+        module: name of xfuser's module that has it.
+        function: path in that module of the function that has it.
+        recognises: whether that function's source has the bug.
+        apply: mends the module in place.
+    """
+
+    line: str
+    module: str
+    function: str
+    recognises: Callable[[str], bool]
+    apply: Callable[[ModuleType], None]
+
+    def is_needed(self, module: ModuleType) -> bool:
+        """Whether `module` has the bug and no earlier call has mended it.
+
+        Raises:
+            IncompatibleXfuserError: the function does not exist.
+        """
+        # The source of the original, however often it is wrapped.
+        source = inspect.getsource(require(module, self.function))
+        return self.line not in mended(module) and self.recognises(source)
 
 
 def mend_xfuser() -> list[str]:
@@ -28,34 +62,36 @@ def mend_xfuser() -> list[str]:
         IncompatibleXfuserError: an xfuser that is not known.
     """
     check_xfuser_version()
-    from xfuser.model_executor.layers import attention_processor
+    lines = []
+    for mend in MENDS:
+        module = importlib.import_module(mend.module)
+        if mend.is_needed(module):
+            mend.apply(module)
+            mended(module).append(mend.line)
+            lines.append(mend.line)
+            logger.info("mended in xfuser: %s", mend.line)
+    return lines
 
-    mended = []
-    if _updates_kv_cache_twice(attention_processor):
-        _update_kv_cache_once(attention_processor)
-        mended.append("SD3 under PipeFusion without sequence parallelism: KV cache updated twice")
-    for line in mended:
-        logger.info("mended in xfuser: %s", line)
-    return mended
+
+def mended(module: ModuleType) -> list[str]:
+    """The lines of the mends that were applied to a module of xfuser; kept in the module itself."""
+    lines: list[str] = vars(module).setdefault("__mended__", [])
+    return lines
 
 
-def _updates_kv_cache_twice(module: ModuleType) -> bool:
-    """Recognise the bug: the processor fills the KV cache itself, then lets `USP` do it again.
+def _updates_kv_cache_twice(source: str) -> bool:
+    """The processor fills the KV cache itself, then lets `USP` do it again.
 
     `USP` updates the cache of any layer it is handed that has one. The processor hands its layer on
     also where it has updated the cache just before, and the second update has another shape.
     """
-    call = require(module, f"{_PROCESSOR}.__call__")
-    if hasattr(call, "__wrapped__"):
-        return False  # mended by an earlier call
-    source = inspect.getsource(call)
     return "update_and_get_kv_cache" in source and "attn_layer=attn," in source
 
 
 def _update_kv_cache_once(module: ModuleType) -> None:
     """Hide the layer from `USP` while the processor runs that has updated its cache itself."""
     updated = threading.local()
-    call, usp = require(module, f"{_PROCESSOR}.__call__"), require(module, "USP")
+    call, usp = require(module, _JOINT), require(module, "USP")
 
     @functools.wraps(call)
     def call_and_say_so(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,5 +106,110 @@ def _update_kv_cache_once(module: ModuleType) -> None:
         layer = None if getattr(updated, "here", False) else attn_layer
         return usp(*args, attn_layer=layer, **kwargs)
 
-    replace(module, f"{_PROCESSOR}.__call__", call_and_say_so)
+    replace(module, _JOINT, call_and_say_so)
     replace(module, "USP", usp_with_one_update)
+
+
+def _needs_text_under_sequence_parallelism(source: str) -> bool:
+    """`USP` is always handed `joint_strategy`, which is only set where there is text.
+
+    There are two assignments, for text that is split over the ranks and for text that is not; any
+    mend of it has to add a third.
+    """
+    return "joint_strategy=joint_strategy" in source and source.count("joint_strategy = ") == 2
+
+
+def _attend_without_text(module: ModuleType) -> None:
+    """Hand a layer without text on to xfuser's own self-attention, which norms and caches alike."""
+    call = require(module, _JOINT)
+    self_attention = require(module, "xFuserAttnProcessor2_0")
+
+    @functools.wraps(call)
+    def call_with_text(
+        self: Any,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if encoder_hidden_states is None and self.use_long_ctx_attn_kvcache:
+            return self_attention()(attn, hidden_states)
+        return call(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
+        )
+
+    replace(module, _JOINT, call_with_text)
+
+
+def _counts_text_on_every_rank(source: str) -> bool:
+    """Text that is not split over the ranks is set apart for `USP` only where there are patches."""
+    return "uses_pipeline_parallelism = get_runtime_state().num_pipeline_patch > 1\n" in source
+
+
+def _count_text_once(module: ModuleType) -> None:
+    """Set the text apart before `USP` where every rank holds all of it.
+
+    Otherwise `USP` takes the copies of all ranks for different tokens, and each is attended to as
+    often as there are ranks.
+    """
+    text = threading.local()
+    forward, usp = require(module, _FLUX_FORWARD), require(module, "USP")
+    get_runtime_state = require(module, "get_runtime_state")
+    sequence_parallel_ranks = require(module, "get_sequence_parallel_world_size")
+
+    @functools.wraps(forward)
+    def forward_and_count_text(
+        self: Any, hidden_states: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        text.tokens = encoder_hidden_states.shape[1]
+        try:
+            return forward(self, hidden_states, encoder_hidden_states, *args, **kwargs)
+        finally:
+            text.tokens = 0
+
+    @functools.wraps(usp)
+    def usp_with_text_apart(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = getattr(text, "tokens", 0)
+        if (
+            tokens
+            and "joint_strategy" not in kwargs
+            and not get_runtime_state().split_text_embed_in_sp
+            and sequence_parallel_ranks() > 1
+        ):
+            kwargs["joint_strategy"] = "front"
+            for name, heads in (("query", query), ("key", key), ("value", value)):
+                kwargs[f"joint_{name}"] = heads[:, :, :tokens]
+            query, key, value = (heads[:, :, tokens:] for heads in (query, key, value))
+        return usp(query, key, value, *args, **kwargs)
+
+    replace(module, _FLUX_FORWARD, forward_and_count_text)
+    replace(module, "USP", usp_with_text_apart)
+
+
+_ATTENTION = "xfuser.model_executor.layers.attention_processor"
+
+MENDS = (
+    Mend(
+        "SD3 under PipeFusion without sequence parallelism: KV cache updated twice",
+        _ATTENTION,
+        _JOINT,
+        _updates_kv_cache_twice,
+        _update_kv_cache_once,
+    ),
+    Mend(
+        "SD3.5 under sequence parallelism: attention without text crashes",
+        _ATTENTION,
+        _JOINT,
+        _needs_text_under_sequence_parallelism,
+        _attend_without_text,
+    ),
+    Mend(
+        "FLUX under sequence parallelism with text that is not split: text counted on every rank",
+        "xfuser.model_executor.models.transformers.transformer_flux",
+        _FLUX,
+        _counts_text_on_every_rank,
+        _count_text_once,
+    ),
+)
