@@ -83,10 +83,10 @@ EXCLUDED = (
 
 # Shown by tests/test_replicas.py.
 VAE_RANKS = (
-    "- Separate VAE ranks (`vae_parallel_size=1`): the VAE rank dies in xDiT's own group set-up with "
-    "a bare `AssertionError` (`group_coordinator.py, __init__: assert self.cpu_group is not None`), "
-    "since it is in no model replica. The groups alone are tested: the decision group is without "
-    "the VAE rank, and a cache on a VAE rank is refused."
+    "- Separate VAE ranks (`vae_parallel_size=1`): the VAE rank dies in xDiT's own group set-up "
+    "with a bare `AssertionError` (`group_coordinator.py, __init__: assert self.cpu_group is not "
+    "None`), since it is in no model replica. The groups alone are tested: the decision group is "
+    "without the VAE rank, and a cache on a VAE rank is refused."
 )
 
 # What a cell has to reach.

@@ -794,15 +794,16 @@ def pixart_family():
         )
         with torch.no_grad():
             states = text["t5"](tokens.input_ids, tokens.attention_mask).last_hidden_state
+        a, s = (table[timesteps][:, None, None, None] for table in (alpha, levels))
         out = transformer(
-            hidden_states=scheduler.add_noise(latents, batch.noise, timesteps),
+            # Not the scheduler's add_noise: before set_timesteps it looks levels up in reverse.
+            hidden_states=a * latents + s * batch.noise,
             encoder_hidden_states=states,
             encoder_attention_mask=tokens.attention_mask,
             timestep=timesteps,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        a, s = (table[timesteps][:, None, None, None] for table in (alpha, levels))
         # The other half of the channels is PixArt's variance, which its pipelines throw away.
         return F.mse_loss(out.chunk(2, dim=1)[0], a * batch.noise - s * latents)
 
@@ -815,7 +816,8 @@ def pixart_family():
             transformer=transformer,
         )
 
-    call = {"height": 128, "width": 128, "guidance_scale": 2.5, "use_resolution_binning": False}
+    call = {"height": 128, "width": 128, "guidance_scale": 2.5}
+    call |= {"use_resolution_binning": False, "clean_caption": False}  # bins begin at 256 px
     return Family(build, loss, pipeline, PixArtAlphaPipeline, call)
 
 
