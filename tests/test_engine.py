@@ -230,6 +230,55 @@ def test_a_rank_that_counts_no_tokens_computes_when_others_see_a_nan(
     assert (stack.flags, stack.ran) == ([0, 0], [0, 1, 2, 3])
 
 
+def left_out(stack: Stack, block: int, x: torch.Tensor, level: float) -> torch.Tensor:
+    """Run a step in which the model does not call one of its blocks."""
+    stack.ran = []
+    stack.engine.open(level, level, None, WHOLE, x.device)
+    for index in {*range(len(stack.added))} - {block}:
+        x = stack.engine.run_block(index, stack._block(index), (x,), {})
+    stack.engine.close()
+    return x
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_span_begins_with_the_first_block_that_the_model_calls(block: int) -> None:
+    stack = Stack(granularity=1, num_warmup_steps=1)
+    stack.added = [1.0] * 4
+    # Another branch with all blocks, whose flag and input must not be taken for this one's.
+    for level, wanted in ((1.0, 4.0), (0.9, 5.0), (0.8, 6.0)):
+        stack(ones(50.0), level)
+        assert left_out(stack, block, ones(wanted - 3), level)[0, 0, 0].item() == wanted
+    flags = [entry[1:] for entry in stack.engine.decisions.entries]
+    assert flags == [(step, branch, int(step > 0)) for step in range(3) for branch in (0, 1)]
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_span_whose_last_block_the_model_leaves_out_is_computed(block: int) -> None:
+    stack = Stack(granularity=2, num_warmup_steps=0)
+    stack.added = [1.0] * 4
+    for level in (1.0, 0.9, 0.8, 0.7):
+        assert torch.equal(left_out(stack, block, ones(), level), ones(4.0))
+    whole = 0b10 if block == 1 else 0b01
+    assert stack.flags == [0, 0 if block == 1 else whole, whole, whole]
+
+
+def test_a_last_block_left_out_in_one_branch_concerns_no_other() -> None:
+    stack = Stack(num_warmup_steps=1)
+    for level in (1.0, 0.9, 0.8):
+        stack(ones(), level), left_out(stack, 3, ones(), level)
+    flags = [entry[1:] for entry in stack.engine.decisions.entries]
+    assert flags == [(s, b, int(s > 0 and b == 0)) for s in range(3) for b in (0, 1)]
+
+
+def test_a_last_block_left_out_of_a_skipped_span_is_an_error_not_a_wrong_picture() -> None:
+    stack = Stack(granularity=2, num_warmup_steps=1)
+    stack(ones(), 1.0), stack(ones(), 0.9), stack(ones(), 0.8)
+    with pytest.raises(RuntimeError, match="left out the last block of span 0 at .* step 3"):
+        left_out(stack, 1, ones(), 0.7)
+    stack.engine.abandon(RuntimeError())
+    assert torch.equal(stack(ones(), 1.0), ones())
+
+
 def test_a_step_without_blocks_takes_part_in_the_consensus() -> None:
     stack = Stack()
     stack.added = []

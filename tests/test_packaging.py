@@ -31,6 +31,7 @@ ROOMS = (
     "forecasters",
     "tokens",
     "state",
+    "ownership",
     "timeline",
     "decisions",
     "statistics",

@@ -89,6 +89,42 @@ def test_a_name_that_comes_again_at_the_same_timestep_starts_a_generation(
     assert found == [(generation, 0, b) for generation in (0, 1) for b in range(len(names))]
 
 
+def test_a_named_branch_keeps_its_index_whoever_else_is_called() -> None:
+    timeline = Timeline()
+    steps = {1.0: "ab", 0.8: "b", 0.6: "cba", 0.4: "c", 0.2: "ca"}
+    found = [
+        (call.step, call.branch)
+        for level, names in steps.items()
+        for name in names
+        for call in [opened(timeline, level, branch_name=name)]
+    ]
+    assert found == [(0, 0), (0, 1), (1, 1), (2, 2), (2, 1), (2, 0), (3, 2), (4, 2), (4, 0)]
+    # A generation counts its branches anew.
+    assert opened(timeline, 1.0, branch_name="c").branch == 0
+
+
+def test_calls_with_and_without_a_name_are_never_one_branch() -> None:
+    timeline = Timeline()
+    found = [
+        (call.step, call.branch)
+        for level, names in {1.0: ("a", None, None), 0.5: (None, None, "a")}.items()
+        for name in names
+        for call in [opened(timeline, level, branch_name=name)]
+    ]
+    assert len(found) == len(set(found))
+
+
+def test_a_timeline_says_how_far_it_is_and_whether_there_is_a_new_plan() -> None:
+    timeline, plan = Timeline(), schedule(1.0, 0.5)
+    assert timeline.reached is None and not timeline.replanned(plan)
+    opened(timeline, 1.0, schedule=plan), opened(timeline, 0.5, schedule=plan)
+    assert timeline.reached == 0.5
+    assert not timeline.replanned(plan) and not timeline.replanned(None)
+    assert timeline.replanned(schedule(1.0, 0.5))
+    timeline.restart()
+    assert timeline.reached is None
+
+
 def test_names_count_anew_at_each_step() -> None:
     timeline = Timeline()
     found = [

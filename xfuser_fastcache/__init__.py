@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     )
     from xfuser_fastcache.config import CacheConfig
     from xfuser_fastcache.consensus import ConsensusError, ConsensusTimeout
+    from xfuser_fastcache.ownership import TransformerInUse
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "CacheConfig",
     "ConsensusError",
     "ConsensusTimeout",
+    "TransformerInUse",
     "apply_cache_on_transformer",
     "get_cache_statistics",
     "remove_cache",
@@ -28,6 +30,7 @@ _HOME = {
     "CacheConfig": "config",
     "ConsensusError": "consensus",
     "ConsensusTimeout": "consensus",
+    "TransformerInUse": "ownership",
 }
 
 

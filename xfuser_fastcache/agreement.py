@@ -136,27 +136,24 @@ class Agreement:
             or shared.poisoned
             or (self.lagged and not call.position.patched)
         )
-        shared.skip = [
-            not compute_all
-            and span.skips_in_a_row < config.max_consecutive_skips
-            and self._may_skip(span, call.noise_level)
-            for span in shared.spans
-        ]
+        shared.skip = [not compute_all and self._may_skip(span, call) for span in shared.spans]
         self.counters.record(call.step, call.branch, shared.skip)
         self.decisions.record(call.generation, call.step, call.branch, shared.skip)
         shared.sightings = [_sighting(span, call) for span in shared.spans]
         for span, skip in zip(shared.spans, shared.skip, strict=True):
-            span.skips_in_a_row = span.skips_in_a_row + 1 if skip else 0
             if not skip:
-                span.anchor_level = call.noise_level
+                span.anchor_level, span.anchor_step = call.noise_level, call.step
 
-    def _may_skip(self, span: SpanState, noise_level: float) -> bool:
-        if span.moments is None or span.anchor_level is None:
+    def _may_skip(self, span: SpanState, call: Call) -> bool:
+        if span.moments is None or span.anchor_level is None or span.anchor_step is None:
+            return False
+        # Steps that the branch was left out at make its anchor older as skipped ones do.
+        if call.step - span.anchor_step > self.config.max_consecutive_skips:
             return False
         moments, sighting = span.moments
         if sighting.anchor_level is None or moments.tokens == 0:
             return False
-        moments = rescaled(moments, sighting, noise_level, span.anchor_level)
+        moments = rescaled(moments, sighting, call.noise_level, span.anchor_level)
         evidence = Evidence(
             moments.change, moments.change_squared, moments.reference, moments.tokens, self.dim
         )

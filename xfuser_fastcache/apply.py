@@ -32,6 +32,14 @@ def apply_cache_on_transformer(
     with the same options. Apply it after xfuser has wrapped the pipeline. `sync_timeout_s` also
     becomes the limit of xfuser's own waits, and stays it when the cache is removed.
 
+    The cache serves one generation at a time. Threads that draw at the same time need a transformer
+    each: where two share one, the generation that began last keeps it, and the other thread gets
+    an error at its next step.
+
+    With guidance in several calls a step, each call is a branch with a state of its own. Branches
+    that are left out at some steps are best called under diffusers' `transformer.cache_context`;
+    calls without a name go by their order within the step.
+
     Args:
         transformer: a supported diffusers transformer, or xfuser's wrapper around one.
         config: all options at once; or give them one by one.

@@ -28,6 +28,7 @@ from xfuser_fastcache.consensus import Consensus, ConsensusError
 from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import SLOTS, Reference, measure
+from xfuser_fastcache.ownership import Ownership
 from xfuser_fastcache.state import Anchor, LocalState, Memory, SharedState
 from xfuser_fastcache.statistics import BlockInfo, Counters
 from xfuser_fastcache.timeline import Call, Schedule, Timeline
@@ -99,10 +100,12 @@ class CacheEngine:
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
+        self.ownership = Ownership(self.timeline)
         self.watchdog = Watchdog(config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._owes_consensus = False
-        # Of the span that was entered last.
+        # The span that was entered and not yet left, what entered it, and its flag.
+        self._inside: int | None = None
         self._entered: Streams | None = None
         self._skipping = False
         self._said: set[str] = set()
@@ -124,7 +127,12 @@ class CacheEngine:
         schedule: Schedule | None = None,
         branch_name: str | None = None,
     ) -> None:
-        """Begin a forward pass of the transformer; see `Timeline.open` for the arguments."""
+        """Begin a forward pass of the transformer; see `Timeline.open` for the arguments.
+
+        Raises:
+            TransformerInUse: another thread's generation is the current one; see `Ownership`.
+        """
+        self.ownership.claim(noise_level, schedule)
         call = self.timeline.open(timestep, noise_level, signature, position, schedule, branch_name)
         if call.starts_generation:
             self._note_bytes()
@@ -135,6 +143,7 @@ class CacheEngine:
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
         self.call = call
+        self.ownership.note(call)
         self.watchdog.expect(call.place)
         if call.opens_step and self.agreement.lagged:
             self.agreement.decide_lagged(call)
@@ -142,8 +151,13 @@ class CacheEngine:
             self._owes_consensus = True
 
     def close(self) -> None:
-        """End a forward pass."""
+        """End a forward pass.
+
+        Raises:
+            RuntimeError: see `_give_up_span`.
+        """
         call, local, _ = self._current()
+        self._give_up_span()
         agreement = self.agreement
         if self._owes_consensus:
             # No block ran here; the other ranks wait all the same.
@@ -167,7 +181,7 @@ class CacheEngine:
             ConsensusTimeout: from `error`, where it is a broken or timed-out communication.
         """
         place = "a forward pass" if self.call is None else self.call.place
-        self.call = None
+        self.call = self._inside = None
         self._owes_consensus = False
         self.timeline.restart()
         self.watchdog.rest()
@@ -186,7 +200,8 @@ class CacheEngine:
         """Run one block, or stand in for it.
 
         A skipped span is forecast at its last block, so that whatever the model adds between
-        blocks finds its place; the blocks before it hand their input on.
+        blocks finds its place; the blocks before it hand their input on. The model may leave blocks
+        out (`skip_layers` of SD3): a span begins with the first of its blocks that is called.
 
         Args:
             index: of the block among those of this rank.
@@ -201,7 +216,7 @@ class CacheEngine:
             )
             return forward(*args, **kwargs)
         piece, contract = self.pieces[index], self.contracts[index]
-        if index == piece.first:
+        if piece.span != self._inside:
             self._enter(piece.span, contract.read(args, kwargs))
         if self._skipping:
             if index < piece.last:
@@ -215,8 +230,11 @@ class CacheEngine:
     def _enter(self, span: int, inputs: Streams) -> None:
         """Measure what enters a span; at the step's first block, then decide."""
         call, local, shared = self._current()
-        if self.consensus.group.counts_tokens:
-            memory = local.memory(span, call.position)
+        self._give_up_span()
+        self._inside = span
+        memory = local.memory(span, call.position)
+        # Where no tokens are counted, the gate does not let the span be skipped.
+        if self.consensus.group.counts_tokens and not memory.given_up:
             reference = memory.anchors[0].reference if memory.anchors else None
             exponent = shared.spans[span].exponent
             local.pending[span].add_(measure(inputs.hidden_states, reference, exponent))
@@ -228,8 +246,27 @@ class CacheEngine:
         keeps = self._skipping or not self.agreement.lagged
         self._entered = inputs if keeps else inputs.map(torch.clone)
 
+    def _give_up_span(self) -> None:
+        """Forget a span whose last block was not called: what it put out is not known.
+
+        Raises:
+            RuntimeError: it was to be skipped, and its forecast had no place.
+        """
+        if self._inside is None:
+            return
+        call, local, _ = self._current()
+        if self._skipping:
+            raise RuntimeError(
+                f"the model left out the last block of span {self._inside} at {call.place}, where "
+                "it had run at the last computed step of this branch. Call the transformer with "
+                "the same skip_layers at all steps of a branch, or under another cache_context."
+            )
+        local.remember(self._inside, call.position, Memory(given_up=True))
+        self._inside = None
+
     def _forecast(self, span: int) -> Streams:
         """Stand in for a skipped span."""
+        self._inside = None
         call, local, _ = self._current()
         assert self._entered is not None
         memory = local.memory(span, call.position)
@@ -237,6 +274,7 @@ class CacheEngine:
 
     def _leave(self, span: int, outputs: Streams) -> None:
         """Remember a computed span."""
+        self._inside = None
         call, local, shared = self._current()
         assert self._entered is not None
         anchor = Anchor(
@@ -246,8 +284,9 @@ class CacheEngine:
             reference=Reference.of(self._entered.hidden_states),
         )
         memory = local.memory(span, call.position)
-        if shared.poisoned:
-            # Its anchors may hold the NaN; looking back would bring it up again.
+        if shared.poisoned or memory.given_up:
+            # Its anchors may hold the NaN, which looking back would bring up again; a span that was
+            # given up has none.
             memory = Memory()
         local.remember(span, call.position, self.forecaster.update(memory, anchor))
 

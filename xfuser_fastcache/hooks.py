@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +11,29 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
 
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.ownership import TransformerInUse
 
 HOOK = "xfuser_fastcache"
 
 
 class _BranchName(StateManager):
-    """Receives the name that a pipeline gives a call by diffusers' `cache_context`."""
+    """Receives the name that a pipeline gives a call by diffusers' `cache_context`.
+
+    Each thread sees its own: one that is refused must not rename the other's call.
+    """
 
     def __init__(self) -> None:
         super().__init__(BaseState)
-        self.name: str | None = None
+        self._given = threading.local()
+
+    @property
+    def name(self) -> str | None:
+        """The name of the call that this thread is about to make, or None."""
+        return getattr(self._given, "name", None)
 
     def set_context(self, context: Any) -> None:
         # A name in diffusers 0.35, an object that carries it later.
-        self.name = getattr(context, "name", context)
+        self._given.name = getattr(context, "name", context)
 
 
 class TransformerHook(ModelHook):
@@ -42,15 +52,22 @@ class TransformerHook(ModelHook):
         self.open_step = open_step
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the transformer within a step."""
-        try:
-            self.open_step(args, kwargs)
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            self.engine.close()
-        except BaseException as error:
-            self.engine.abandon(error)
-            raise
-        return output
+        """Run the transformer within a step.
+
+        Raises:
+            TransformerInUse: the cache serves another thread's generation, which goes on unharmed.
+        """
+        with self.engine.ownership.visit():
+            try:
+                self.open_step(args, kwargs)
+                output = self.fn_ref.original_forward(*args, **kwargs)
+                self.engine.close()
+            except TransformerInUse:
+                raise
+            except BaseException as error:
+                self.engine.abandon(error)
+                raise
+            return output
 
 
 class BlockHook(ModelHook):

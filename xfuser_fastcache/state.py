@@ -56,10 +56,13 @@ class Memory:
     Attributes:
         anchors: newest first, as many as the forecaster looks back.
         slope: per-channel correction of the linear forecaster, `(dim,)` a stream; else None.
+        given_up: whether the span's output was not seen at the step at which it was last computed;
+            there are no anchors then.
     """
 
     anchors: tuple[Anchor, ...] = ()
     slope: Streams | None = None
+    given_up: bool = False
 
     def split(self, lengths: tuple[int, ...]) -> list[Memory]:
         """Cut the memory of all tokens into the memories of consecutive patches."""
@@ -97,13 +100,13 @@ class SpanState:
     Attributes:
         exponent: scale for the next measurement.
         anchor_level: sigma at which the span was last computed; None before.
-        skips_in_a_row: since it was last computed.
+        anchor_step: step at which it was last computed; None before.
         moments: last reduced moments with their sighting, or None.
     """
 
     exponent: int = INITIAL_EXPONENT
     anchor_level: float | None = None
-    skips_in_a_row: int = 0
+    anchor_step: int | None = None
     moments: tuple[Moments, Sighting] | None = None
 
 

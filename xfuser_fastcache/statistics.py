@@ -41,6 +41,7 @@ class Counters:
         self.peak_bytes = 0
         self._generations = 0
         self._steps = 0
+        self._step: int | None = None  # of the last decision
         self._decisions = 0
         self._skipped = [0] * spans
         self._collectives = consensus.collectives
@@ -49,8 +50,11 @@ class Counters:
     def record(self, step: int, branch: int, skip: list[bool]) -> None:
         """Count one decision: a step of one branch, one flag per span."""
         self._decisions += 1
-        self._steps += branch == 0
-        self._generations += step == 0 and branch == 0
+        begins = step == 0 and branch == 0
+        # The first branch may be left out of a step.
+        self._steps += begins or step != self._step
+        self._generations += begins
+        self._step = step
         for span, skipped in enumerate(skip):
             self._skipped[span] += skipped
 

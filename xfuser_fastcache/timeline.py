@@ -31,7 +31,7 @@ class Call:
     Attributes:
         generation: counts from 0.
         step: denoising step, from 0.
-        branch: CFG call within the step, from 0.
+        branch: CFG trajectory, from 0 in the order in which they first appear in the generation.
         opens_step: False for the second and later patches of a step.
         noise_level: sigma.
         is_last_step: whether the schedule ends here; False where the number of steps is unknown.
@@ -61,8 +61,11 @@ class Timeline:
     """Tells generations, steps, branches and patches apart by what the transformer is given.
 
     A new generation starts where the scheduler has new timesteps, where the noise level rises,
-    or where shape, dtype or device change. The same timestep again is the next branch, unless
+    or where shape, dtype or device change. The same timestep again is another branch, unless
     diffusers' `cache_context` names a branch that this step has had already.
+
+    A branch goes by its name, so it may be left out at some steps. Calls without a name go by
+    their order within the step: only the last ones may then be left out.
 
     Args:
         num_steps: steps of a generation where no scheduler tells; None if unknown.
@@ -77,7 +80,10 @@ class Timeline:
         self._noise_level = 0.0
         self._signature: object = None
         self._schedule: Schedule | None = None
-        self._names: list[str] = []
+        # Of this generation: what a branch goes by, its name or its place in a step -> its index.
+        self._branches: dict[str | int, int] = {}
+        # Of this step: what its calls so far went by.
+        self._called: list[str | int] = []
 
     def open(
         self,
@@ -98,18 +104,13 @@ class Timeline:
             schedule: the scheduler's plan, or None.
             branch_name: name given by `cache_context`, or None.
         """
-        replanned = (
-            schedule is not None
-            and self._schedule is not None
-            and schedule.timesteps is not self._schedule.timesteps
-        )
-        named_again = branch_name is not None and branch_name in self._names
+        named_again = branch_name is not None and branch_name in self._called
         # Later patches of a step repeat its timestep and are no branch of their own.
         continues = position.patched and position.patch > 0
         same = timestep == self._timestep
         starts = (
             self._timestep is None
-            or replanned
+            or self.replanned(schedule)
             or signature != self._signature
             or noise_level > self._noise_level
             or (same and named_again and not continues)
@@ -118,18 +119,18 @@ class Timeline:
         opens = True
         if starts:
             self._generation += 1
-            self._step = self._branch = 0
-            self._names = []
+            self._step = 0
+            self._branches = {}
+            self._called = []
         elif continues and same:
             opens = False
-        elif same:
-            self._branch += 1
-        else:
+        elif not same:
             self._step += 1
-            self._branch = 0
-            self._names = []
-        if branch_name is not None and opens:
-            self._names.append(branch_name)
+            self._called = []
+        if opens:
+            key = len(self._called) if branch_name is None else branch_name
+            self._called.append(key)
+            self._branch = self._branches.setdefault(key, len(self._branches))
         self._timestep, self._noise_level = timestep, noise_level
         level, remaining = self._planned(timestep, noise_level)
         return Call(
@@ -143,6 +144,19 @@ class Timeline:
             position=position,
             starts_generation=starts,
         )
+
+    def replanned(self, schedule: Schedule | None) -> bool:
+        """Say whether the scheduler has made a new plan since the last forward pass."""
+        return (
+            schedule is not None
+            and self._schedule is not None
+            and schedule.timesteps is not self._schedule.timesteps
+        )
+
+    @property
+    def reached(self) -> float | None:
+        """Noise level of the last forward pass; None where the next one starts a generation."""
+        return None if self._timestep is None else self._noise_level
 
     def restart(self) -> None:
         """Let the next forward pass start a new generation."""
