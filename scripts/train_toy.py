@@ -591,6 +591,8 @@ class Family:
         pipeline: (transformer, text, vae) -> the diffusers pipeline.
         pipeline_class: what loads it again.
         call_kwargs: arguments of a pipeline call at 128 px besides prompt and steps.
+        small_iterations: at 64 px.
+        large_iterations: at 128 px, one number a cycle of the learning rate.
     """
 
     build: Callable
@@ -598,6 +600,8 @@ class Family:
     pipeline: Callable
     pipeline_class: type
     call_kwargs: dict
+    small_iterations: int
+    large_iterations: list[int]
 
 
 def flux_family():
@@ -667,7 +671,7 @@ def flux_family():
         )
 
     call = {"height": 128, "width": 128, "max_sequence_length": TEXT_TOKENS}
-    return Family(build, loss, pipeline, FluxPipeline, call)
+    return Family(build, loss, pipeline, FluxPipeline, call, 2200, [900, 800])
 
 
 @contextmanager
@@ -748,7 +752,7 @@ def sd3_family():
         )
 
     call = {"height": 128, "width": 128, "max_sequence_length": TEXT_TOKENS, "guidance_scale": 2.5}
-    return Family(build, loss, pipeline, StableDiffusion3Pipeline, call)
+    return Family(build, loss, pipeline, StableDiffusion3Pipeline, call, 2200, [900, 800, 900])
 
 
 def pixart_family():
@@ -818,7 +822,7 @@ def pixart_family():
 
     call = {"height": 128, "width": 128, "guidance_scale": 2.5}
     call |= {"use_resolution_binning": False, "clean_caption": False}  # bins begin at 256 px
-    return Family(build, loss, pipeline, PixArtAlphaPipeline, call)
+    return Family(build, loss, pipeline, PixArtAlphaPipeline, call, 1100, [500, 700, 1900])
 
 
 FAMILIES = {"flux": flux_family, "sd3": sd3_family, "pixart": pixart_family}
@@ -1151,10 +1155,10 @@ def parse_args():
     parser.add_argument("--vae_iterations", type=int, default=600)
     parser.add_argument("--decoder_iterations", type=int, default=1500)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--small_iterations", type=int, default=2200, help="at 64 px")
+    parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the family's")
     parser.add_argument("--small_batch", type=int, default=32)
     parser.add_argument(
-        "--large_iterations", type=int, nargs="+", default=[900, 800], help="at 128 px, per cycle"
+        "--large_iterations", type=int, nargs="+", help="at 128 px, a cycle; default: the family's"
     )
     parser.add_argument("--large_batch", type=int, default=16)
     parser.add_argument("--pool", type=int, default=4096, help="encoded pictures kept at 64 px")
@@ -1165,6 +1169,8 @@ def main():
     """Run the stages asked for, then mark the result."""
     args = parse_args()
     family = FAMILIES[args.model]()
+    args.small_iterations = args.small_iterations or family.small_iterations
+    args.large_iterations = args.large_iterations or family.large_iterations
     if not args.evaluate:
         print("$", shlex.join(["python", *sys.argv]), flush=True)
         text, text_stage = train_text(args)
