@@ -101,7 +101,7 @@ class Step:
 
     Attributes:
         timestep: as the transformer gets it, but for rounding to the model's dtype.
-        noise_level: sigma; the variable of forecasts.
+        noise_level: the variable of forecasts: sigma, or what else grows evenly with the noise.
     """
 
     timestep: float
