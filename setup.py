@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn"],
-        "bench": ["cache-dit"],
+        "bench": ["cache-dit>=1.5,<1.6"],
         # Linter, formatter and type checker change their minds between minor versions.
         "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*"],
     },

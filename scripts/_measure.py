@@ -46,11 +46,12 @@ class DenoisingTimer:
         ]
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._mark()
         for handle in self._handles:
             handle.remove()
-        self.seconds = self._marks[1] - self._marks[0]
+        if kind is None:
+            self.seconds = self._marks[1] - self._marks[0]
 
 
 class PeakMemory:

@@ -1,0 +1,80 @@
+"""What is measured on pictures: error, similarity, what a caption asks for, features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from _measure import ssim
+
+from toys.captions import Caption, draw
+from toys.checker import check_caption
+from toys.classifier import features
+
+# Drawings of each caption that stand for the truth in a Fréchet distance.
+DRAWINGS = 8
+
+
+def caption_of(prompt: str) -> Caption | None:
+    """The prompt as a caption of the toys, None where it is none."""
+    try:
+        return Caption.parse(prompt)
+    except ValueError:
+        return None
+
+
+def squared_error(image: np.ndarray, reference: np.ndarray) -> float:
+    """Mean squared error of two pictures in [0, 1], in double precision."""
+    return float(np.mean((image.astype(np.float64) - reference.astype(np.float64)) ** 2))
+
+
+def marks(prompts: list[str], images: list[np.ndarray]) -> dict[str, Any]:
+    """Whether pictures show their captions, and their features; {} unless all are captions."""
+    captions = [caption_of(prompt) for prompt in prompts]
+    if None in captions:
+        return {}
+    pairs = zip(images, captions, strict=True)
+    return {
+        "passed": [bool(check_caption(image, caption).passed) for image, caption in pairs],
+        "features": features(images).tolist(),
+    }
+
+
+def compare(
+    images: list[np.ndarray], uncached: list[np.ndarray], converged: list[np.ndarray]
+) -> dict[str, list[float]]:
+    """Errors picture by picture against the uncached and the converged run."""
+    triples = list(zip(images, uncached, converged, strict=True))
+    return {
+        "mse": [squared_error(image, reference) for image, reference, _ in triples],
+        "ssim": [ssim(image, reference) for image, reference, _ in triples],
+        "mse_converged": [squared_error(image, reference) for image, _, reference in triples],
+        "ssim_converged": [ssim(image, reference) for image, _, reference in triples],
+    }
+
+
+def drawn_features(prompts: list[str]) -> np.ndarray | None:
+    """Features of drawings of the captions, `(prompts x drawings, 32)`; None for other prompts."""
+    if None in map(caption_of, prompts):
+        return None
+    drawings = [
+        draw(prompt, 128, [index, repeat]) / 255.0
+        for index, prompt in enumerate(prompts)
+        for repeat in range(DRAWINGS)
+    ]
+    return features(drawings)
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance of two sets of features, `(pictures, features)` each.
+
+    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of Gaussians with the sets' moments.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), there on features of Inception.
+    """
+    from scipy.linalg import sqrtm
+
+    means = first.mean(axis=0) - second.mean(axis=0)
+    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    root = sqrtm(one @ two)
+    return float(means @ means + np.trace(one) + np.trace(two) - 2 * np.trace(root).real)

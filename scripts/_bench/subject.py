@@ -1,0 +1,175 @@
+"""The pipeline under test: loaded once, called the same way for every method, timed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import DenoisingTimer, PeakMemory
+
+from _bench.settings import Settings
+from xfuser_fastcache.xdit.groups import XDiTLayout
+
+# Of xfuser's own collectives, in seconds.
+WAIT_LIMIT_S = 120.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Sample:
+    """One call of the pipeline.
+
+    Attributes:
+        seconds: of the denoising loop; the slowest rank's.
+        peak_bytes: the largest rank's; None where the system cannot tell.
+        images: pictures in [0, 1], `(height, width, 3)`; empty on ranks other than the first.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    images: list[np.ndarray] = field(default_factory=list)
+
+
+class Subject:
+    """A plain diffusers pipeline in this process.
+
+    Args:
+        pipe: the pipeline, on its device.
+        steps: of the reference.
+        call: further arguments of the pipeline's call.
+
+    Attributes:
+        transformer: what caches are put on.
+        kept: what a method measured on this pipeline before its first run, such as ratios.
+    """
+
+    def __init__(self, pipe: Any, steps: int, call: dict[str, Any]):
+        self.pipe, self.steps, self.call = pipe, steps, call
+        self.kept: dict[str, Any] = {}
+        pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        """The module that the pipeline calls."""
+        return self.pipe.transformer
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The diffusers model itself."""
+        return self.pipe.transformer
+
+    def set_scheduler(self, scheduler: Any) -> None:
+        """Let the pipeline run with another scheduler."""
+        self.pipe.scheduler = scheduler
+
+    def noise(self, seeds: list[int]) -> list[torch.Generator]:
+        """A generator a picture, so that pictures do not depend on the batch."""
+        return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def generate(self, prompts: list[str], seeds: list[int], **changes: Any) -> Sample:
+        """Call the pipeline once; `changes` win over the subject's own arguments."""
+        arguments = {
+            "num_inference_steps": self.steps,
+            **self.call,
+            "prompt": prompts,
+            "generator": self.noise(seeds),
+            "output_type": "np",
+            **changes,
+        }
+        with PeakMemory() as memory, DenoisingTimer(self.pipe) as timer:
+            output = self.pipe(**arguments)
+        images = [] if output is None else list(output.images)
+        return self.collect(Sample(timer.seconds, memory.bytes, images))
+
+    def collect(self, sample: Sample) -> Sample:
+        """Bring the ranks' samples together; one process has only its own."""
+        return sample
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return what `measure` gives, measured at the first call under this name."""
+        if name not in self.kept:
+            self.kept[name] = measure()
+        return self.kept[name]
+
+
+class RankSubject(Subject):
+    """The pipeline in xfuser's class, one rank of a layout; the call is collective."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The diffusers model inside xfuser's wrapper."""
+        return self.pipe.transformer.module
+
+    def set_scheduler(self, scheduler: Any) -> None:
+        """Put the scheduler under xfuser's pipeline; it is not split over patches."""
+        self.pipe.module.scheduler = scheduler
+
+    def noise(self, seeds: list[int]) -> list[torch.Generator]:
+        """The generators of this data-parallel replica's share of the batch."""
+        from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
+
+        share = -(-len(seeds) // get_data_parallel_world_size())
+        start = get_data_parallel_rank() * share
+        return super().noise(seeds[start : start + share])
+
+    def collect(self, sample: Sample) -> Sample:
+        """Slowest rank, largest memory, all replicas' pictures on the first rank."""
+        import torch.distributed as dist
+        from xfuser.core.distributed import get_world_group
+
+        world = get_world_group()
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, sample, group=world.cpu_group)
+        peaks = [rank.peak_bytes for rank in ranks if rank.peak_bytes is not None]
+        images = [image for rank in ranks for image in rank.images] if world.rank == 0 else []
+        return Sample(max(rank.seconds for rank in ranks), max(peaks, default=None), images)
+
+
+def load_subject(settings: Settings) -> Subject:
+    """Load the model as the settings ask for it.
+
+    In one process it is diffusers' own pipeline. xfuser's groups of one rank are set up beside it
+    by the methods that need them.
+    """
+    if settings.layout:
+        return _load_rank(settings)
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(settings.model, torch_dtype=DTYPES[settings.dtype])
+    if torch.cuda.is_available():
+        pipe = pipe.to("cuda")
+    return Subject(pipe, settings.steps, known_arguments(pipe, settings.call))
+
+
+def known_arguments(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Return `call`, if the pipeline takes all of it.
+
+    Raises:
+        ValueError: an argument that its call does not know.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    unknown = sorted(set(call) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no {', '.join(map(repr, unknown))}; it takes "
+            f"{', '.join(name for name in known if name != 'self')}"
+        )
+    return dict(call)
+
+
+def _load_rank(settings: Settings) -> RankSubject:
+    import generate
+
+    generate.start()
+    size = settings.call.get("height"), settings.call.get("width")
+    flags = ["--model", settings.model, "--prompt", settings.prompts[0]]
+    flags += ["--num_inference_steps", str(settings.steps), "--dtype", settings.dtype]
+    flags += [f"--{name}={px}" for name, px in zip(("height", "width"), size, strict=True) if px]
+    pipe = generate.load(generate.options_from([*flags, *settings.layout_flags()]))
+    # A peer whose ranks decide each for itself may leave some waiting.
+    XDiTLayout().limit_waits(WAIT_LIMIT_S)
+    return RankSubject(pipe, settings.steps, known_arguments(pipe.module, settings.call))
