@@ -37,12 +37,15 @@ class Cell:
         ranks: the reports, by rank.
         groups: the decision group of every rank.
         replicas: degree of data parallelism.
+        least_hits: share of blocks that must be skipped, 0 to 1. In a pipeline decisions lag two
+            steps, and their statistics are scaled up where gaps in noise grow, as PixArt's do.
         references: what one rank computes, for each size of the batch.
     """
 
     ranks: list[dict[str, Any]]
     groups: list[tuple[int, ...]]
     replicas: int
+    least_hits: float
     references: dict[str, Any]
 
 
@@ -65,6 +68,7 @@ def cell(request: pytest.FixtureRequest) -> Cell:
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
+        least_hits=0.15 if "pipefusion" in layout else 0.4,
         references=reports("1 rank")[0]["models"][model]["references"],
     )
 
@@ -100,7 +104,7 @@ def test_a_cell_runs_cached_and_all_its_ranks_agree(cell: Cell, backend: str) ->
     for granularity in ("granularity stack", "granularity 3"):
         cached = [f[granularity] for f in found]
         assert all(c["repeats"] and c["changed"] and c["finite"] for c in cached)
-        assert all(c["hits"] >= 0.4 for c in cached)
+        assert all(c["hits"] >= cell.least_hits for c in cached)
         assert all(c["collectives_per_step"] == 1 for c in cached)
         assert all(c["steps"] == 2 * STEPS for c in cached)
         by_group: dict[tuple[int, ...], set[str]] = {}
