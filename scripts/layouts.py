@@ -225,6 +225,7 @@ def document(
     reports: dict[tuple[str, str], dict[str, Any]],
     kept: dict[tuple[str, str], float],
     accuracy: dict[str, dict[str, float]],
+    failures: list[str],
     options: argparse.Namespace,
 ) -> str:
     """Return the Markdown page."""
@@ -268,6 +269,14 @@ def document(
             ),
             "",
         ]
+    if failures:
+        wanted = (
+            f"Wanted are {PSNR_DB:.0f} dB, one collective a step and one digest in every cell, "
+            f"{GAIN_KEPT:.0%} of one rank's gain on 2 ranks, and {ACCURACY_POINTS:.0f} points of "
+            "captions."
+        )
+        first_lines = (failure.splitlines()[0] for failure in failures)
+        lines += ["## What falls short", "", wanted, "", *(f"- {line}" for line in first_lines), ""]
     lines += ["## What xDiT cannot run, cached or not", ""]
     for exclusion in EXCLUDED:
         layouts = [name for name, (_, flags) in LAYOUTS.items() if exclusion.flag in flags]
@@ -341,7 +350,7 @@ def main() -> int:
     if reports:
         path = ROOT / options.output
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document(reports, kept, accuracy, options))
+        path.write_text(document(reports, kept, accuracy, failures, options))
         console.print(f"{len(reports)} of {len(chosen)} cells in {options.output}")
     for failure in failures:
         console.print(f"[red]{failure}", soft_wrap=True)
