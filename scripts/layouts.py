@@ -5,8 +5,8 @@
     python scripts/layouts.py --models sd3 --layouts "1 rank" "cfg 2" --output runs/sd3.md
 
 A cell is one command of scripts/generate.py on the model's embedded toy, under torchrun, with
-baseline and cache in turn; reports and pictures stay under --output_dir. Ends with an error that
-lists what falls short of docs/layouts.md's promises, after all cells have run.
+baseline and cache in turn; reports and pictures stay under --output_dir. Exits with status 1
+where a cell falls short, after all have run; the page and the output list what and by how much.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ from toys.captions import sample_captions
 from toys.checker import check_caption
 
 ROOT = Path(__file__).resolve().parent.parent
-PIPEFUSION, ULYSSES, CFG = (
-    "--pipefusion_parallel_degree",
-    "--ulysses_degree=2",
-    "--use_cfg_parallel",
-)
+PIPEFUSION = "--pipefusion_parallel_degree"
+ULYSSES = "--ulysses_degree=2"
+CFG = "--use_cfg_parallel"
 ONE_RANK = "1 rank"
 # Layout -> ranks, flags of xDiT.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {

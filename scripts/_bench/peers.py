@@ -154,9 +154,10 @@ def _xdit(cache_method: str) -> Callable[[Subject, str], Any]:
         from xfuser.model_executor.cache import apply_cache
 
         if get_pipeline_parallel_world_size() > 1:
-            # Its runner refuses with these words; the call itself would take a stage's blocks for
-            # the whole model.
-            raise NotImplementedError(f"{cache_method} is incompatible with PipeFusion")
+            # The call itself would take a stage's blocks for the whole model.
+            raise NotImplementedError(
+                f"xDiT's runner refuses {cache_method} under PipeFusion; refused here in its stead"
+            )
         with restored(subject.model):
             apply_cache(
                 cache_method,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,7 @@ class Settings:
     @property
     def ranks(self) -> int:
         """Processes of one layout."""
-        ranks = 1
-        for degree in self.layout.values():
-            ranks *= degree
-        return ranks
+        return math.prod(self.layout.values())
 
     def layout_flags(self) -> list[str]:
         """The layout as flags of xDiT."""
