@@ -7,15 +7,23 @@ import random
 import pytest
 
 from xfuser_fastcache.consensus import ConsensusError
-from xfuser_fastcache.decisions import DecisionLog
+from xfuser_fastcache.decisions import CHANGED, UNCHANGED, Decision, DecisionLog, Judgement
+from xfuser_fastcache.layout import Position
+from xfuser_fastcache.timeline import Call
 
 ROW = 2048
 
 
+def decision(generation: int, step: int, branch: int, skip: list[bool]) -> Decision:
+    """Return a decision with nothing of interest but its place and flags."""
+    call = Call(generation, step, branch, True, 0.5, False, True, Position(), False)
+    return Decision(call, [Judgement(s, UNCHANGED if s else CHANGED) for s in skip], wait_s=0.0)
+
+
 def log(decisions: list[tuple[int, int, int, list[bool]]], spans: int) -> DecisionLog:
     found = DecisionLog(spans)
-    for decision in decisions:
-        found.record(*decision)
+    for one in decisions:
+        found.record(decision(*one))
     return found
 
 
@@ -98,11 +106,11 @@ def test_the_last_decision_that_fits_the_row_is_named(spans: int, fits: int) -> 
 def test_each_decision_is_compared_once() -> None:
     found = DecisionLog(2)
     assert found.unverified() is None
-    found.record(0, 0, 0, [True, False])
+    found.record(decision(0, 0, 0, [True, False]))
     first = found.unverified()
     assert first is not None and first[[0, 2, 3, 4, 5, 6]].tolist() == [1, 0, 0, 0, 0b01, -1]
     assert found.unverified() is None
-    found.record(0, 1, 0, [True, True])
+    found.record(decision(0, 1, 0, [True, True]))
     second = found.unverified()
     assert second is not None and second[[0, 2, 3, 4, 5, 6]].tolist() == [1, 0, 1, 0, 0b11, -1]
 
@@ -112,7 +120,7 @@ def test_a_new_generation_forgets_entries_and_keeps_the_digest() -> None:
     digest = found.hexdigest()
     found.begin_generation()
     assert (found.entries, found.unverified(), found.hexdigest()) == ([], None, digest)
-    found.record(3, 0, 0, flags(4))
+    found.record(decision(3, 0, 0, flags(4)))
     assert (found.entries, found.hexdigest() != digest) == ([(3, 0, 0, 0)], True)
 
 

@@ -29,7 +29,7 @@ def critical_ratio(gate: ChiSquareGate, degrees: float = 30.0, tokens: int = TOK
     low, high = 0.0, 100.0
     for _ in range(200):
         middle = (low + high) / 2
-        skips = gate.may_skip(evidence(middle, degrees, tokens=tokens))
+        skips = gate.judge(evidence(middle, degrees, tokens=tokens)).may_skip
         low, high = (middle, high) if skips else (low, middle)
     return low
 
@@ -40,8 +40,8 @@ def critical_ratio(gate: ChiSquareGate, degrees: float = 30.0, tokens: int = TOK
 def test_chi2_skips_below_the_lower_quantile(epsilon: float, alpha: float, degrees: float) -> None:
     gate = ChiSquareGate(epsilon, alpha)
     limit = epsilon**2 * chi2.ppf(alpha, degrees) / degrees
-    assert gate.may_skip(evidence(limit * BELOW, degrees))
-    assert not gate.may_skip(evidence(limit * ABOVE, degrees))
+    assert gate.judge(evidence(limit * BELOW, degrees)).may_skip
+    assert not gate.judge(evidence(limit * ABOVE, degrees)).may_skip
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 0.5, 0.99])
@@ -49,8 +49,8 @@ def test_chi2_skips_below_the_lower_quantile(epsilon: float, alpha: float, degre
 def test_paper_skips_below_the_upper_quantile(alpha: float, tokens: int) -> None:
     gate = ChiSquareGate(0.05, alpha, test="paper")
     limit = chi2.ppf(1 - alpha, tokens * DIM) / (tokens * DIM)
-    assert gate.may_skip(evidence(limit * BELOW, tokens=tokens))
-    assert not gate.may_skip(evidence(limit * ABOVE, tokens=tokens))
+    assert gate.judge(evidence(limit * BELOW, tokens=tokens)).may_skip
+    assert not gate.judge(evidence(limit * ABOVE, tokens=tokens)).may_skip
 
 
 @pytest.mark.parametrize(("degrees", "counted"), [(0.2, 1.0), (5000.0, MAX_DEGREES_OF_FREEDOM)])
@@ -84,22 +84,22 @@ def test_the_papers_threshold_for_flux_at_1024_is_just_above_one() -> None:
     ids=["no change", "hardly any", "one number"],
 )
 def test_a_threshold_of_zero_never_skips(test: str, alpha: float, found: Evidence) -> None:
-    assert not ChiSquareGate(0, alpha, test).may_skip(found)
-    assert ChiSquareGate(0.05, alpha, test).may_skip(found)
+    assert not ChiSquareGate(0, alpha, test).judge(found).may_skip
+    assert ChiSquareGate(0.05, alpha, test).judge(found).may_skip
 
 
 @pytest.mark.parametrize("test", ["chi2", "paper"])
 def test_nothing_to_compare_with_never_skips(test: str) -> None:
-    assert not ChiSquareGate(0.05, test=test).may_skip(evidence(0.0, reference=0.0))
+    assert not ChiSquareGate(0.05, test=test).judge(evidence(0.0, reference=0.0)).may_skip
 
 
 def test_the_comparison_is_strict() -> None:
     quantile = chi2.ppf(0.05, 1.0)
     gate = ChiSquareGate(1.0)
     # A single token: one degree of freedom, and numbers that a float holds exactly.
-    assert not gate.may_skip(Evidence(quantile, quantile**2, 1.0, 1, DIM))
+    assert not gate.judge(Evidence(quantile, quantile**2, 1.0, 1, DIM)).may_skip
     less = math.nextafter(quantile, 0)
-    assert gate.may_skip(Evidence(less, less**2, 1.0, 1, DIM))
+    assert gate.judge(Evidence(less, less**2, 1.0, 1, DIM)).may_skip
 
 
 @pytest.mark.parametrize("test", ["chi2", "paper"])

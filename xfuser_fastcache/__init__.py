@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from xfuser_fastcache.apply import (
         apply_cache_on_transformer,
         get_cache_statistics,
+        get_cache_trace,
         remove_cache,
         reset_cache_statistics,
     )
@@ -22,6 +23,7 @@ __all__ = [
     "TransformerInUse",
     "apply_cache_on_transformer",
     "get_cache_statistics",
+    "get_cache_trace",
     "remove_cache",
     "reset_cache_statistics",
 ]

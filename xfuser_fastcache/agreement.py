@@ -13,7 +13,21 @@ import torch
 
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import DIGEST_BITS, Consensus, GatherTicket, Header
-from xfuser_fastcache.decisions import DecisionLog
+from xfuser_fastcache.decisions import (
+    CHANGED,
+    LAST_STEP,
+    NO_ANCHOR,
+    NOT_FINITE,
+    NOT_MEASURED,
+    OFF,
+    SYNCHRONOUS,
+    TOO_OLD,
+    UNCHANGED,
+    WARM_UP,
+    Decision,
+    DecisionLog,
+    Judgement,
+)
 from xfuser_fastcache.gates.base import Evidence, Gate
 from xfuser_fastcache.moments import Moments
 from xfuser_fastcache.state import SharedState, Sighting, SpanState, rescaled
@@ -106,7 +120,9 @@ class Agreement:
     def _receive(self, shared: SharedState) -> None:
         """Take in the oldest posted vector."""
         ticket, sightings = shared.tickets.pop(0)
+        waited_s = self.consensus.wait_s
         groups = self.consensus.wait(ticket)
+        shared.waited_s = self.consensus.wait_s - waited_s
         broken = 0
         for span, group, sighting in zip(shared.spans, groups, sightings, strict=True):
             if sighting is None:
@@ -128,36 +144,51 @@ class Agreement:
 
     def _decide(self, shared: SharedState, call: Call) -> None:
         """Turn reduced numbers into one flag per span."""
-        config = self.config
-        compute_all = (
-            not config.enable_block_approx
-            or call.step < config.num_warmup_steps
-            or call.is_last_step
-            or shared.poisoned
-            or (self.lagged and not call.position.patched)
-        )
-        shared.skip = [not compute_all and self._may_skip(span, call) for span in shared.spans]
+        forced = self._reason_to_compute(shared, call)
+        judgements = [
+            Judgement(False, forced) if forced else self._judge(span, call) for span in shared.spans
+        ]
+        shared.skip = [judged.skip for judged in judgements]
         self.counters.record(call.step, call.branch, shared.skip)
-        self.decisions.record(call.generation, call.step, call.branch, shared.skip)
+        self.decisions.record(Decision(call, judgements, shared.waited_s))
+        shared.waited_s = 0.0
         shared.sightings = [_sighting(span, call) for span in shared.spans]
         for span, skip in zip(shared.spans, shared.skip, strict=True):
             if not skip:
                 span.anchor_level, span.anchor_step = call.noise_level, call.step
 
-    def _may_skip(self, span: SpanState, call: Call) -> bool:
-        if span.moments is None or span.anchor_level is None or span.anchor_step is None:
-            return False
+    def _reason_to_compute(self, shared: SharedState, call: Call) -> str | None:
+        """Return why all spans are computed at this step, or None."""
+        if not self.config.enable_block_approx:
+            return OFF
+        if call.step < self.config.num_warmup_steps:
+            return WARM_UP
+        if call.is_last_step:
+            return LAST_STEP
+        if shared.poisoned:
+            return NOT_FINITE
+        return SYNCHRONOUS if self.lagged and not call.position.patched else None
+
+    def _judge(self, span: SpanState, call: Call) -> Judgement:
+        """Ask the gate about one span, where there is anything to ask."""
+        if span.anchor_level is None or span.anchor_step is None:
+            return Judgement(False, NO_ANCHOR)
         # Steps that the branch was left out at make its anchor older as skipped ones do.
         if call.step - span.anchor_step > self.config.max_consecutive_skips:
-            return False
+            return Judgement(False, TOO_OLD)
+        if span.moments is None:
+            return Judgement(False, NOT_MEASURED)
         moments, sighting = span.moments
         if sighting.anchor_level is None or moments.tokens == 0:
-            return False
+            return Judgement(False, NOT_MEASURED)
         moments = rescaled(moments, sighting, call.noise_level, span.anchor_level)
-        evidence = Evidence(
-            moments.change, moments.change_squared, moments.reference, moments.tokens, self.dim
+        verdict = self.gate.judge(
+            Evidence(
+                moments.change, moments.change_squared, moments.reference, moments.tokens, self.dim
+            )
         )
-        return self.gate.may_skip(evidence)
+        reason = UNCHANGED if verdict.may_skip else CHANGED
+        return Judgement(verdict.may_skip, reason, verdict.statistic, verdict.threshold)
 
     # ---- the end of a generation -------------------------------------------------------------
 

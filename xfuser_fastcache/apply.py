@@ -135,6 +135,21 @@ def get_cache_statistics(transformer: nn.Module) -> dict[str, Any]:
     return _hook(transformer).engine.statistics()
 
 
+def get_cache_trace(transformer: nn.Module) -> list[dict[str, Any]]:
+    """Return what was decided in the last generation, and why: an entry a step, branch and span.
+
+    Keys: `generation, step, branch, noise_level, span, first_block, last_block`; `decision`:
+    "skipped", "computed" where the gate refused, or "forced" where it was not asked; `reason`;
+    `statistic` (the squared relative change) and the `threshold` that it has to stay below, both
+    None where the gate was not asked; `consensus_wait_s`, seconds that this rank waited at the
+    step. All but the last are equal on all ranks of a decision group.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    return _hook(transformer).engine.trace()
+
+
 def reset_cache_statistics(transformer: nn.Module) -> None:
     """Start the counters anew; anchors, decisions and their digest go on.
 

@@ -3,14 +3,69 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from xfuser_fastcache.consensus import ConsensusError
+from xfuser_fastcache.timeline import Call
 
 _WORD = 62
 # Numbers in the row that ranks compare: 16 KiB.
 _ROW = 2048
+
+
+# Why a span was skipped, or computed; all but the first two leave the gate unasked.
+UNCHANGED, CHANGED = "unchanged", "changed"
+OFF, WARM_UP, LAST_STEP = "off", "warm-up", "last step"
+NOT_FINITE = "not finite"
+SYNCHRONOUS = "synchronous step of the pipeline"
+NO_ANCHOR, TOO_OLD, NOT_MEASURED = "no anchor", "anchor too old", "not measured"
+
+
+class Judgement(NamedTuple):
+    """Whether one span is skipped at one step, and why.
+
+    Attributes:
+        skip: the flag.
+        reason: one of this module's constants.
+        statistic: what the gate weighed; None where it was not asked.
+        threshold: what the statistic has to stay below; None likewise.
+    """
+
+    skip: bool
+    reason: str
+    statistic: float | None = None
+    threshold: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """ "skipped", "computed" (the gate refused), or "forced" (the gate was not asked)."""
+        if self.skip:
+            return "skipped"
+        return "computed" if self.reason == CHANGED else "forced"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided at one step of one branch.
+
+    Attributes:
+        call: where.
+        judgements: one a span.
+        wait_s: seconds that this rank waited for the vector that it rests on.
+    """
+
+    call: Call
+    judgements: list[Judgement]
+    wait_s: float
+
+    @property
+    def entry(self) -> tuple[int, int, int, int]:
+        """Generation, step, branch and flags; bit s of the flags is set where span s is skipped."""
+        flags = sum(1 << span for span, judged in enumerate(self.judgements) if judged.skip)
+        return self.call.generation, self.call.step, self.call.branch, flags
 
 
 class DecisionLog:
@@ -22,21 +77,25 @@ class DecisionLog:
 
     def __init__(self, spans: int):
         self.spans = spans
-        self.entries: list[tuple[int, int, int, int]] = []
+        self.decisions: list[Decision] = []
         self._hash = hashlib.sha256()
         self._verified = 0
         self._words = -(-spans // _WORD)
 
     def begin_generation(self) -> None:
-        """Forget the entries of the generation before; the digest goes on."""
-        self.entries.clear()
+        """Forget the decisions of the generation before; the digest goes on."""
+        self.decisions.clear()
         self._verified = 0
 
-    def record(self, generation: int, step: int, branch: int, skip: list[bool]) -> None:
-        """Append a decision; bit s of the entry is set where span s is skipped."""
-        flags = sum(1 << span for span, skipped in enumerate(skip) if skipped)
-        self.entries.append((generation, step, branch, flags))
-        self._hash.update(repr(self.entries[-1]).encode())
+    def record(self, decision: Decision) -> None:
+        """Append a decision."""
+        self.decisions.append(decision)
+        self._hash.update(repr(decision.entry).encode())
+
+    @property
+    def entries(self) -> list[tuple[int, int, int, int]]:
+        """The current generation's decisions as ranks compare them; see `Decision.entry`."""
+        return [decision.entry for decision in self.decisions]
 
     def hexdigest(self) -> str:
         """Return the SHA-256 of all decisions."""
@@ -53,7 +112,7 @@ class DecisionLog:
         gathered in one go, which also a pipeline's stages can, without waiting for each other.
         """
         new = self.entries[self._verified :]
-        self._verified = len(self.entries)
+        self._verified = len(self.decisions)
         if not new:
             return None
         digest = int.from_bytes(hashlib.sha256(repr(new).encode()).digest()[:7], "big")

@@ -43,12 +43,14 @@ class Piece:
 
     Attributes:
         span: index of the span in the whole model.
-        first, last: local indices of its blocks on this rank.
+        last: local index of its last block on this rank.
+        begins: whether the span's first block is among them, before which the span is measured: in
+            a pipeline one stage measures it, as a single rank would.
     """
 
     span: int
-    first: int
     last: int
+    begins: bool
 
 
 def span_of_blocks(blocks: int, granularity: int | str) -> list[int]:
@@ -92,10 +94,15 @@ class CacheEngine:
         self.forecaster = chosen.forecaster(config)
         span_count = 1 + max(block.span for block in blocks)
         self.agreement = Agreement(config, consensus, chosen.gate(config), span_count, dim)
-        spans = [blocks[first_block + i].span for i in range(len(contracts))]
+        spans = [block.span for block in blocks]
+        held = spans[first_block : first_block + len(contracts)]
         self.pieces = [
-            Piece(span, spans.index(span), len(spans) - 1 - spans[::-1].index(span))
-            for span in spans
+            Piece(
+                span,
+                last=len(held) - 1 - held[::-1].index(span),
+                begins=spans.index(span) >= first_block,
+            )
+            for span in held
         ]
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
@@ -217,7 +224,7 @@ class CacheEngine:
             return forward(*args, **kwargs)
         piece, contract = self.pieces[index], self.contracts[index]
         if piece.span != self._inside:
-            self._enter(piece.span, contract.read(args, kwargs))
+            self._enter(piece, contract.read(args, kwargs))
         if self._skipping:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
@@ -227,14 +234,15 @@ class CacheEngine:
             self._leave(piece.span, contract.unpack(output))
         return output
 
-    def _enter(self, span: int, inputs: Streams) -> None:
+    def _enter(self, piece: Piece, inputs: Streams) -> None:
         """Measure what enters a span; at the step's first block, then decide."""
         call, local, shared = self._current()
         self._give_up_span()
+        span = piece.span
         self._inside = span
         memory = local.memory(span, call.position)
         # Where no tokens are counted, the gate does not let the span be skipped.
-        if self.consensus.group.counts_tokens and not memory.given_up:
+        if piece.begins and self.consensus.group.counts_tokens and not memory.given_up:
             reference = memory.anchors[0].reference if memory.anchors else None
             exponent = shared.spans[span].exponent
             local.pending[span].add_(measure(inputs.hidden_states, reference, exponent))
@@ -327,6 +335,29 @@ class CacheEngine:
             **self.agreement.counters.as_dict(self.blocks),
             "decisions_digest": self.decisions.hexdigest(),
         }
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Return the last generation's decisions, one entry a step, branch and span, in order."""
+        ends = {block.span: block.name for block in self.blocks}
+        starts = {block.span: block.name for block in reversed(self.blocks)}
+        return [
+            {
+                "generation": decision.call.generation,
+                "step": decision.call.step,
+                "branch": decision.call.branch,
+                "noise_level": decision.call.noise_level,
+                "span": span,
+                "first_block": starts[span],
+                "last_block": ends[span],
+                "decision": judged.outcome,
+                "reason": judged.reason,
+                "statistic": judged.statistic,
+                "threshold": judged.threshold,
+                "consensus_wait_s": decision.wait_s,
+            }
+            for decision in self.decisions.decisions
+            for span, judged in enumerate(decision.judgements)
+        ]
 
     def reset_statistics(self) -> None:
         """Start the counters anew; decisions and anchors stay."""

@@ -120,6 +120,7 @@ class SharedState:
         sightings: of the moments measured since the last post, one a span; None where nothing was.
         tickets: posted vectors not yet used, oldest first, with their sightings.
         poisoned: whether the last reduced vector was not finite or overflowed.
+        waited_s: seconds that this rank waited for it; the one thing here that ranks do not share.
     """
 
     spans: list[SpanState]
@@ -127,6 +128,7 @@ class SharedState:
     sightings: list[Sighting | None] = field(default_factory=list)
     tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
     poisoned: bool = False
+    waited_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.sightings = [None] * len(self.spans)

@@ -25,6 +25,24 @@ class Evidence:
     dim: int
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate says of one span: it may be skipped where the statistic is below the threshold.
+
+    Attributes:
+        statistic: what was tested; None where there is nothing to compare with.
+        threshold: 0 where nothing may pass.
+    """
+
+    statistic: float | None
+    threshold: float
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the evidence rejects "skipping does harm"."""
+        return self.statistic is not None and self.statistic < self.threshold
+
+
 class Gate(ABC):
     """Says whether a span may be skipped, as a pure function of evidence that all ranks share.
 
@@ -33,5 +51,5 @@ class Gate(ABC):
     """
 
     @abstractmethod
-    def may_skip(self, evidence: Evidence) -> bool:
-        """Return True where the evidence rejects "skipping does harm"."""
+    def judge(self, evidence: Evidence) -> Verdict:
+        """Weigh the evidence of one span."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from scipy.special import gammaincinv
 
 from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.gates.base import Evidence, Gate
+from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 
 # Tokens of one picture are correlated, so the token count overstates the degrees of freedom.
 MAX_DEGREES_OF_FREEDOM = 64.0
@@ -34,7 +34,7 @@ class ChiSquareGate(Gate):
         >>> gate = ChiSquareGate(cache_ratio_threshold=0.1)
         >>> near = Evidence(change=0.5, change_squared=0.001, reference=100.0, tokens=256, dim=64)
         >>> far = Evidence(change=2.0, change_squared=0.016, reference=100.0, tokens=256, dim=64)
-        >>> gate.may_skip(near), gate.may_skip(far)
+        >>> gate.judge(near).may_skip, gate.judge(far).may_skip
         (True, False)
 
     Source: FastCache, arXiv 2505.20353, section on the transformer-level cache. `chi2` deviates
@@ -56,14 +56,17 @@ class ChiSquareGate(Gate):
         """Build the gate that a config asks for."""
         return cls(config.cache_ratio_threshold, config.significance_level, config.test)
 
-    def may_skip(self, evidence: Evidence) -> bool:
-        """Return whether the change is small enough; see the class for the rule."""
-        if self.epsilon == 0 or evidence.reference <= 0:
-            return False
+    def judge(self, evidence: Evidence) -> Verdict:
+        r"""Compare :math:`Q/R` with the class's threshold over :math:`R`."""
+        if evidence.reference <= 0:
+            return Verdict(None, 0.0)
+        statistic = evidence.change / evidence.reference
+        if self.epsilon == 0:
+            return Verdict(statistic, 0.0)
         if self.test == "paper":
             degrees = float(evidence.tokens * evidence.dim)
             quantile = 2.0 * gammaincinv(degrees / 2, 1 - self.alpha)
-            return bool(evidence.change < evidence.reference * quantile / degrees)
+            return Verdict(statistic, float(quantile / degrees))
         if evidence.change_squared <= 0:
             # No token moved enough to stand out from the others.
             degrees = MAX_DEGREES_OF_FREEDOM
@@ -72,4 +75,4 @@ class ChiSquareGate(Gate):
             degrees = min(max(degrees, 1.0), MAX_DEGREES_OF_FREEDOM)
         # The chi-square quantile, as SciPy's stats.chi2.ppf computes it, without its overhead.
         quantile = 2.0 * gammaincinv(degrees / 2, self.alpha)
-        return bool(evidence.change < self.epsilon**2 * evidence.reference * quantile / degrees)
+        return Verdict(statistic, float(self.epsilon**2 * quantile / degrees))
