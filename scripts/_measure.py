@@ -99,28 +99,3 @@ def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     from skimage.metrics import structural_similarity
 
     return float(structural_similarity(reference, image, data_range=1.0, channel_axis=-1))
-
-
-def comparison_sheet(
-    baseline: list[np.ndarray], cached: list[np.ndarray], captions: list[str], path: Path
-) -> None:
-    """Draw baseline, cached and their difference (10 times) one above the other, a column each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    count = min(len(baseline), 8)
-    figure, axes = plt.subplots(3, count, figsize=(2.4 * count + 0.6, 7.4), squeeze=False)
-    for column in range(count):
-        difference = np.clip(10 * np.abs(cached[column] - baseline[column]), 0, 1)
-        for row, picture in enumerate((baseline[column], cached[column], difference)):
-            axes[row][column].imshow(np.clip(picture, 0, 1))
-            axes[row][column].set_xticks([])
-            axes[row][column].set_yticks([])
-        axes[0][column].set_title(captions[column], fontsize=7, wrap=True)
-    for row, label in enumerate(("baseline", "cached", "difference x 10")):
-        axes[row][0].set_ylabel(label)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

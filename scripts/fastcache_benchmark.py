@@ -31,7 +31,7 @@ from _bench.methods import Changes, all_methods
 from _bench.settings import ROOT, call_arguments
 from _bench.subject import DTYPES, Sample, Subject, known_arguments
 from _bench.worker import environment, tell
-from _measure import comparison_sheet, psnr_db, ssim
+from _measure import psnr_db, ssim
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -40,6 +40,7 @@ from diffusers_adapters.registry import adapters
 from xfuser_fastcache import (
     CacheConfig,
     apply_cache_on_transformer,
+    comparison_sheet,
     get_cache_statistics,
     remove_cache,
 )

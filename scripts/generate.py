@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.distributed as dist
-from _measure import DenoisingTimer, PeakMemory, comparison_sheet, psnr_db, ssim
+from _measure import DenoisingTimer, PeakMemory, psnr_db, ssim
 
+from xfuser_fastcache import comparison_sheet, save_heat_map, statistics_table, write_trace
 from xfuser_fastcache.config import CacheConfig, read_mapping
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.mends import mend_xfuser
@@ -45,12 +46,14 @@ class Run:
         peak_bytes: None where the system cannot tell.
         images: pictures in [0, 1], `(height, width, 3)`; empty on a rank that holds none.
         statistics: of the cache; empty without one.
+        trace: of the cache's decisions; likewise.
     """
 
     seconds: float
     peak_bytes: int | None
     images: list[np.ndarray] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+    trace: list[dict[str, Any]] = field(default_factory=list)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -210,6 +213,7 @@ class Generator:
         from xfuser_fastcache import (
             apply_cache_on_transformer,
             get_cache_statistics,
+            get_cache_trace,
             remove_cache,
         )
 
@@ -224,6 +228,7 @@ class Generator:
         run = Run(timer.seconds, memory.bytes, [] if output is None else list(output.images))
         if config is not None:
             run.statistics = get_cache_statistics(pipe.transformer)
+            run.trace = get_cache_trace(pipe.transformer)
             remove_cache(pipe.transformer)
         return run
 
@@ -314,7 +319,7 @@ def build_report(
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """Print the report's main numbers."""
+    """Print the report's main numbers, and the cache's statistics where one ran."""
     from rich.console import Console
     from rich.table import Table
 
@@ -344,7 +349,10 @@ def print_table(report: dict[str, Any]) -> None:
     )
     for row in rows:
         table.add_row(*row)
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    if report["statistics"]:
+        console.print(statistics_table(report["statistics"]))
     digests = set(report["decisions_digest"].values())
     print(f"{len(report['decisions_digest'])} ranks, {len(digests)} digest(s) of decisions")
     print(f"measured on {report['environment']['device']}, median of {report['repeat']} run(s)")
@@ -398,17 +406,25 @@ def main() -> None:
             if runs:
                 save_pictures(kind, images_of(runs[-1]), directory)
         if baseline and cached:
+            pictures = images_of(baseline[-1])
             comparison_sheet(
-                images_of(baseline[-1]),
+                pictures,
                 images_of(cached[-1]),
-                options.prompt,
+                # Replicas that share a single prompt draw a picture of it each.
+                options.prompt * (len(pictures) // len(options.prompt)),
                 directory / "comparison.png",
             )
         report = build_report(options, config, baseline, cached)
         path = Path(options.report or directory / "report.json")
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
         print_table(report)
-        print(f"pictures in {directory}/, report in {path}")
+        written = f"pictures in {directory}/, report in {path}"
+        if cached:
+            run = cached[-1][0]
+            write_trace(run.trace, directory / "trace.jsonl")
+            save_heat_map(run.trace, list(run.statistics["blocks"]), directory / "heatmap.png")
+            written += f", decisions in {directory}/trace.jsonl and {directory}/heatmap.png"
+        print(written)
     cpu_platform.finish()
     dist.destroy_process_group()
 

@@ -29,6 +29,7 @@ from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine, span_of_blocks
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.layout import DecisionGroup, Position
+from xfuser_fastcache.moments import TOKENS as TOKENS_SLOT
 from xfuser_fastcache.moments import Moments
 from xfuser_fastcache.state import Sighting, rescaled
 from xfuser_fastcache.statistics import BlockInfo
@@ -181,7 +182,7 @@ def test_no_block_approximation_means_that_all_is_computed() -> None:
 
 def test_in_a_pipeline_an_anchor_outlives_the_buffer_that_it_came_in() -> None:
     stack = Stack()
-    stack.engine.agreement.lagged = True
+    stack.engine.agreement.lag = 1
     buffer = ones()
     stack(buffer, 1.0)
     buffer.fill_(70.0)
@@ -318,7 +319,7 @@ def test_a_lagged_change_grows_with_the_square_of_the_gap_in_noise(
     assert (new.reference, new.tokens) == (100.0, 6)
 
 
-# ---- several pipeline stages: decisions lag by two steps --------------------------------------
+# ---- several pipeline stages: decisions lag -----------------------------------------------------
 
 PATCHES = (2, 4)
 TWO_STAGES = DecisionGroup(stages=2)
@@ -332,13 +333,49 @@ def pipelined_step(stack: Stack, x: torch.Tensor, level: float, patched: bool) -
     return torch.cat([stack(p, level, Position(i, PATCHES, True)) for i, p in parts], dim=1)
 
 
-def test_a_pipeline_decides_once_a_step_from_the_step_two_before() -> None:
+@pytest.mark.parametrize("lag", [1, 2])
+def test_a_pipeline_decides_once_a_step_from_an_earlier_one(lag: int) -> None:
     stack = Stack(group=TWO_STAGES, num_warmup_steps=0, max_consecutive_skips=9)
+    assert stack.engine.agreement.lag == 1
+    stack.engine.agreement.lag = lag
     for index in range(6):
         pipelined_step(stack, ones(), 1 - index / 10, patched=index > 0)
-    # Step 0 had nothing to be measured against; step 1 had, and speaks at step 3.
-    assert stack.flags == [0, 0, 0, 1, 1, 1]
+    # Step 0 had nothing to be measured against; step 1 had.
+    assert stack.flags == [int(step > lag) for step in range(6)]
     assert stack.engine.consensus.collectives == 6
+
+
+@pytest.mark.parametrize(
+    ("stage", "granularity", "lag", "measured"),
+    [(0, "stack", 1, [6]), (1, "stack", 1, [0]), (0, "block", 2, [6] * 2 + [0] * 2),
+     (1, "block", 2, [0] * 2 + [6] * 2), (0, 2, 2, [6, 0]), (1, 3, 2, [0, 6, 6])],
+)  # fmt: skip
+def test_a_span_is_measured_once_by_the_stage_that_begins_it(
+    stage: int, granularity: Any, lag: int, measured: list[int]
+) -> None:
+    """Of four blocks each of two stages holds two; tokens measured are counted by span."""
+    consensus = Consensus(
+        DecisionGroup(stages=2, stage=stage),
+        backend="gloo",
+        timeout_s=60.0,
+        config_digest=0,
+        block_lists=(BlockList(2, 1),),
+    )
+    consensus.stages = [[BlockList(2, 1)]] * 2  # one process stands for a stage of two
+    spans = span_of_blocks(4, granularity)
+    blocks = [BlockInfo(f"blocks.{i}", span, 0.25) for i, span in enumerate(spans)]
+    config = CacheConfig(granularity=granularity)
+    engine = CacheEngine(config, consensus, blocks, [BARE] * 2, 2 * stage, DIM)
+    posted = []
+    consensus.post = lambda header, moments, post=consensus.post: (
+        posted.append(moments[:, TOKENS_SLOT].tolist()) or post(header, moments)
+    )
+    for patch in range(2):
+        engine.open(1.0, 1.0, None, Position(patch, (3, 3), True), torch.device("cpu"))
+        for index in range(2):
+            engine.run_block(index, lambda x: x, (ones()[:, :3],), {})
+        engine.close()
+    assert (engine.agreement.lag, posted) == (lag, [measured])
 
 
 def test_synchronous_pipeline_steps_are_computed() -> None:
@@ -365,7 +402,7 @@ def test_a_pipeline_computes_at_the_first_decision_that_knows_of_a_nan() -> None
     for index in range(9):
         x = ones(torch.nan if index == 4 else 1.0)
         pipelined_step(stack, x, 1 - index / 10, patched=index > 0)
-    assert stack.flags == [0, 0, 0, 1, 1, 1, 0, 1, 1]
+    assert stack.flags == [0, 0, 1, 1, 1, 0, 1, 1, 1]
     assert stack.engine.statistics()["nonfinite_steps"] == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,25 @@ def test_what_is_missing_is_named(
     assert f"{missing} is needed" in capsys.readouterr().err
 
 
+def check_decisions(directory: Path, steps: int, spans: int) -> None:
+    """Check that the written decisions are those that the report counts."""
+    counted = json.loads((directory / "report.json").read_text())["statistics"]["blocks"]
+    names = list(counted)
+    trace = [json.loads(line) for line in (directory / "trace.jsonl").read_text().splitlines()]
+    assert len(trace) == steps * spans
+    assert {(e["step"], e["span"]) for e in trace} == {
+        (step, span) for step in range(steps) for span in range(spans)
+    }
+    found = {decision: Counter({name: 0 for name in names}) for decision in ("skipped", "computed")}
+    for entry in trace:
+        first, last = names.index(entry["first_block"]), names.index(entry["last_block"])
+        outcome = "skipped" if entry["decision"] == "skipped" else "computed"
+        found[outcome].update(names[first : last + 1])
+    for outcome, blocks in found.items():
+        assert blocks == {name: row[outcome] for name, row in counted.items()}
+        assert any(blocks.values()), outcome
+
+
 @pytest.mark.gloo
 def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     """What scripts/demo.sh runs: 2 ranks, 28 steps, 40 dB at a speedup of 1.5 or more."""
@@ -123,22 +143,35 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     assert report["collectives_per_step"] == 1
     assert sorted(report["decisions_digest"]) == ["0", "1"]
     assert len(set(report["decisions_digest"].values())) == 1
-    for name in ("baseline", "cached", "comparison"):
+    check_decisions(tmp_path, steps=28, spans=1)
+    for name in ("baseline", "cached", "comparison", "heatmap"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) >= 128
-    for word in ("speedup", "PSNR", "SSIM", "hit ratio", "collectives per step"):
-        assert word in printed
+    for word in (
+        "speedup", "PSNR", "SSIM", "hit ratio", "collectives per step", "consensus wait",
+        "blocks.0 ... ", report["statistics"]["decisions_digest"][:12],
+        f"decisions in {tmp_path}/trace.jsonl and {tmp_path}/heatmap.png",
+    ):  # fmt: skip
+        assert word in printed, word
 
 
 @pytest.mark.gloo
-def test_replicas_write_their_own_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "prompts", "pictures"), [([], 4, 4), (["--prompt", "a large red ring"], 1, 2)]
+)
+def test_replicas_write_their_own_pictures(
+    tmp_path: Path, flags: list[str], prompts: int, pictures: int
+) -> None:
     launch(
         "../scripts/generate.py", 2, "--config", CONFIG, "--data_parallel_degree", "2",
         "--num_inference_steps", "6", "--output_dir", str(tmp_path), "--baseline",
+        "--cache_config", '{"cache_ratio_threshold": 0.5, "granularity": 3}', *flags,
     )  # fmt: skip
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(list(tmp_path.glob("cached_*.png"))) == len(report["prompts"]) == 4
+    assert len(report["prompts"]) == prompts
+    assert len(list(tmp_path.glob("cached_*.png"))) == pictures
     assert report["parallel"]["data"] == 2
+    check_decisions(tmp_path, steps=6, spans=3)
 
 
 @pytest.mark.gloo

@@ -20,6 +20,7 @@ PACKAGES = ("xfuser_fastcache", "diffusers_adapters")
 
 # Top to bottom: a module imports only rooms below its own.
 ROOMS = (
+    "views",
     "xdit",
     "calibration",
     "apply",

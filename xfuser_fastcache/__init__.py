@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from xfuser_fastcache.config import CacheConfig
     from xfuser_fastcache.consensus import ConsensusError, ConsensusTimeout
     from xfuser_fastcache.ownership import TransformerInUse
+    from xfuser_fastcache.views import (
+        comparison_sheet,
+        save_heat_map,
+        statistics_table,
+        write_trace,
+    )
 
 __version__ = "0.1.0"
 
@@ -22,10 +28,14 @@ __all__ = [
     "ConsensusTimeout",
     "TransformerInUse",
     "apply_cache_on_transformer",
+    "comparison_sheet",
     "get_cache_statistics",
     "get_cache_trace",
     "remove_cache",
     "reset_cache_statistics",
+    "save_heat_map",
+    "statistics_table",
+    "write_trace",
 ]
 
 _HOME = {
@@ -33,6 +43,10 @@ _HOME = {
     "ConsensusError": "consensus",
     "ConsensusTimeout": "consensus",
     "TransformerInUse": "ownership",
+    "comparison_sheet": "views",
+    "save_heat_map": "views",
+    "statistics_table": "views",
+    "write_trace": "views",
 }
 
 

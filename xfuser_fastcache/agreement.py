@@ -36,9 +36,6 @@ from xfuser_fastcache.timeline import Call
 
 logger = logging.getLogger("xfuser_fastcache")
 
-# A pipeline's decisions rest on the vector of two steps before; see the engine.
-LAG = 2
-
 
 class Agreement:
     """Turns what the gate says into one flag per span and step, alike on every rank.
@@ -49,19 +46,27 @@ class Agreement:
         gate: of the backend.
         spans: number of spans of the whole model.
         dim: width of a token.
+        lag: a decision rests on the vector of so many steps before; 0 for the step's own.
 
     Attributes:
         decisions: the log of flags.
         counters: for the statistics.
-        lagged: whether decisions rest on earlier steps (several pipeline stages).
     """
 
-    def __init__(self, config: CacheConfig, consensus: Consensus, gate: Gate, spans: int, dim: int):
+    def __init__(
+        self,
+        config: CacheConfig,
+        consensus: Consensus,
+        gate: Gate,
+        spans: int,
+        dim: int,
+        lag: int,
+    ):
         self.config = config
         self.consensus = consensus
         self.gate = gate
         self.dim = dim
-        self.lagged = consensus.group.stages > 1
+        self.lag = lag
         self.decisions = DecisionLog(spans)
         self.counters = Counters(consensus, spans)
         self.branches: dict[int, SharedState] = {}
@@ -95,9 +100,9 @@ class Agreement:
         self._decide(shared, call)
 
     def decide_lagged(self, call: Call) -> None:
-        """Decide from the vector of `LAG` steps before, which every stage has posted by now."""
+        """Decide from the vector of `lag` steps before, which every stage has posted by now."""
         shared = self.branch(call.branch)
-        if len(shared.tickets) >= LAG:
+        if len(shared.tickets) >= self.lag:
             self._receive(shared)
         self._decide(shared, call)
 
@@ -167,7 +172,7 @@ class Agreement:
             return LAST_STEP
         if shared.poisoned:
             return NOT_FINITE
-        return SYNCHRONOUS if self.lagged and not call.position.patched else None
+        return SYNCHRONOUS if self.lag and not call.position.patched else None
 
     def _judge(self, span: SpanState, call: Call) -> Judgement:
         """Ask the gate about one span, where there is anything to ask."""

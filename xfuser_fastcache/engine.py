@@ -6,8 +6,10 @@ device, the transformer's hook closes it.
 
 With one pipeline stage decisions are "current": the vector is posted and awaited where the first
 block is entered, and holds the first span's moments of this step and the other spans' of the
-step before. With several stages they are "lagged": a rank posts step t when it closes it, and
-uses it for step t + 2; by then every stage has closed step t, so nobody waits.
+step before. With several stages they are "lagged", so that nobody waits: what a step measured
+decides the next but one, since by then every stage has closed it. Where only the first stage
+measures (one span), the others have nothing to add and post as they open a step: then it decides
+the next one.
 """
 
 from __future__ import annotations
@@ -65,6 +67,19 @@ def span_of_blocks(blocks: int, granularity: int | str) -> list[int]:
     return [index * spans // blocks for index in range(blocks)]
 
 
+def _lag(spans: list[int], consensus: Consensus) -> int:
+    """Return by how many steps decisions lag; see the module.
+
+    Args:
+        spans: span of each block of the whole model.
+        consensus: knows how many blocks each stage holds.
+    """
+    if consensus.group.stages == 1:
+        return 0
+    in_first_stage = sum(part.blocks for part in consensus.stages[0])
+    return 1 if all(spans.index(span) < in_first_stage for span in set(spans)) else 2
+
+
 class CacheEngine:
     """Skips spans of one transformer's blocks, in step with every rank of the decision group.
 
@@ -93,7 +108,6 @@ class CacheEngine:
         chosen = backend(config.use_cache)
         self.forecaster = chosen.forecaster(config)
         span_count = 1 + max(block.span for block in blocks)
-        self.agreement = Agreement(config, consensus, chosen.gate(config), span_count, dim)
         spans = [block.span for block in blocks]
         held = spans[first_block : first_block + len(contracts)]
         self.pieces = [
@@ -104,6 +118,9 @@ class CacheEngine:
             )
             for span in held
         ]
+        self._measures = any(piece.begins for piece in self.pieces)
+        lag = _lag(spans, consensus)
+        self.agreement = Agreement(config, consensus, chosen.gate(config), span_count, dim, lag)
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
@@ -152,8 +169,10 @@ class CacheEngine:
         self.call = call
         self.ownership.note(call)
         self.watchdog.expect(call.place)
-        if call.opens_step and self.agreement.lagged:
+        if call.opens_step and self.agreement.lag:
             self.agreement.decide_lagged(call)
+            if not self._measures:
+                self.agreement.post(call, self.branches[call.branch].pending)
         elif call.opens_step:
             self._owes_consensus = True
 
@@ -169,7 +188,7 @@ class CacheEngine:
         if self._owes_consensus:
             # No block ran here; the other ranks wait all the same.
             self._take_consensus(call, local)
-        if agreement.lagged and call.position.is_last_patch:
+        if agreement.lag and self._measures and call.position.is_last_patch:
             agreement.post(call, local.pending)
         self.call = None
         if call.more_steps_follow:
@@ -178,7 +197,7 @@ class CacheEngine:
             self.watchdog.rest()
         if call.is_last_step and call.position.is_last_patch:
             agreement.verify()
-            if not agreement.lagged:
+            if not agreement.lag:
                 agreement.complete_verifications()
 
     def abandon(self, error: BaseException) -> None:
@@ -251,7 +270,7 @@ class CacheEngine:
         self._skipping = shared.skip[span]
         # A pipeline stage reads from a receive buffer that the next patch overwrites; elsewhere
         # nobody writes into what a block was given.
-        keeps = self._skipping or not self.agreement.lagged
+        keeps = self._skipping or not self.agreement.lag
         self._entered = inputs if keeps else inputs.map(torch.clone)
 
     def _give_up_span(self) -> None:
