@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ GOOD: dict[str, Any] = {
     "collectives_per_step": 1.0,
     "decisions_digest": {"0": "a", "1": "a"},
     "parallel": {"data": 1},
+    "pipeline_allows": None,
 }
 
 
@@ -64,6 +66,7 @@ def test_a_cell_that_holds_its_promises_has_no_shortfall() -> None:
         ({"collectives_per_step": 1.5}, 1.0, "1.5 collectives a step"),
         ({"decisions_digest": {"0": "a", "1": "b"}}, 1.0, "decided differently"),
         ({}, 0.89, "keeps 89% of one rank's gain"),
+        ({"pipeline_allows": 1.5}, 0.89, "(its pipeline allows 1.50x)"),
     ],
 )
 def test_each_broken_promise_is_said(change: dict[str, Any], kept: float, words: str) -> None:
@@ -71,6 +74,35 @@ def test_each_broken_promise_is_said(change: dict[str, Any], kept: float, words:
     (line,) = layouts.shortfalls("sd3", "cfg 2", report, kept)
     assert line.startswith("sd3, cfg 2: ")
     assert words in line
+
+
+def run_pipeline(skipped: list[bool], stages: int, patches: int) -> int:
+    """Return when a pipeline has finished that takes one unit for each patch in each stage.
+
+    A stage takes the patches in order; the first one needs what the last made of the same patch at
+    the step before. The first step carries all tokens at once.
+    """
+    now = stages * patches
+    free = [now] * stages
+    latents = [now] * patches
+    for skip in skipped[1:]:
+        for patch in range(patches):
+            arrived = latents[patch]
+            for stage in range(stages):
+                arrived = free[stage] = max(arrived, free[stage]) + (not skip)
+            latents[patch] = arrived
+    return max(free)
+
+
+@pytest.mark.parametrize(("stages", "patches"), [(2, 2), (4, 4), (2, 8), (3, 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_pipeline_allows_is_what_a_simulated_one_takes(
+    stages: int, patches: int, seed: int
+) -> None:
+    chance = random.Random(seed)
+    skipped = [False, *(chance.random() < 0.6 for _ in range(27))]
+    taken = run_pipeline([False] * 28, stages, patches) / run_pipeline(skipped, stages, patches)
+    assert layouts.pipeline_allows(skipped, stages, patches) == pytest.approx(taken)
 
 
 @pytest.mark.gloo
