@@ -822,7 +822,7 @@ def pixart_family():
 
     call = {"height": 128, "width": 128, "guidance_scale": 2.5}
     call |= {"use_resolution_binning": False, "clean_caption": False}  # bins begin at 256 px
-    return Family(build, loss, pipeline, PixArtAlphaPipeline, call, 1100, [500, 700, 1900])
+    return Family(build, loss, pipeline, PixArtAlphaPipeline, call, 1100, [500, 700, 1900, 2200])
 
 
 FAMILIES = {"flux": flux_family, "sd3": sd3_family, "pixart": pixart_family}
