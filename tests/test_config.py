@@ -25,6 +25,7 @@ CUSTOM = {
     "forecaster": "linear",
     "num_steps": 28,
     "verify_consensus": True,
+    "stagger_stages": True,
     "return_hidden_states_first": False,
 }
 
@@ -64,6 +65,7 @@ def test_an_unknown_option_is_named_with_a_hint(key: Any, hint: str) -> None:
         ("sync_backend", 1),
         ("sync_timeout_s", True),
         ("verify_consensus", "yes"),
+        ("stagger_stages", 1),
         ("return_hidden_states_first", 0),
     ],
 )

@@ -24,15 +24,17 @@ from xfuser_fastcache import (
     reset_cache_statistics,
     state,
 )
-from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract
+from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, Step
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine, span_of_blocks
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.layout import DecisionGroup, Position
+from xfuser_fastcache.moments import FRACTION as MOMENTS_FRACTION
 from xfuser_fastcache.moments import TOKENS as TOKENS_SLOT
 from xfuser_fastcache.moments import Moments
 from xfuser_fastcache.state import Sighting, rescaled
 from xfuser_fastcache.statistics import BlockInfo
+from xfuser_fastcache.timeline import Schedule
 
 STEPS = 8
 EVER = 1e6  # A threshold that any change stays below.
@@ -376,6 +378,57 @@ def test_a_span_is_measured_once_by_the_stage_that_begins_it(
             engine.run_block(index, lambda x: x, (ones()[:, :3],), {})
         engine.close()
     assert (engine.agreement.lag, posted) == (lag, [measured])
+
+
+@pytest.mark.parametrize(("stages", "patches"), [(2, 2), (4, 4), (2, 4), (3, 2)])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_it(
+    stages: int, patches: int, stagger: bool
+) -> None:
+    """The flags of a stage and patch are those of the first stage, a step earlier from its turn."""
+    steps = 12
+    levels = [1 - index / steps for index in range(steps)]
+    schedule = Schedule(torch.tensor(levels), tuple(Step(x, x) for x in levels))
+
+    def computed(stage: int) -> dict[int, list[int]]:
+        """Return the steps at which a stage computes, by patch."""
+        consensus = Consensus(
+            DecisionGroup(stages=stages, stage=stage),
+            backend="gloo",
+            timeout_s=60.0,
+            config_digest=0,
+            block_lists=(BlockList(1, 1),),
+        )
+        consensus.stages = [[BlockList(1, 1)]] * stages
+        # What the first stage measures: nothing has changed.
+        consensus.wait = lambda ticket: [[0, 0, 2**MOMENTS_FRACTION, 6, 0, 0]]
+        config = CacheConfig(forecaster="reuse", max_consecutive_skips=2, stagger_stages=stagger)
+        blocks = [BlockInfo(f"blocks.{i}", 0, 1 / stages) for i in range(stages)]
+        engine = CacheEngine(config, consensus, blocks, [BARE], stage, DIM)
+        ran: dict[int, list[int]] = {patch: [] for patch in range(patches)}
+        for step, level in enumerate(levels):
+            for patch in range(patches) if step else [0]:
+                position = Position(patch, (3,) * patches, patched=step > 0)
+                tokens = 3 if step else 3 * patches
+                device = torch.device("cpu")
+                engine.open(level, level, None, position, device, schedule)
+
+                def forward(x: torch.Tensor, step: int = step, patch: int = patch) -> torch.Tensor:
+                    ran[patch].append(step)
+                    return x
+
+                engine.run_block(0, forward, (torch.ones(1, tokens, DIM),), {})
+                engine.close()
+        assert engine.statistics()["collectives"] == steps
+        return ran
+
+    # Two skips in a row at most; the first two steps and the last always. Step 0 has no patches.
+    decided = [1, 4, 7, 10, 11]
+    for stage in range(stages):
+        for patch, ran in computed(stage).items():
+            ahead = stagger and stage + patch >= patches
+            wanted = {step - ahead for step in decided} | {1, steps - 1}
+            assert [step for step in ran if step] == sorted(wanted - {0}), (stage, patch)
 
 
 def test_synchronous_pipeline_steps_are_computed() -> None:

@@ -94,6 +94,16 @@ def test_the_second_generation_repeats_the_first(world: dict[int, dict[str, Any]
         assert all(everywhere(world, key)), key
 
 
+def test_staggered_stages_decide_alike_and_repeat(world: dict[int, dict[str, Any]]) -> None:
+    assert all(everywhere(world, "staggered_repeats"))
+    for group in groups(world):
+        assert len({world[rank]["staggered_digest"] for rank in group}) == 1
+    assert all(psnr > 30 for psnr in outputs(world, "staggered_psnr"))
+    # It changes something where there is a pipeline, and nothing elsewhere.
+    in_pipeline = any(report["stages"] > 1 for report in world.values())
+    assert set(outputs(world, "staggered_as_before")) == {not in_pipeline}
+
+
 @pytest.mark.parametrize("change", ["steps", "size", "batch"])
 def test_the_next_call_may_differ(world: dict[int, dict[str, Any]], change: str) -> None:
     """As if the cache had been applied just before, and close to uncached."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import ROOT, WorldFailed, launch
+from worlds import ROOT, WorldFailed, launch, run_world
 
 from xfuser_fastcache.xdit import mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
@@ -115,6 +115,50 @@ def test_flux_counts_undivided_text_on_every_rank_unmended_and_equals_one_rank_m
     assert_close(output, one_rank["flux"])
 
 
+@pytest.mark.gloo
+def test_sd3_pads_to_256_tokens_on_several_ranks_unmended_and_as_asked_mended(
+    tmp_path: Path,
+) -> None:
+    """On the trained toy, since the length is the text encoder's: a step, its text and latents."""
+    script = tmp_path / "length.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT / "tests")!r}]
+            import generate
+            from worlds import report
+            if "unmended" in sys.argv:
+                generate.mend_xfuser = lambda: []
+            generate.start()
+            flags = [flag for flag in sys.argv[1:] if flag != "unmended"]
+            config = {str(ROOT / "configs" / "toy_sd3_fast.yaml")!r}
+            options = generate.options_from(["--config", config, *flags])
+            pipe = generate.load(options)
+            text = []
+            pipe.transformer.register_forward_pre_hook(
+                lambda module, args, kwargs: text.append(kwargs["encoder_hidden_states"].shape[1]),
+                with_kwargs=True,
+            )
+            run = generate.Generator(pipe, options).run("", output_type="latent")
+            norm = run.images[0].double().norm().item() if run.images else None
+            report(generate.dist.get_rank(), tokens=text[0], norm=norm)
+            generate.cpu_platform.finish()
+            """
+        )
+    )
+    steps = ("--num_inference_steps", "1")
+    alone = run_world(script, 1, *steps, timeout_s=120)[0]
+    # Ulysses gives each of two ranks half of the text.
+    for flags, ranks in ((ULYSSES, 2), (("--use_cfg_parallel",), 1)):
+        unmended = run_world(script, 2, "unmended", *steps, *flags, timeout_s=120)[0]
+        assert ranks * unmended["tokens"] == alone["tokens"] - 32 + 256
+        assert unmended["norm"] != pytest.approx(alone["norm"], rel=1e-5)
+        found = run_world(script, 2, *steps, *flags, timeout_s=120)
+        assert {ranks * report["tokens"] for report in found.values()} == {alone["tokens"]}
+        assert found[0]["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+
+
 class MendedJoint:
     """How xfuser could mend its joint attention itself."""
 
@@ -139,11 +183,19 @@ class MendedFlux:
         self.usp(uses_pipeline_parallelism)
 
 
+class MendedSD3:
+    """How xfuser could mend its SD3 pipeline itself."""
+
+    def __call__(self, max_sequence_length: int = 256, **kwargs: Any) -> None:
+        self.encode_prompt(max_sequence_length=max_sequence_length)
+
+
 @pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
 def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module = types.ModuleType("mended")
     module.xFuserJointAttnProcessor2_0 = MendedJoint
     module.xFuserFluxAttnProcessor = MendedFlux
+    module.xFuserStableDiffusion3Pipeline = MendedSD3
     assert not mend.is_needed(module)
 
 

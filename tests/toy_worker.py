@@ -137,6 +137,13 @@ def cases(pipe: Any) -> dict[str, Any]:
         found[f"{forecaster}_repeats"] = same(spans, generate(pipe))
         remove_cache(transformer)
         found[f"{forecaster}_psnr"] = psnr(spans, control)
+    apply(stagger_stages=True)
+    staggered = generate(pipe)
+    found["staggered_digest"] = get_cache_statistics(transformer)["decisions_digest"]
+    found["staggered_repeats"] = same(staggered, generate(pipe))
+    remove_cache(transformer)
+    found["staggered_psnr"] = psnr(staggered, control)
+    found["staggered_as_before"] = same(staggered, cached)
     return found
 
 
@@ -155,7 +162,8 @@ def main() -> None:
     pipe = load(**vars(options), warmup_steps=1)
     from xfuser.core.distributed import get_model_replica_group
 
-    report(dist.get_rank(), group=get_model_replica_group().ranks, **cases(pipe))
+    stages = options.pipefusion_parallel_degree
+    report(dist.get_rank(), group=get_model_replica_group().ranks, stages=stages, **cases(pipe))
     cpu_platform.finish()
 
 

@@ -30,7 +30,7 @@ from xfuser_fastcache.decisions import (
 )
 from xfuser_fastcache.gates.base import Evidence, Gate
 from xfuser_fastcache.moments import Moments
-from xfuser_fastcache.state import SharedState, Sighting, SpanState, rescaled
+from xfuser_fastcache.state import Orders, SharedState, Sighting, SpanState, rescaled
 from xfuser_fastcache.statistics import Counters
 from xfuser_fastcache.timeline import Call
 
@@ -102,9 +102,23 @@ class Agreement:
     def decide_lagged(self, call: Call) -> None:
         """Decide from the vector of `lag` steps before, which every stage has posted by now."""
         shared = self.branch(call.branch)
-        if len(shared.tickets) >= self.lag:
-            self._receive(shared)
+        self._receive_due(shared)
         self._decide(shared, call)
+
+    def orders(self, call: Call, following: Call | None = None) -> Orders:
+        """Return what a forward pass is to do, after its step was decided.
+
+        Args:
+            call: the forward pass.
+            following: the next step of its branch, where this pass acts on the next decision; see
+                the engine. Nothing is recorded of it: it is decided when it opens.
+        """
+        shared = self.branch(call.branch)
+        if following is None or shared.forced:
+            return shared.orders
+        self._receive_due(shared)
+        judgements, _ = self._judgements(shared, following)
+        return Orders([judged.skip for judged in judgements], shared.poisoned)
 
     def post(self, call: Call, pending: torch.Tensor) -> None:
         """Send the moments measured since the last post on their way, and start them anew.
@@ -122,12 +136,17 @@ class Agreement:
 
     # ---- from a vector to flags --------------------------------------------------------------
 
+    def _receive_due(self, shared: SharedState) -> None:
+        """Take in the vector of `lag` steps before, unless that was done."""
+        if len(shared.tickets) >= self.lag:
+            self._receive(shared)
+
     def _receive(self, shared: SharedState) -> None:
         """Take in the oldest posted vector."""
         ticket, sightings = shared.tickets.pop(0)
         waited_s = self.consensus.wait_s
         groups = self.consensus.wait(ticket)
-        shared.waited_s = self.consensus.wait_s - waited_s
+        shared.waited_s += self.consensus.wait_s - waited_s
         broken = 0
         for span, group, sighting in zip(shared.spans, groups, sightings, strict=True):
             if sighting is None:
@@ -148,19 +167,24 @@ class Agreement:
                 )
 
     def _decide(self, shared: SharedState, call: Call) -> None:
-        """Turn reduced numbers into one flag per span."""
-        forced = self._reason_to_compute(shared, call)
-        judgements = [
-            Judgement(False, forced) if forced else self._judge(span, call) for span in shared.spans
-        ]
-        shared.skip = [judged.skip for judged in judgements]
-        self.counters.record(call.step, call.branch, shared.skip)
+        """Turn reduced numbers into one flag per span, and keep the books."""
+        judgements, shared.forced = self._judgements(shared, call)
+        skip = [judged.skip for judged in judgements]
+        shared.orders = Orders(skip, shared.poisoned)
+        self.counters.record(call.step, call.branch, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
         shared.sightings = [_sighting(span, call) for span in shared.spans]
-        for span, skip in zip(shared.spans, shared.skip, strict=True):
-            if not skip:
+        for span, skipped in zip(shared.spans, skip, strict=True):
+            if not skipped:
                 span.anchor_level, span.anchor_step = call.noise_level, call.step
+
+    def _judgements(self, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
+        """Return a judgement a span, and whether all are computed without asking the gate."""
+        forced = self._reason_to_compute(shared, call)
+        if forced:
+            return [Judgement(False, forced)] * len(shared.spans), True
+        return [self._judge(span, call) for span in shared.spans], False
 
     def _reason_to_compute(self, shared: SharedState, call: Call) -> str | None:
         """Return why all spans are computed at this step, or None."""

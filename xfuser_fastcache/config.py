@@ -79,6 +79,12 @@ class CacheConfig:
     enable_block_approx: bool = _option(
         True, "true | false", "whether spans of blocks may be skipped at all"
     )
+    stagger_stages: bool = _option(
+        False,
+        "true | false",
+        "under PipeFusion with one span: stages skip a patch at neighbouring steps, so that the "
+        "pipeline stays full",
+    )
     sync_backend: str = _option(
         "gloo", "gloo | nccl", "where decisions are reduced: on the host, or on the device"
     )
@@ -152,7 +158,12 @@ class CacheConfig:
         self._choice("test", TESTS)
         self._choice("forecaster", FORECASTERS)
         self._choice("sync_backend", ("gloo", "nccl"))
-        for name in ("enable_block_approx", "verify_consensus", "return_hidden_states_first"):
+        for name in (
+            "enable_block_approx",
+            "stagger_stages",
+            "verify_consensus",
+            "return_hidden_states_first",
+        ):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (
                 value is None and name == "return_hidden_states_first"

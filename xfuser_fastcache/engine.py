@@ -10,6 +10,12 @@ step before. With several stages they are "lagged", so that nobody waits: what a
 decides the next but one, since by then every stage has closed it. Where only the first stage
 measures (one span), the others have nothing to add and post as they open a step: then it decides
 the next one.
+
+A pipeline runs empty at each skipped step, if all stages skip the same step: the first one has no
+work until the last one has finished the step before. With `stagger_stages` a decision travels with
+the work: a stage acts on the next step's decision from the patch on at whose turn the first stage
+has gone on to the next step. Each stage skips each patch as often, but not all at once, and the
+pipeline stays full.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import SLOTS, Reference, measure
 from xfuser_fastcache.ownership import Ownership
-from xfuser_fastcache.state import Anchor, LocalState, Memory, SharedState
+from xfuser_fastcache.state import Anchor, LocalState, Memory, Orders, SharedState
 from xfuser_fastcache.statistics import BlockInfo, Counters
 from xfuser_fastcache.timeline import Call, Schedule, Timeline
 from xfuser_fastcache.watchdog import Watchdog
@@ -128,6 +134,7 @@ class CacheEngine:
         self.watchdog = Watchdog(config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._owes_consensus = False
+        self._orders = Orders([])
         # The span that was entered and not yet left, what entered it, and its flag.
         self._inside: int | None = None
         self._entered: Streams | None = None
@@ -175,6 +182,18 @@ class CacheEngine:
                 self.agreement.post(call, self.branches[call.branch].pending)
         elif call.opens_step:
             self._owes_consensus = True
+        if self.agreement.lag:
+            following = self.timeline.following(call) if self._follows_next_step(position) else None
+            self._orders = self.agreement.orders(call, following)
+
+    def _follows_next_step(self, position: Position) -> bool:
+        """Say whether a decision for the next step holds here; see the module."""
+        return (
+            self.config.stagger_stages
+            and self.agreement.lag == 1
+            and position.patched
+            and self.consensus.group.stage + position.patch >= len(position.patch_tokens)
+        )
 
     def close(self) -> None:
         """End a forward pass.
@@ -267,7 +286,7 @@ class CacheEngine:
             local.pending[span].add_(measure(inputs.hidden_states, reference, exponent))
         if self._owes_consensus:
             self._take_consensus(call, local)
-        self._skipping = shared.skip[span]
+        self._skipping = self._orders.skip[span]
         # A pipeline stage reads from a receive buffer that the next patch overwrites; elsewhere
         # nobody writes into what a block was given.
         keeps = self._skipping or not self.agreement.lag
@@ -302,7 +321,7 @@ class CacheEngine:
     def _leave(self, span: int, outputs: Streams) -> None:
         """Remember a computed span."""
         self._inside = None
-        call, local, shared = self._current()
+        call, local, _ = self._current()
         assert self._entered is not None
         anchor = Anchor(
             noise_level=call.noise_level,
@@ -311,7 +330,7 @@ class CacheEngine:
             reference=Reference.of(self._entered.hidden_states),
         )
         memory = local.memory(span, call.position)
-        if shared.poisoned or memory.given_up:
+        if self._orders.distrust or memory.given_up:
             # Its anchors may hold the NaN, which looking back would bring up again; a span that was
             # given up has none.
             memory = Memory()
@@ -320,6 +339,7 @@ class CacheEngine:
     def _take_consensus(self, call: Call, local: LocalState) -> None:
         self._owes_consensus = False
         self.agreement.decide_now(call, local.pending)
+        self._orders = self.agreement.orders(call)
 
     def _current(self) -> tuple[Call, LocalState, SharedState]:
         assert self.call is not None

@@ -110,13 +110,27 @@ class SpanState:
     moments: tuple[Moments, Sighting] | None = None
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What a forward pass is to do.
+
+    Attributes:
+        skip: a flag a span, True where it is skipped.
+        distrust: whether anchors may hold a NaN and are to be forgotten.
+    """
+
+    skip: list[bool]
+    distrust: bool = False
+
+
 @dataclass
 class SharedState:
     """What all ranks know of one CFG branch of the current generation.
 
     Attributes:
         spans: one a span of the whole model.
-        skip: the flags of the current step, True where a span is skipped.
+        orders: those of the current step.
+        forced: whether they were given without asking the gate.
         sightings: of the moments measured since the last post, one a span; None where nothing was.
         tickets: posted vectors not yet used, oldest first, with their sightings.
         poisoned: whether the last reduced vector was not finite or overflowed.
@@ -124,7 +138,8 @@ class SharedState:
     """
 
     spans: list[SpanState]
-    skip: list[bool] = field(default_factory=list)
+    orders: Orders = field(default_factory=lambda: Orders([]))
+    forced: bool = False
     sightings: list[Sighting | None] = field(default_factory=list)
     tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
     poisoned: bool = False

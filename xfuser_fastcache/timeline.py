@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,6 +80,8 @@ class Timeline:
         self._noise_level = 0.0
         self._signature: object = None
         self._schedule: Schedule | None = None
+        # Where in the schedule the last forward pass was; None where that is not known.
+        self._index: int | None = None
         # Of this generation: what a branch goes by, its name or its place in a step -> its index.
         self._branches: dict[str | int, int] = {}
         # Of this step: what its calls so far went by.
@@ -145,6 +147,21 @@ class Timeline:
             starts_generation=starts,
         )
 
+    def following(self, call: Call) -> Call | None:
+        """Return the next step of the last call's branch as it is planned; None if unknown."""
+        steps = self._schedule.steps if self._schedule is not None else ()
+        if self._index is None or self._index + 1 >= len(steps):
+            return None
+        index = self._index + 1
+        return replace(
+            call,
+            step=call.step + 1,
+            noise_level=steps[index].noise_level,
+            is_last_step=index + 1 == len(steps),
+            more_steps_follow=index + 1 < len(steps),
+            starts_generation=False,
+        )
+
     def replanned(self, schedule: Schedule | None) -> bool:
         """Say whether the scheduler has made a new plan since the last forward pass."""
         return (
@@ -169,11 +186,13 @@ class Timeline:
         not of the plan means that the plan is another pipeline's: then it is not used.
         """
         steps = self._schedule.steps if self._schedule is not None else ()
+        self._index = None
         if steps:
             index = self._step  # where it is, unless the pipeline begins in the middle of the plan
             if index >= len(steps) or steps[index].timestep != timestep:
                 index = min(range(len(steps)), key=lambda i: abs(steps[i].timestep - timestep))
             if abs(steps[index].timestep - timestep) <= 0.01 * abs(timestep) + 1e-6:
+                self._index = index
                 return steps[index].noise_level, len(steps) - 1 - index
         if self.num_steps is None:
             return noise_level, None

@@ -18,6 +18,7 @@ logger = logging.getLogger("xfuser_fastcache")
 
 _JOINT = "xFuserJointAttnProcessor2_0.__call__"
 _FLUX = "xFuserFluxAttnProcessor.__call__"
+_SD3_CALL = "xFuserStableDiffusion3Pipeline.__call__"
 _FLUX_FORWARD = "xFuserFluxTransformer2DWrapper.forward"
 
 
@@ -188,6 +189,37 @@ def _count_text_once(module: ModuleType) -> None:
     replace(module, "USP", usp_with_text_apart)
 
 
+def _drops_max_sequence_length(source: str) -> bool:
+    """The call takes any keyword, and never looks at this one."""
+    return "**kwargs" in source and "max_sequence_length" not in source
+
+
+def _keep_max_sequence_length(module: ModuleType) -> None:
+    """Hand the length to the pipeline's own `encode_prompt` while the call runs.
+
+    Without it, T5 pads to 256 tokens on several ranks, whatever was asked for: other pictures than
+    on one rank, and more text to compute.
+    """
+    call = require(module, _SD3_CALL)
+
+    @functools.wraps(call)
+    def call_with_length(
+        self: Any, *args: Any, max_sequence_length: int | None = None, **kwargs: Any
+    ) -> Any:
+        if max_sequence_length is None:
+            return call(self, *args, **kwargs)
+        pipeline = self.module
+        encode = pipeline.encode_prompt
+        pipeline.encode_prompt = functools.partial(encode, max_sequence_length=max_sequence_length)
+        try:
+            # On one rank this goes on to diffusers' own call, which takes the length itself.
+            return call(self, *args, max_sequence_length=max_sequence_length, **kwargs)
+        finally:
+            del pipeline.encode_prompt
+
+    replace(module, _SD3_CALL, call_with_length)
+
+
 _ATTENTION = "xfuser.model_executor.layers.attention_processor"
 
 MENDS = (
@@ -211,5 +243,12 @@ MENDS = (
         _FLUX,
         _counts_text_on_every_rank,
         _count_text_once,
+    ),
+    Mend(
+        "SD3 on several ranks: max_sequence_length is dropped, T5 pads to 256 tokens",
+        "xfuser.model_executor.pipelines.pipeline_stable_diffusion_3",
+        _SD3_CALL,
+        _drops_max_sequence_length,
+        _keep_max_sequence_length,
     ),
 )
