@@ -37,8 +37,8 @@ class Cell:
         ranks: the reports, by rank.
         groups: the decision group of every rank.
         replicas: degree of data parallelism.
-        least_hits: share of blocks that must be skipped, 0 to 1. In a pipeline decisions lag two
-            steps, and their statistics are scaled up where gaps in noise grow, as PixArt's do.
+        least_hits: share of blocks that must be skipped, 0 to 1. In a pipeline decisions lag,
+            and their statistics are scaled up where gaps in noise grow, as PixArt's do.
         references: what one rank computes, for each size of the batch.
     """
 

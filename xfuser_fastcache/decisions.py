@@ -41,7 +41,7 @@ class Judgement(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """ "skipped", "computed" (the gate refused), or "forced" (the gate was not asked)."""
+        """One of "skipped", "computed" (the gate refused) and "forced" (it was not asked)."""
         if self.skip:
             return "skipped"
         return "computed" if self.reason == CHANGED else "forced"
