@@ -21,6 +21,7 @@ class FluxAdapter(ModelAdapter):
 
     model_class = "FluxTransformer2DModel"
     timestep_index = 3
+    embedder = "time_text_embed"
     block_lists = {"transformer_blocks": _BLOCK, "single_transformer_blocks": _BLOCK}
 
     @classmethod

@@ -39,6 +39,7 @@ class PixArtAdapter(ModelAdapter):
 
     model_class = "PixArtTransformer2DModel"
     timestep_index = 2
+    embedder = "adaln_single"
     block_lists = {"transformer_blocks": _BLOCK}
 
     @classmethod

@@ -23,6 +23,7 @@ class SD3Adapter(ModelAdapter):
 
     model_class = "SD3Transformer2DModel"
     timestep_index = 3
+    embedder = "time_text_embed"
     block_lists = {"transformer_blocks": _BLOCK}
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from xfuser_fastcache.backends import FORECASTERS, backend
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import Consensus, Header
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.moments import SLOTS, Moments, Reference, measure
 from xfuser_fastcache.state import Anchor, Memory
@@ -28,13 +29,15 @@ EVERY, COMPUTED, SKIPPED = "every step", "computed step", "skipped step"
 LIMIT_S = 0.5
 # Every rank must take the same number of rounds of consensus: so many, so many times.
 ROUNDS, REPEATS = 50, 9
+# Noise levels of a step, of its anchor and of the anchor before.
+LEVELS = (0.4, 0.5, 0.6)
 # Turns of two calls that are compared, and steps of a generation that does nothing.
 TURNS, STEPS = 5, 28
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What passes into and out of a span; shapes as in `Streams`.
+    """What passes into and out of a span, or a whole forward pass; shapes as in `Streams`.
 
     Attributes:
         earlier: what entered it at a step before.
@@ -249,8 +252,8 @@ def time_parts(
     """Time all parts but the consensus, with the library's own functions.
 
     Args:
-        boundary: of one span.
-        config: for the gate.
+        boundary: of what the config's forecaster stands in for: one span, or the forward pass.
+        config: for the gate; of the forecasters, those that stand in for the same are timed.
         calls: of a step.
         round_us: time of a consensus, in microseconds.
         spans: that are decided.
@@ -263,13 +266,15 @@ def time_parts(
     exponent = first.next_exponent(0)
     moments = Moments.decode(measure(hidden_states, reference, exponent).tolist(), exponent)
     evidence = Evidence(
-        moments.change,
-        moments.change_squared,
-        moments.reference,
-        moments.tokens,
-        hidden_states.shape[-1],
+        change=moments.change,
+        change_squared=moments.change_squared,
+        reference=moments.reference,
+        tokens=moments.tokens,
+        dim=hidden_states.shape[-1],
+        lag=1,
+        noise_levels=LEVELS,
     )
-    gate = backend(config.use_cache).gate(config)
+    gate = backend(config.use_cache).gate(config, None)
     change_us = median_us(lambda: measure(hidden_states, reference, exponent))
     reference_us = median_us(lambda: Reference.of(hidden_states))
     gate_us = median_us(lambda: gate.judge(evidence))
@@ -281,8 +286,11 @@ def time_parts(
         Part("consensus", EVERY, round_us, calls.consensus),
         Part("gate", EVERY, gate_us, calls.judged),
     ]
-    for name in FORECASTERS:
-        remember_us, forecast_us = forecaster_us(boundary, replace(config, forecaster=name))
+    whole_forward = FORECASTERS[config.forecaster].whole_forward
+    for name, make in FORECASTERS.items():
+        if make.whole_forward != whole_forward:
+            continue  # what it stands in for is not at hand
+        remember_us, forecast_us = forecaster_us(boundary, make())
         parts += [
             Part(f"forecast: {name}, remember", COMPUTED, remember_us, calls.spans, name),
             Part(f"forecast: {name}", SKIPPED, forecast_us, calls.spans, name),
@@ -290,18 +298,19 @@ def time_parts(
     return parts
 
 
-def forecaster_us(boundary: Boundary, config: CacheConfig) -> tuple[float, float]:
+def forecaster_us(boundary: Boundary, forecaster: Forecaster) -> tuple[float, float]:
     """Return the times to remember a computed span and to forecast one, in microseconds."""
-    forecaster = backend(config.use_cache).forecaster(config)
     inputs, outputs = boundary.inputs, boundary.outputs
     reference = Reference.of(inputs.hidden_states)
 
-    def anchor(noise_level: float, entered: Streams) -> Anchor:
-        return Anchor(noise_level, entered, outputs.map(torch.sub, entered), reference)
+    now, latest, before = LEVELS
 
-    older = forecaster.update(Memory(), anchor(0.6, boundary.earlier))
-    memory = forecaster.update(older, anchor(0.5, inputs))
+    def anchor(noise_level: float, entered: Streams) -> Anchor:
+        return Anchor(noise_level, entered, forecaster.kept(entered, outputs), reference)
+
+    older = forecaster.update(Memory(), anchor(before, boundary.earlier))
+    memory = forecaster.update(older, anchor(latest, inputs))
     return (
-        median_us(lambda: forecaster.update(older, anchor(0.5, inputs))),
-        median_us(lambda: forecaster.forecast(memory, inputs, 0.4)),
+        median_us(lambda: forecaster.update(older, anchor(latest, inputs))),
+        median_us(lambda: forecaster.forecast(memory, inputs, now)),
     )

@@ -31,7 +31,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read as transformers
 import torch
 from _bench import report
 from _bench.methods import choose
-from _bench.settings import PROMPTS, ROOT, Settings, call_arguments, parse_layout, read_prompts
+from _bench.settings import (
+    PROMPTS,
+    ROOT,
+    Settings,
+    calibration_of,
+    call_arguments,
+    parse_layout,
+    read_prompts,
+)
 from _bench.subject import DTYPES
 from _bench.worker import read_records
 from rich.console import Console
@@ -62,7 +70,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         default=["all"],
         metavar="NAME[:SETTING,...]",
-        help="default all; an unknown name lists the known ones",
+        help="default all; forecasters: ours with each forecaster under the gate of `fast`; an "
+        "unknown name lists the known ones",
     )
     flags.add_argument(
         "--prompts", type=Path, help="a file, one a line; default toys/prompts_64.txt"
@@ -89,6 +98,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="levels in dB (default 40,45,50,55)",
     )
     flags.add_argument("--output_dir", type=Path, required=True)
+    flags.add_argument(
+        "--calibration", help="of scripts/calibrate.py; default MODEL/fastcache.safetensors"
+    )
     flags.add_argument("--resume", action="store_true", help="go on with what OUTPUT_DIR holds")
     return flags.parse_args(arguments)
 
@@ -128,6 +140,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
         dtype=options.dtype or ("bfloat16" if on_gpu else "float32"),
         layout=layout,
         workers=min(workers, rounds),
+        calibration=options.calibration or calibration_of(options.model),
     )
 
 

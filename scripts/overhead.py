@@ -117,11 +117,16 @@ def run_pairs(generator: Generator, config: CacheConfig, pairs: int) -> np.ndarr
 
 
 def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
-    """Time the parts on the tokens that one generation's blocks see; every rank calls it."""
+    """Time the parts on what passes through one generation's blocks; every rank calls it.
+
+    Through the transformer, where the forecaster stands in for its whole forward pass.
+    """
     pipe = generator.pipe
     apply_cache_on_transformer(pipe.transformer, config=config, scheduler=pipe.scheduler)
     hook = hook_on(pipe.transformer)
     engine, blocks = hook.engine, hook.attachment.blocks
+    whole = engine.forecaster.whole_forward
+    first, last = (pipe.transformer,) * 2 if whole else (blocks[0], blocks[-1])
     entered: deque[Streams] = deque(maxlen=2)
     left: deque[Streams] = deque(maxlen=1)
     forwards = itertools.count()
@@ -134,8 +139,8 @@ def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
         left.append(engine.contracts[-1].unpack(output))
 
     handles = (
-        blocks[0].register_forward_hook(enter, with_kwargs=True),
-        blocks[-1].register_forward_hook(leave),
+        first.register_forward_hook(enter, with_kwargs=True),
+        last.register_forward_hook(leave),
     )
     generator.run("")
     for handle in handles:
@@ -146,7 +151,7 @@ def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
     held = {piece.span for piece in engine.pieces}
     calls = Calls(
         forwards=passes,
-        blocks=passes * len(blocks),
+        blocks=0 if whole else passes * len(blocks),
         measured=passes * len({piece.span for piece in engine.pieces if piece.begins}),
         spans=passes * len(held),
         consensus=done["collectives_per_step"],

@@ -27,6 +27,7 @@ CUSTOM = {
     "verify_consensus": True,
     "stagger_stages": True,
     "return_hidden_states_first": False,
+    "steps_mask": [1, 0, 1],
 }
 
 
@@ -67,6 +68,11 @@ def test_an_unknown_option_is_named_with_a_hint(key: Any, hint: str) -> None:
         ("verify_consensus", "yes"),
         ("stagger_stages", 1),
         ("return_hidden_states_first", 0),
+        ("calibration", 3),
+        ("computed_steps", 7.0),
+        ("computed_steps", True),
+        ("steps_mask", (1, 0)),
+        ("steps_mask", "101"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, value: Any) -> None:
@@ -83,8 +89,14 @@ def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, valu
         ("significance_level", 0),
         ("significance_level", 1),
         ("significance_level", math.nan),
-        ("test", "conformal"),
+        ("test", "Chi2"),
         ("forecaster", "Taylor"),
+        ("computed_steps", 0),
+        ("steps_mask", []),
+        ("steps_mask", [0, 1]),
+        ("steps_mask", [1, 2]),
+        ("steps_mask", [1, "0"]),
+        ("steps_mask", [True, False]),
         ("granularity", 0),
         ("granularity", "span"),
         ("num_warmup_steps", -1),
@@ -115,10 +127,39 @@ def test_a_value_out_of_range_is_a_value_error_that_says_the_range(name: str, va
         ("num_steps", 1),
         ("num_steps", None),
         ("return_hidden_states_first", None),
+        ("test", None),
+        ("steps_mask", [1]),
+        ("steps_mask", [1, 0, 0]),
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(name: str, value: Any) -> None:
     assert getattr(CacheConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"test": "conformal"}, "test='conformal' needs a calibration; give calibration='FILE'"),
+        ({"computed_steps": 3}, "computed_steps=3 needs a calibration; give calibration='FILE'"),
+        ({"calibration": "x", "test": "paper"}, "test='paper' takes no calibration; leave one"),
+        ({"calibration": "x", "forecaster": "reuse"}, "forecaster='reuse' does not go with a cal"),
+        ({"forecaster": "output", "granularity": 3}, "granularity=3 does not go with forecaster="),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_contradict_each_other_are_refused(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        CacheConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"test": "conformal"}, {"test": "chi2"}, {"computed_steps": 3}]
+)
+def test_options_that_need_a_calibration_are_allowed_with_one(options: dict[str, Any]) -> None:
+    config = CacheConfig(calibration="x", **options)
+    assert config.to_dict() == CacheConfig(calibration="x").to_dict() | options
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)

@@ -16,7 +16,7 @@ ROW = 2048
 
 def decision(generation: int, step: int, branch: int, skip: list[bool]) -> Decision:
     """Return a decision with nothing of interest but its place and flags."""
-    call = Call(generation, step, branch, True, 0.5, False, True, Position(), False)
+    call = Call(generation, step, step, branch, True, 0.5, False, True, Position(), False)
     return Decision(call, [Judgement(s, UNCHANGED if s else CHANGED) for s in skip], wait_s=0.0)
 
 

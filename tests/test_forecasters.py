@@ -11,9 +11,12 @@ from xfuser_fastcache import CacheConfig
 from xfuser_fastcache.backends import FORECASTERS, backend
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster
-from xfuser_fastcache.forecasters.linear import RIDGE, LinearForecaster
+from xfuser_fastcache.forecasters.linear import LinearForecaster
+from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
 from xfuser_fastcache.forecasters.taylor import TaylorForecaster
+from xfuser_fastcache.layout import DecisionGroup
+from xfuser_fastcache.linear_map import RIDGE
 from xfuser_fastcache.state import Anchor, Memory, Reference
 
 BATCH, TOKENS, TEXT_TOKENS, DIM = 2, 6, 3, 4
@@ -40,6 +43,14 @@ def remember(forecaster: Forecaster, *anchors: Anchor) -> Memory:
     return memory
 
 
+def moved(make: type[Forecaster], now: Streams, held: Streams) -> Streams:
+    """Return what `make` forecasts where it expects `held` of its anchors.
+
+    That is a residual, which moves the input; or the output itself.
+    """
+    return held if make.whole_forward else now.map(torch.add, held)
+
+
 def assert_close(found: Streams, wanted: Streams) -> None:
     torch.testing.assert_close(found.hidden_states, wanted.hidden_states)
     torch.testing.assert_close(found.encoder_hidden_states, wanted.encoder_hidden_states)
@@ -56,10 +67,11 @@ def test_reuse_is_exact_on_a_constant_residual(text: bool) -> None:
 
 
 @both_streams
+@pytest.mark.parametrize("make", [TaylorForecaster, OutputForecaster])
 @pytest.mark.parametrize("sigmas", [(1.0, 0.9), (0.97, 0.42), (1.0, 0.8, 0.79)])
 @pytest.mark.parametrize("sigma", [0.4, 0.15, 0.0])
-def test_taylor_is_exact_on_residuals_linear_in_sigma_unevenly_spaced(
-    sigmas: tuple[float, ...], sigma: float, text: bool
+def test_taylor_and_output_are_exact_on_what_is_linear_in_sigma_unevenly_spaced(
+    make: type[Forecaster], sigmas: tuple[float, ...], sigma: float, text: bool
 ) -> None:
     constant, slope = streams(1, text), streams(2, text)
 
@@ -67,35 +79,45 @@ def test_taylor_is_exact_on_residuals_linear_in_sigma_unevenly_spaced(
         return constant.map(lambda c, s: c + level * s, slope)
 
     memory = remember(
-        TaylorForecaster(),
+        make(),
         *(anchor(s, streams(int(100 * s), text), residual(s)) for s in sigmas),
     )
     now = streams(5, text)
-    wanted = now.map(torch.add, residual(sigma))
-    assert_close(TaylorForecaster().forecast(memory, now, sigma), wanted)
+    assert_close(make().forecast(memory, now, sigma), moved(make, now, residual(sigma)))
 
 
-def test_taylor_over_two_anchors_at_one_noise_level_is_reuse() -> None:
+@pytest.mark.parametrize("make", [TaylorForecaster, OutputForecaster])
+def test_over_two_anchors_at_one_noise_level_the_newest_is_repeated(
+    make: type[Forecaster],
+) -> None:
     old, new = (anchor(0.5, streams(s), streams(s + 1)) for s in (1, 3))
     now = streams(5)
-    found = TaylorForecaster().forecast(remember(TaylorForecaster(), old, new), now, 0.3)
-    assert_close(found, now.map(torch.add, new.residual))
+    found = make().forecast(remember(make(), old, new), now, 0.3)
+    assert_close(found, moved(make, now, new.residual))
 
 
 @every_forecaster
 @both_streams
-def test_with_one_anchor_every_forecaster_is_reuse(make: type[Forecaster], text: bool) -> None:
+def test_with_one_anchor_every_forecaster_repeats_it(make: type[Forecaster], text: bool) -> None:
     only = anchor(0.7, streams(1, text), streams(2, text))
     now = streams(5, text)
     memory = remember(make(), only)
-    assert_close(make().forecast(memory, now, 0.2), now.map(torch.add, only.residual))
+    assert_close(make().forecast(memory, now, 0.2), moved(make, now, only.residual))
 
 
 @every_forecaster
 def test_at_its_anchor_every_forecaster_returns_what_was_computed(make: type[Forecaster]) -> None:
     old, new = (anchor(level, streams(i), streams(i + 7)) for i, level in enumerate((0.9, 0.6)))
     found = make().forecast(remember(make(), old, new), new.inputs, 0.6)
-    assert_close(found, new.inputs.map(torch.add, new.residual))
+    assert_close(found, moved(make, new.inputs, new.residual))
+
+
+@every_forecaster
+def test_an_anchor_keeps_the_residual_or_of_a_whole_forward_pass_what_it_put_out(
+    make: type[Forecaster],
+) -> None:
+    inputs, outputs = streams(1), streams(2)
+    assert_close(moved(make, inputs, make().kept(inputs, outputs)), outputs)
 
 
 @both_streams
@@ -222,7 +244,10 @@ def test_memory_counts_the_bytes_of_its_tensors() -> None:
     assert Memory(slope=slope).nbytes() == 2 * DIM * 4
 
 
-@pytest.mark.parametrize(("name", "depth"), [("reuse", 1), ("linear", 1), ("taylor", 2)])
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [("reuse", 1), ("linear", 1), ("taylor", 2), ("linear_taylor", 2), ("output", 2)],
+)
 def test_only_as_many_anchors_are_kept_as_are_looked_at(name: str, depth: int) -> None:
     forecaster = FORECASTERS[name]()
     anchors = [anchor(1 - i / 10, streams(i), streams(i)) for i in range(4)]
@@ -231,4 +256,5 @@ def test_only_as_many_anchors_are_kept_as_are_looked_at(name: str, depth: int) -
 
 @pytest.mark.parametrize(("name", "make"), FORECASTERS.items())
 def test_the_option_selects_the_forecaster(name: str, make: Callable[[], Forecaster]) -> None:
-    assert type(backend("Fast").forecaster(CacheConfig(forecaster=name))) is make
+    chosen = backend("Fast").forecaster(CacheConfig(forecaster=name), None, DecisionGroup())
+    assert type(chosen) is make

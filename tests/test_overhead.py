@@ -26,7 +26,10 @@ import overhead
 from _parts import COMPUTED, EVERY, SKIPPED, Breakdown, Part
 
 from xfuser_fastcache.backends import FORECASTERS
+from xfuser_fastcache.block_contract import Streams
 
+# Those that stand in for a span, as the toy's and the block's do.
+SPANS = [name for name, make in FORECASTERS.items() if not make.whole_forward]
 SCRIPT = str(ROOT / "scripts" / "overhead.py")
 CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
 PARTS = {
@@ -36,8 +39,8 @@ PARTS = {
     "moments: reference": COMPUTED,
     "consensus": EVERY,
     "gate": EVERY,
-    **{f"forecast: {name}, remember": COMPUTED for name in FORECASTERS},
-    **{f"forecast: {name}": SKIPPED for name in FORECASTERS},
+    **{f"forecast: {name}, remember": COMPUTED for name in SPANS},
+    **{f"forecast: {name}": SKIPPED for name in SPANS},
 }
 SMALL = overhead.BlockShape(width=256, heads=2, side=8, text_tokens=16)
 
@@ -146,6 +149,23 @@ def test_the_block_has_the_asked_dtype_and_shape(
     assert {part["calls"] for part in report["breakdown"]["parts"]} == {1}
     # What the flag stands for, where no test makes it small.
     assert report["shape"] == {"width": 3072, "heads": 24, "side": 64, "text_tokens": 512}
+
+
+@pytest.mark.parametrize("chosen", ["output", "taylor"])
+def test_only_forecasters_that_stand_in_for_the_same_are_timed(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    """A forecaster of the whole forward pass is not timed on a span's tokens, nor the reverse."""
+    monkeypatch.setattr(_parts, "LIMIT_S", 0.01)
+    monkeypatch.setattr(_parts, "hooks_us", lambda spans, device: (1.0, 1.0))
+    tokens = (Streams(torch.rand(1, 8, 4)) for _ in range(3))
+    boundary, config = _parts.Boundary(*tokens), overhead.CacheConfig(forecaster=chosen)
+    parts = _parts.time_parts(boundary, config, _parts.Calls(), round_us=1.0, spans=1)
+    wanted = SPANS if chosen == "taylor" else ["output"]
+    assert [part.forecaster for part in parts if part.forecaster] == sorted(
+        2 * wanted, key=wanted.index
+    )
+    assert all(part.microseconds > 0 for part in parts)
 
 
 def test_a_sum_has_the_steps_own_parts_and_one_forecaster() -> None:

@@ -41,6 +41,8 @@ ROOMS = (
     "fitted",
     "moments",
     "config",
+    "linear_map",
+    "forward_contract",
     "block_contract",
     "layout",
     "plugins",

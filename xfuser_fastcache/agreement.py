@@ -20,6 +20,7 @@ from xfuser_fastcache.decisions import (
     NOT_FINITE,
     NOT_MEASURED,
     OFF,
+    STEPS_MASK,
     SYNCHRONOUS,
     TOO_OLD,
     UNCHANGED,
@@ -177,6 +178,8 @@ class Agreement:
         shared.sightings = [_sighting(span, call) for span in shared.spans]
         for span, skipped in zip(shared.spans, skip, strict=True):
             if not skipped:
+                # Anchors that are distrusted are forgotten; see `Orders`.
+                span.older_level = None if shared.poisoned else span.anchor_level
                 span.anchor_level, span.anchor_step = call.noise_level, call.step
 
     def _judgements(self, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
@@ -190,9 +193,12 @@ class Agreement:
         """Return why all spans are computed at this step, or None."""
         if not self.config.enable_block_approx:
             return OFF
-        if call.step < self.config.num_warmup_steps:
+        if self.config.steps_mask is not None:
+            if self.config.steps_mask[call.planned_step]:
+                return STEPS_MASK
+        elif call.step < self.config.num_warmup_steps:
             return WARM_UP
-        if call.is_last_step:
+        elif call.is_last_step:
             return LAST_STEP
         if shared.poisoned:
             return NOT_FINITE
@@ -202,6 +208,8 @@ class Agreement:
         """Ask the gate about one span, where there is anything to ask."""
         if span.anchor_level is None or span.anchor_step is None:
             return Judgement(False, NO_ANCHOR)
+        if self.config.steps_mask is not None:
+            return Judgement(True, STEPS_MASK)
         # Steps that the branch was left out at make its anchor older as skipped ones do.
         if call.step - span.anchor_step > self.config.max_consecutive_skips:
             return Judgement(False, TOO_OLD)
@@ -213,7 +221,13 @@ class Agreement:
         moments = rescaled(moments, sighting, call.noise_level, span.anchor_level)
         verdict = self.gate.judge(
             Evidence(
-                moments.change, moments.change_squared, moments.reference, moments.tokens, self.dim
+                change=moments.change,
+                change_squared=moments.change_squared,
+                reference=moments.reference,
+                tokens=moments.tokens,
+                dim=self.dim,
+                lag=call.step - span.anchor_step,
+                noise_levels=(call.noise_level, span.anchor_level, span.older_level),
             )
         )
         reason = UNCHANGED if verdict.may_skip else CHANGED

@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from xfuser_fastcache.block_contract import ENCODER, ModelAdapter
+from xfuser_fastcache.backends import backend
+from xfuser_fastcache.block_contract import ENCODER, BlockContract, ModelAdapter
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine, span_of_blocks
+from xfuser_fastcache.fitted import check_model, fingerprint, load_fitted, settled
+from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on
 from xfuser_fastcache.layout import PlainLayout
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
@@ -79,9 +82,18 @@ def apply_cache_on_transformer(
             f"this {type(transformer).__name__} is cached already; call remove_cache(transformer) "
             "first"
         )
+    path, fitted = config.calibration or "", None
+    if path:
+        if scheduler is None:
+            raise ValueError(
+                f"calibration={path!r} needs the pipeline's scheduler, whose steps it was made "
+                "for; pass scheduler=pipe.scheduler"
+            )
+        fitted = load_fitted(path)
+        config = settled(config, fitted)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
-    adapter = _adapter(model)
+    adapter = adapter_of(model)
     _check_return_order(config, adapter)
     held = {name: list(getattr(model, name)) for name in adapter.block_lists}
     group = layout.decision_group()
@@ -97,13 +109,28 @@ def apply_cache_on_transformer(
         ),
     )
     blocks = [block for listed in held.values() for block in listed]
+    infos = _block_infos(tuple(held), consensus.stages, config.granularity)
+    if fitted is not None:
+        found = fingerprint(model, adapter.model_class, adapter.embedder, len(infos))
+        try:
+            check_model(fitted, path, found)
+        except ValueError:
+            consensus.close()
+            raise
+    contracts: list[BlockContract | ForwardContract]
+    if backend(config.use_cache).forecaster(config, fitted, group).whole_forward:
+        contracts, dim = [ForwardContract()], adapter.latent_channels(model)
+    else:
+        contracts = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
+        dim = adapter.dim(model)
     engine = CacheEngine(
         config,
         consensus,
-        _block_infos(tuple(held), consensus.stages, config.granularity),
-        [adapter.block_lists[name] for name, listed in held.items() for _ in listed],
+        infos,
+        contracts,
         first_block=sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage),
-        dim=adapter.dim(model),
+        dim=dim,
+        fitted=fitted,
     )
     attachment = Attachment(transformer, model, blocks)
     attachment.attach(engine, _step_opener(engine, adapter, layout, attachment, scheduler))
@@ -179,7 +206,12 @@ def _layout(transformer: nn.Module, process_group: Any) -> Any:
     return PlainLayout(process_group)
 
 
-def _adapter(model: nn.Module) -> type[ModelAdapter]:
+def adapter_of(model: nn.Module) -> type[ModelAdapter]:
+    """Return the registered adapter of a diffusers transformer.
+
+    Raises:
+        ValueError: no adapter supports it; the message lists the supported ones.
+    """
     known = loaded(ADAPTERS)
     for adapter in known.values():
         if adapter.supports(model):

@@ -40,15 +40,29 @@ class Streams:
         """Cut the image tokens into consecutive parts; each keeps the whole text stream.
 
         Args:
-            lengths: tokens of each part; they add up to the image tokens held here.
+            lengths: tokens of each part; see `cut`.
         """
-        parts = self.hidden_states.split(list(lengths), dim=1)
+        parts = cut(self.hidden_states, lengths)
         return [Streams(part, self.encoder_hidden_states) for part in parts]
 
     def nbytes(self) -> int:
         """Bytes that the streams occupy."""
         tensors = (self.hidden_states, self.encoder_hidden_states)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def cut(x: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Cut a tensor along dimension 1 into parts of the lengths given.
+
+    Where that dimension counts something else than the lengths do (rows or pixels, where they count
+    tokens), they are taken in proportion.
+
+    Example:
+        >>> [len(part[0]) for part in cut(torch.zeros(1, 16, 2), (1, 3))]
+        [4, 12]
+    """
+    whole, held = sum(lengths), x.shape[1]
+    return x.split([length * held // whole for length in lengths], dim=1)
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,14 @@ class ModelAdapter(ABC):
     Attributes:
         model_class: name of the diffusers transformer class; subclasses of it count.
         timestep_index: position of `timestep` among the parameters of the transformer's forward.
+        embedder: submodule for the timestep's embedding, which every pipeline stage holds whole.
         block_lists: attribute of the transformer that holds blocks -> their contract, in the order
             in which the forward pass runs through them.
     """
 
     model_class: ClassVar[str]
     timestep_index: ClassVar[int]
+    embedder: ClassVar[str]
     block_lists: ClassVar[Mapping[str, BlockContract]]
 
     @classmethod
@@ -131,6 +147,11 @@ class ModelAdapter(ABC):
     def dim(cls, model: Any) -> int:
         """Return the width of a token inside the blocks, `hidden_states.shape[-1]`."""
         return model.inner_dim
+
+    @classmethod
+    def latent_channels(cls, model: Any) -> int:
+        """Return the channels of the latents that the transformer is given."""
+        return model.config.in_channels
 
     @classmethod
     def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-TESTS = ("chi2", "paper")
-FORECASTERS = ("reuse", "linear", "taylor")
+TESTS = ("chi2", "paper", "conformal")
+FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
 
 
 def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
@@ -53,14 +53,17 @@ class CacheConfig:
     significance_level: float = _option(
         0.05, "0 < number < 1", "alpha of the test (ratio); smaller is safer with test='chi2'"
     )
-    test: str = _option(
-        "chi2",
-        "chi2 | paper",
-        "chi2: equivalence test with a scale; paper: FastCache's literal rule, which accepts "
-        "nearly any change below 100 %",
+    test: str | None = _option(
+        None,
+        "chi2 | conformal | paper, or none",
+        "chi2: equivalence test with a scale; conformal: alpha bounds the share of harmful skips, "
+        "needs a calibration and is the default with one (else chi2); paper: FastCache's literal "
+        "rule, which accepts nearly any change below 100 %",
     )
     forecaster: str = _option(
-        "taylor", "reuse | linear | taylor", "what stands in for a skipped span"
+        "taylor",
+        "reuse | linear | taylor | taylor2 | linear_taylor | output",
+        "what stands in for a skipped span; output: for the whole forward pass",
     )
     granularity: int | str = _option(
         "stack",
@@ -130,12 +133,25 @@ class CacheConfig:
     )
     adacorr_gamma: float | None = _later("number, or none", "gamma", "AdaCorrection")
     adacorr_lambda: float | None = _later("number, or none", "lambda", "AdaCorrection")
-    calibration: str | None = _later("path, or none", "fitted maps and thresholds", "calibration")
+    calibration: str | None = _option(
+        None,
+        "path, or none",
+        "file of scripts/calibrate.py: fitted output forecasts, thresholds, masks; options left at "
+        "their default take its values",
+    )
+    computed_steps: int | None = _option(
+        None,
+        "int >= 1, or none",
+        "with a calibration: compute so many steps, those that its search has found",
+    )
     shadow_audit: float | None = _later(
         "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
     )
-    steps_mask: list[int] | None = _later(
-        "list of 0 and 1, or none", "which steps are computed", "the steps mask"
+    steps_mask: list[int] | None = _option(
+        None,
+        "list of 0 and 1 that begins with 1, or none",
+        "which steps are computed (1) and which skipped (0), one a step of the scheduler's plan; "
+        "the gate is not asked then, and warm-up, last step and max_consecutive_skips do not count",
     )
 
     def __post_init__(self) -> None:
@@ -155,7 +171,12 @@ class CacheConfig:
         self._integer("max_consecutive_skips", 1)
         if self.num_steps is not None:
             self._integer("num_steps", 1)
-        self._choice("test", TESTS)
+        if self.test is not None:
+            self._choice("test", TESTS)
+        if self.calibration is not None and not isinstance(self.calibration, str):
+            self._refuse("calibration", TypeError)
+        if self.computed_steps is not None:
+            self._integer("computed_steps", 1)
         self._choice("forecaster", FORECASTERS)
         self._choice("sync_backend", ("gloo", "nccl"))
         for name in (
@@ -175,6 +196,36 @@ class CacheConfig:
             self._choice("granularity", ("stack", "block"))
         else:
             self._integer("granularity", 1)
+        if self.forecaster == "output" and self.granularity != "stack":
+            raise ValueError(
+                f"granularity={self.granularity!r} does not go with forecaster='output', which "
+                "stands in for the whole forward pass; leave granularity out, or choose another "
+                "forecaster"
+            )
+        self._calibrated_options()
+        mask = self.steps_mask
+        if mask is not None:
+            if not isinstance(mask, list):
+                self._refuse("steps_mask", TypeError)
+            if not mask or any(m not in (0, 1) or isinstance(m, bool) for m in mask) or not mask[0]:
+                self._refuse("steps_mask", ValueError)
+
+    def _calibrated_options(self) -> None:
+        """Refuse options that need a calibration where there is none, or that none fits."""
+        if self.calibration is None:
+            for name, wants in (("test", self.test == "conformal"), ("computed_steps", True)):
+                if wants and getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs a calibration; give "
+                        "calibration='FILE', made by scripts/calibrate.py"
+                    )
+        elif self.test == "paper":
+            raise ValueError("test='paper' takes no calibration; leave one of them out")
+        elif self.forecaster not in ("output", CacheConfig.forecaster):
+            raise ValueError(
+                f"forecaster={self.forecaster!r} does not go with a calibration, which is for "
+                "forecaster='output'; leave forecaster out"
+            )
 
     def _refuse(self, name: str, error: type[Exception]) -> None:
         allowed = self.__dataclass_fields__[name].metadata["allowed"]

@@ -19,6 +19,7 @@ _ROW = 2048
 # Why a span was skipped, or computed; all but the first two leave the gate unasked.
 UNCHANGED, CHANGED = "unchanged", "changed"
 OFF, WARM_UP, LAST_STEP = "off", "warm-up", "last step"
+STEPS_MASK = "steps mask"
 NOT_FINITE = "not finite"
 SYNCHRONOUS = "synchronous step of the pipeline"
 NO_ANCHOR, TOO_OLD, NOT_MEASURED = "no anchor", "anchor too old", "not measured"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ from xfuser_fastcache.block_contract import BlockContract, Streams
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import Consensus, ConsensusError
 from xfuser_fastcache.decisions import DecisionLog
+from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import SLOTS, Reference, measure
 from xfuser_fastcache.ownership import Ownership
@@ -93,9 +95,11 @@ class CacheEngine:
         config: validated options.
         consensus: of the decision group.
         blocks: all blocks of the whole model, in order.
-        contracts: contract of each block that this rank holds, in order.
+        contracts: contract of each block that this rank holds, in order; where the forecaster
+            stands in for the whole forward pass, that of the forward pass alone.
         first_block: index in `blocks` of the first one that this rank holds.
-        dim: width of a token, `hidden_states.shape[-1]`.
+        dim: width of a token that is measured, `hidden_states.shape[-1]`.
+        fitted: what a calibration left for this model, or None.
     """
 
     def __init__(
@@ -103,16 +107,18 @@ class CacheEngine:
         config: CacheConfig,
         consensus: Consensus,
         blocks: list[BlockInfo],
-        contracts: list[BlockContract],
+        contracts: Sequence[BlockContract | ForwardContract],
         first_block: int,
         dim: int,
+        fitted: Fitted | None = None,
     ):
         self.config = config
+        self.fitted = fitted
         self.consensus = consensus
         self.blocks = blocks
         self.contracts = contracts
         chosen = backend(config.use_cache)
-        self.forecaster = chosen.forecaster(config)
+        self.forecaster = chosen.forecaster(config, fitted, consensus.group)
         span_count = 1 + max(block.span for block in blocks)
         spans = [block.span for block in blocks]
         held = spans[first_block : first_block + len(contracts)]
@@ -126,7 +132,8 @@ class CacheEngine:
         ]
         self._measures = any(piece.begins for piece in self.pieces)
         lag = _lag(spans, consensus)
-        self.agreement = Agreement(config, consensus, chosen.gate(config), span_count, dim, lag)
+        gate = chosen.gate(config, fitted)
+        self.agreement = Agreement(config, consensus, gate, span_count, dim, lag)
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
@@ -165,6 +172,7 @@ class CacheEngine:
         """
         self.ownership.claim(noise_level, schedule)
         call = self.timeline.open(timestep, noise_level, signature, position, schedule, branch_name)
+        self._check_plan(call)
         if call.starts_generation:
             self._note_bytes()
             self.agreement.begin_generation()
@@ -185,6 +193,34 @@ class CacheEngine:
         if self.agreement.lag:
             following = self.timeline.following(call) if self._follows_next_step(position) else None
             self._orders = self.agreement.orders(call, following)
+
+    def _check_plan(self, call: Call) -> None:
+        """Refuse a steps mask or a calibration that is not for the steps that are planned.
+
+        Raises:
+            ValueError: naming both; it leaves no generation behind.
+        """
+        if self.fitted is not None and call.starts_generation:
+            wrong = self.fitted.differs_from(self.timeline.planned_levels)
+            if wrong:
+                self.timeline.restart()
+                raise ValueError(
+                    f"the calibration is not for this generation: {wrong}. Give the scheduler, "
+                    "the number of steps and the size of picture that it was made with, or make "
+                    "another with scripts/calibrate.py"
+                )
+        mask = self.config.steps_mask
+        if mask is None:
+            return
+        planned = self.timeline.planned_steps or len(mask)
+        if planned == len(mask) and call.planned_step < planned:
+            return
+        self.timeline.restart()
+        steps = f"has {planned}" if planned != len(mask) else f"goes on after {planned}"
+        raise ValueError(
+            f"steps_mask has {len(mask)} entries, but this generation {steps} steps; give one "
+            "entry a step of the scheduler's plan (num_inference_steps)"
+        )
 
     def _follows_next_step(self, position: Position) -> bool:
         """Say whether a decision for the next step holds here; see the module."""
@@ -242,7 +278,8 @@ class CacheEngine:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run one block, or stand in for it.
+        """Run one block, or stand in for it; the whole forward pass counts as block 0 where the
+        forecaster stands in for that.
 
         A skipped span is forecast at its last block, so that whatever the model adds between
         blocks finds its place; the blocks before it hand their input on. The model may leave blocks
@@ -287,10 +324,16 @@ class CacheEngine:
         if self._owes_consensus:
             self._take_consensus(call, local)
         self._skipping = self._orders.skip[span]
-        # A pipeline stage reads from a receive buffer that the next patch overwrites; elsewhere
-        # nobody writes into what a block was given.
-        keeps = self._skipping or not self.agreement.lag
-        self._entered = inputs if keeps else inputs.map(torch.clone)
+        if self._skipping and memory.given_up:
+            raise RuntimeError(
+                f"steps_mask skips span {span} at {call.place}, whose last block the model left "
+                "out where it was computed, so that its output is not known. Call the transformer "
+                "without skip_layers, or leave out steps_mask."
+            )
+        # A pipeline stage reads from a receive buffer that the next patch overwrites, and a
+        # callback may write into the latents; nobody writes into what a block was given.
+        safe = self._skipping or not (self.agreement.lag or self.forecaster.whole_forward)
+        self._entered = inputs if safe else inputs.map(torch.clone)
 
     def _give_up_span(self) -> None:
         """Forget a span whose last block was not called: what it put out is not known.
@@ -326,7 +369,7 @@ class CacheEngine:
         anchor = Anchor(
             noise_level=call.noise_level,
             inputs=self._entered,
-            residual=outputs.map(torch.sub, self._entered),
+            residual=self.forecaster.kept(self._entered, outputs),
             reference=Reference.of(self._entered.hidden_states),
         )
         memory = local.memory(span, call.position)

@@ -14,6 +14,7 @@ from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.ownership import TransformerInUse
 
 HOOK = "xfuser_fastcache"
+BRANCH_HOOK = "xfuser_fastcache_branch"
 
 
 class _BranchName(StateManager):
@@ -60,7 +61,11 @@ class TransformerHook(ModelHook):
         with self.engine.ownership.visit():
             try:
                 self.open_step(args, kwargs)
-                output = self.fn_ref.original_forward(*args, **kwargs)
+                forward = self.fn_ref.original_forward
+                if self.engine.forecaster.whole_forward:
+                    output = self.engine.run_block(0, forward, args, kwargs)
+                else:
+                    output = forward(*args, **kwargs)
                 self.engine.close()
             except TransformerInUse:
                 raise
@@ -76,20 +81,33 @@ class BlockHook(ModelHook):
     Args:
         engine: of the transformer.
         index: of the block among those that this rank holds.
-        branch_name: where `cache_context` leaves the name of the branch. The first block's hook
-            has it, and is alone stateful: diffusers visits all stateful hooks at every step.
     """
 
-    def __init__(self, engine: CacheEngine, index: int, branch_name: _BranchName | None):
+    def __init__(self, engine: CacheEngine, index: int):
         super().__init__()
         self.engine = engine
         self.index = index
-        self.branch_name = branch_name
-        self._is_stateful = branch_name is not None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the block through the engine."""
         return self.engine.run_block(self.index, self.fn_ref.original_forward, args, kwargs)
+
+
+class BranchNameHook(ModelHook):
+    """Receives the names of branches; alone stateful, since diffusers visits stateful hooks.
+
+    It sits on a block: `cache_context` begins at the model inside xfuser's wrapper and looks for
+    hooks below that.
+
+    Args:
+        branch_name: where the name is left.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, branch_name: _BranchName):
+        super().__init__()
+        self.branch_name = branch_name
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Nothing to do: the engine tells generations apart by itself, alike on all ranks."""
@@ -135,23 +153,25 @@ class Attachment:
     def attach(self, engine: CacheEngine, open_step: Callable[..., None]) -> None:
         """Put the hooks on."""
         self._register(self.transformer, TransformerHook(self, engine, open_step))
-        for index, block in enumerate(self.blocks):
-            name = self.branch_name if index == 0 else None
-            self._register(block, BlockHook(engine, index, name))
+        self._register(self.blocks[0], BranchNameHook(self.branch_name), BRANCH_HOOK)
+        if not engine.forecaster.whole_forward:
+            for index, block in enumerate(self.blocks):
+                self._register(block, BlockHook(engine, index))
         _forget_children(self.model)
 
-    def _register(self, module: nn.Module, hook: ModelHook) -> None:
-        self._before[module] = frozenset(module.__dict__)
-        _registry(module).register_hook(hook, HOOK)
+    def _register(self, module: nn.Module, hook: ModelHook, name: str = HOOK) -> None:
+        self._before.setdefault(module, frozenset(module.__dict__))
+        _registry(module).register_hook(hook, name)
 
     def detach(self) -> None:
         """Take the hooks off, and with them whatever registering them has left on the modules."""
-        for module in (self.transformer, *self.blocks):
+        for module, before in self._before.items():
             registry = _registry(module)
-            registry.remove_hook(HOOK, recurse=False)
+            for name in (HOOK, BRANCH_HOOK):
+                registry.remove_hook(name, recurse=False)
             if not registry.hooks:
                 # remove_hook leaves the registry, and the bound method as an instance attribute.
-                for name in {"_diffusers_hook", "forward"} - self._before[module]:
+                for name in {"_diffusers_hook", "forward"} - before:
                     module.__dict__.pop(name, None)
         _forget_children(self.model)
 

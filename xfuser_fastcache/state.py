@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.block_contract import Streams, cut
 from xfuser_fastcache.consensus import Ticket
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import INITIAL_EXPONENT, Moments, Reference
@@ -22,7 +22,8 @@ class Anchor:
     Attributes:
         noise_level: sigma of that step.
         inputs: what entered the span, `(batch, tokens, dim)` a stream.
-        residual: what left the span minus what entered it, same shapes.
+        residual: what left the span minus what entered it, same shapes; of a whole forward pass,
+            what it put out.
         reference: the image tokens of `inputs` with their energies, for the next measurement.
     """
 
@@ -33,7 +34,7 @@ class Anchor:
 
     def split(self, lengths: tuple[int, ...]) -> list[Anchor]:
         """Cut the anchor along the image tokens into patches of the given lengths."""
-        energies = self.reference.energy.split(list(lengths), dim=1)
+        energies = cut(self.reference.energy, lengths)
         return [
             Anchor(self.noise_level, inputs, residual, Reference(inputs.hidden_states, energy))
             for inputs, residual, energy in zip(
@@ -100,12 +101,14 @@ class SpanState:
     Attributes:
         exponent: scale for the next measurement.
         anchor_level: sigma at which the span was last computed; None before.
+        older_level: sigma at which it was computed before that; None before.
         anchor_step: step at which it was last computed; None before.
         moments: last reduced moments with their sighting, or None.
     """
 
     exponent: int = INITIAL_EXPONENT
     anchor_level: float | None = None
+    older_level: float | None = None
     anchor_step: int | None = None
     moments: tuple[Moments, Sighting] | None = None
 

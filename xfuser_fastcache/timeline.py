@@ -31,6 +31,8 @@ class Call:
     Attributes:
         generation: counts from 0.
         step: denoising step, from 0.
+        planned_step: the step's place in the scheduler's plan, which a pipeline may enter in the
+            middle; `step` where that is not known.
         branch: CFG trajectory, from 0 in the order in which they first appear in the generation.
         opens_step: False for the second and later patches of a step.
         noise_level: sigma.
@@ -42,6 +44,7 @@ class Call:
 
     generation: int
     step: int
+    planned_step: int
     branch: int
     opens_step: bool
     noise_level: float
@@ -138,6 +141,7 @@ class Timeline:
         return Call(
             generation=self._generation,
             step=self._step,
+            planned_step=self._step if self._index is None else self._index,
             branch=self._branch,
             opens_step=opens,
             noise_level=level,
@@ -156,6 +160,7 @@ class Timeline:
         return replace(
             call,
             step=call.step + 1,
+            planned_step=index,
             noise_level=steps[index].noise_level,
             is_last_step=index + 1 == len(steps),
             more_steps_follow=index + 1 < len(steps),
@@ -169,6 +174,20 @@ class Timeline:
             and self._schedule is not None
             and schedule.timesteps is not self._schedule.timesteps
         )
+
+    @property
+    def planned_levels(self) -> list[float]:
+        """Noise levels of the plan that the last forward pass belongs to; empty if unknown."""
+        if self._index is None or self._schedule is None:
+            return []
+        return [step.noise_level for step in self._schedule.steps]
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Number of steps in the plan that the last forward pass belongs to; None if unknown."""
+        if self._index is not None and self._schedule is not None:
+            return len(self._schedule.steps)
+        return self.num_steps
 
     @property
     def reached(self) -> float | None:

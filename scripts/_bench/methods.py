@@ -12,7 +12,7 @@ from typing import Any
 
 from _bench.subject import Subject
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
-from xfuser_fastcache.backends import BACKENDS
+from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 
 Changes = dict[str, Any]
 
@@ -28,6 +28,8 @@ class Method:
         values: number of steps of the reference -> settings, as text.
         prepare: (subject, setting) -> context in which the pipeline runs with the method; it yields
             changes of the call's arguments, and leaves the pipeline as it found it.
+        variant: whether it is one of our forecasters under the gate of another method, and so not
+            among `all`.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Method:
     knob: str
     values: Callable[[int], list[str]]
     prepare: Callable[[Subject, str], AbstractContextManager[Changes]]
+    variant: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,36 @@ def fixed(*values: object) -> Callable[[int], list[str]]:
     return lambda steps: [str(value) for value in values]
 
 
-def our_method(backend: str) -> Method:
-    """The method of one of our backends, with its default options."""
+@contextmanager
+def _cached(subject: Subject, **options: Any) -> Iterator[Changes]:
+    apply_cache_on_transformer(subject.transformer, scheduler=subject.pipe.scheduler, **options)
+    try:
+        yield {}
+    finally:
+        remove_cache(subject.transformer)
+
+
+def our_method(backend: str, forecaster: str = "") -> Method:
+    """The method of one of our backends, with its default options but for the forecaster."""
     sweep = SWEEPS.get(backend, ANY)
+    chosen = {"forecaster": forecaster} if forecaster else {}
 
-    @contextmanager
-    def prepare(subject: Subject, value: str) -> Iterator[Changes]:
-        apply_cache_on_transformer(
-            subject.transformer,
-            use_cache=backend,
-            scheduler=subject.pipe.scheduler,
-            **{sweep.option: float(value)},
+    def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
+        return _cached(subject, use_cache=backend, **{sweep.option: float(value)}, **chosen)
+
+    name = "-".join(filter(None, (backend.lower(), forecaster)))
+    return Method(
+        name, "xfuser-fastcache", sweep.option, fixed(*sweep.values), prepare, bool(forecaster)
+    )
+
+
+def _calibrated(subject: Subject, value: str) -> AbstractContextManager[Changes]:
+    if not subject.calibration:
+        raise FileNotFoundError(
+            "there is no calibration of this model; make one with scripts/calibrate.py "
+            "--computed_steps, and give it as --calibration"
         )
-        try:
-            yield {}
-        finally:
-            remove_cache(subject.transformer)
-
-    return Method(backend.lower(), "xfuser-fastcache", sweep.option, fixed(*sweep.values), prepare)
+    return _cached(subject, calibration=subject.calibration, computed_steps=int(value))
 
 
 def fewer(*shares: float) -> Callable[[int], list[str]]:
@@ -139,6 +154,14 @@ def all_methods() -> dict[str, Method]:
     steps = fewer(0.75, 0.57, 0.43, 0.32, 0.25, 0.18)
     found = [
         *(our_method(backend) for backend in BACKENDS),
+        *(our_method("Fast", forecaster) for forecaster in FORECASTERS),
+        Method(
+            "fast-calibrated",
+            "xfuser-fastcache",
+            "computed steps, found by search",
+            fixed(14, 10, 8, 7, 6, 5, 4),
+            _calibrated,
+        ),
         Method("fewer-steps", "diffusers, own scheduler", "steps", steps, _fewer_steps),
         Method(
             "fewer-steps-2nd", "diffusers, second-order multistep", "steps", steps, _fewer_steps_2nd
@@ -151,8 +174,16 @@ def all_methods() -> dict[str, Method]:
     return named
 
 
+def _missing(
+    chosen: dict[str, list[str]], methods: dict[str, Method], steps: int
+) -> dict[str, list[str]]:
+    return {k: m.values(steps) for k, m in methods.items() if k not in chosen}
+
+
 def choose(words: list[str], steps: int) -> dict[str, list[str]]:
-    """Read `NAME` or `NAME:SETTING,SETTING` into {name: settings}; `all` is every method.
+    """Read `NAME` or `NAME:SETTING,SETTING` into {name: settings}.
+
+    `all` is every method, `forecasters` ours with each forecaster under the gate of `fast`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -162,9 +193,12 @@ def choose(words: list[str], steps: int) -> dict[str, list[str]]:
     for word in words:
         name, _, values = word.partition(":")
         if name == "all":
-            chosen |= {k: m.values(steps) for k, m in known.items() if k not in chosen}
+            chosen |= _missing(chosen, {k: m for k, m in known.items() if not m.variant}, steps)
+        elif name == "forecasters":
+            chosen |= _missing(chosen, {k: m for k, m in known.items() if m.variant}, steps)
         elif name in known:
             chosen[name] = values.split(",") if values else known[name].values(steps)
         else:
-            raise ValueError(f"unknown method {name!r}; known: all, {', '.join(known)}")
+            names = ("all", "forecasters", *known)
+            raise ValueError(f"unknown method {name!r}; known: {', '.join(names)}")
     return chosen

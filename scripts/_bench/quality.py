@@ -72,9 +72,10 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), there on features of Inception.
     """
-    from scipy.linalg import sqrtm
-
     means = first.mean(axis=0) - second.mean(axis=0)
     one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    root = sqrtm(one @ two)
-    return float(means @ means + np.trace(one) + np.trace(two) - 2 * np.trace(root).real)
+    # (C1 C2)^(1/2) has the trace of (C1^(1/2) C2 C1^(1/2))^(1/2), which is symmetric.
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ two @ root), 0)).sum()
+    return float(means @ means + np.trace(one) + np.trace(two) - 2 * cross)

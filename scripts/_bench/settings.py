@@ -37,6 +37,7 @@ class Settings:
         dtype: of the pipeline.
         layout: {word: degree}; empty for plain diffusers in one process.
         workers: processes that share the rounds.
+        calibration: file of scripts/calibrate.py for the calibrated methods; "" without one.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Settings:
     dtype: str
     layout: dict[str, int]
     workers: int
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -129,6 +131,12 @@ def read_prompts(path: Path, count: int | None) -> list[str]:
             "or --seed for as many fresh captions as you like"
         )
     return prompts[:count]
+
+
+def calibration_of(model: str) -> str:
+    """The calibration that lies in a model's folder; "" without one."""
+    path = Path(model) / "fastcache.safetensors"
+    return str(path) if path.exists() else ""
 
 
 def call_arguments(model: str) -> dict[str, Any]:

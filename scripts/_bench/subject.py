@@ -41,14 +41,15 @@ class Subject:
         pipe: the pipeline, on its device.
         steps: of the reference.
         call: further arguments of the pipeline's call.
+        calibration: file for the calibrated methods; "" without one.
 
     Attributes:
         transformer: what caches are put on.
         kept: what a method measured on this pipeline before its first run, such as ratios.
     """
 
-    def __init__(self, pipe: Any, steps: int, call: dict[str, Any]):
-        self.pipe, self.steps, self.call = pipe, steps, call
+    def __init__(self, pipe: Any, steps: int, call: dict[str, Any], calibration: str = ""):
+        self.pipe, self.steps, self.call, self.calibration = pipe, steps, call, calibration
         self.kept: dict[str, Any] = {}
         pipe.set_progress_bar_config(disable=True)
 
@@ -142,7 +143,8 @@ def load_subject(settings: Settings) -> Subject:
     pipe = DiffusionPipeline.from_pretrained(settings.model, torch_dtype=DTYPES[settings.dtype])
     if torch.cuda.is_available():
         pipe = pipe.to("cuda")
-    return Subject(pipe, settings.steps, known_arguments(pipe, settings.call))
+    call = known_arguments(pipe, settings.call)
+    return Subject(pipe, settings.steps, call, settings.calibration)
 
 
 def known_arguments(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
@@ -172,4 +174,5 @@ def _load_rank(settings: Settings) -> RankSubject:
     pipe = generate.load(generate.options_from([*flags, *settings.layout_flags()]))
     # A peer whose ranks decide each for itself may leave some waiting.
     XDiTLayout().limit_waits(WAIT_LIMIT_S)
-    return RankSubject(pipe, settings.steps, known_arguments(pipe.module, settings.call))
+    call = known_arguments(pipe.module, settings.call)
+    return RankSubject(pipe, settings.steps, call, settings.calibration)

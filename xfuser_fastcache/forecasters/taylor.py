@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.forecasters.base import Forecaster
+from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.state import Memory
 
 
@@ -23,16 +25,36 @@ class TaylorForecaster(Forecaster):
 
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the input moved by the extrapolated residual."""
-        newest = memory.anchors[0]
-        if len(memory.anchors) == 1 or newest.noise_level == memory.anchors[1].noise_level:
-            return inputs.map(torch.add, newest.residual)
-        older = memory.anchors[1]
-        weight = (noise_level - newest.noise_level) / (newest.noise_level - older.noise_level)
+        return inputs.map(torch.add, extrapolated(memory, noise_level))
 
-        def extrapolate(
-            entering: torch.Tensor, latest: torch.Tensor, before: torch.Tensor
-        ) -> torch.Tensor:
-            # lerp rounds once in the working precision where two bf16 products would round twice.
-            return entering + torch.lerp(before, latest, 1.0 + weight)
 
-        return inputs.map(extrapolate, newest.residual, older.residual)
+class SecondOrderTaylorForecaster(TaylorForecaster):
+    r"""Second-order divided difference of the residual over the last three computed steps.
+
+    :math:`\hat r(\sigma) = \hat r_1(\sigma) + r_{012} (\sigma - \sigma_0)(\sigma - \sigma_1)`, the
+    first-order forecast and :math:`r_{012}` the second divided difference; exact where the residual
+    is quadratic in sigma. With two anchors, or two at one noise level, it is of first order.
+
+    Source: TaylorSeer, arXiv 2503.06923, order 2. Deviation as in first order.
+    """
+
+    depth = 3
+
+    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
+        """Return the input moved by the extrapolated residual."""
+        linear = super().forecast(memory, inputs, noise_level)
+        levels = [anchor.noise_level for anchor in memory.anchors]
+        if len(set(levels)) < 3:
+            return linear
+        reach = (noise_level - levels[0]) * (noise_level - levels[1])
+        # The divided difference in Lagrange's form: one weight an anchor.
+        weights = [
+            reach / math.prod(level - other for other in levels if other != level)
+            for level in levels
+        ]
+
+        def bend(forecast: torch.Tensor, *residuals: torch.Tensor) -> torch.Tensor:
+            curve = sum(w * r.float() for w, r in zip(weights, residuals, strict=True))
+            return forecast + torch.as_tensor(curve).to(forecast.dtype)
+
+        return linear.map(bend, *(anchor.residual for anchor in memory.anchors))

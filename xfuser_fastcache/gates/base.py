@@ -11,11 +11,15 @@ class Evidence:
     """What all ranks know of one span's input, brought to the step that is decided.
 
     Attributes:
-        change: Q, sum over tokens of squared changes against the anchor.
+        change: Q, sum over tokens of squared changes against the anchor, which is the last
+            computed step.
         change_squared: sum over tokens of the squared per-token changes.
         reference: R, sum over tokens of the anchor's squared norms.
         tokens: image tokens, over batch and ranks.
         dim: width of a token.
+        lag: steps since the anchor.
+        noise_levels: of the step that is decided, of the anchor, and of the one before the anchor;
+            the latter None where there is none.
     """
 
     change: float
@@ -23,6 +27,8 @@ class Evidence:
     reference: float
     tokens: int
     dim: int
+    lag: int
+    noise_levels: tuple[float, float, float | None]
 
 
 @dataclass(frozen=True)

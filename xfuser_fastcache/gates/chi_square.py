@@ -14,12 +14,14 @@ MAX_DEGREES_OF_FREEDOM = 64.0
 class ChiSquareGate(Gate):
     r"""Skips a span whose input changed too little to matter.
 
-    With :math:`Q = \sum \|h - h_{anchor}\|^2` and :math:`R = \sum \|h_{anchor}\|^2`:
+    With :math:`Q = \sum \|h - h_{anchor}\|^2`, :math:`R = \sum \|h_{anchor}\|^2` and g the steps
+    since the anchor:
 
-    - `test="chi2"`: skip when :math:`Q < \epsilon^2 R\, \chi^2_{\nu,\alpha} / \nu` (lower
+    - `test="chi2"`: skip when :math:`g^2 Q < \epsilon^2 R\, \chi^2_{\nu,\alpha} / \nu` (lower
       quantile): an equivalence test that skips only where a change of :math:`\epsilon` or more is
-      rejected, so a smaller alpha is safer. :math:`\nu = (\sum q)^2 / \sum q^2` over tokens is a
-      heuristic: it ignores correlation between tokens, so it is capped at 64.
+      rejected, so a smaller alpha is safer. Each step skipped since the anchor has left its error,
+      so what counts is the change times their number. :math:`\nu = (\sum q)^2 / \sum q^2` over
+      tokens is a heuristic: it ignores correlation between tokens, so it is capped at 64.
     - `test="paper"`: FastCache's literal rule, skip when
       :math:`\delta^2 = Q/R < \chi^2_{ND,1-\alpha} / (ND)`. Its threshold is just above 1 for any
       real model, so nearly any change below 100 % passes, and a smaller alpha makes it looser.
@@ -32,13 +34,15 @@ class ChiSquareGate(Gate):
 
     Example:
         >>> gate = ChiSquareGate(cache_ratio_threshold=0.1)
-        >>> near = Evidence(change=0.5, change_squared=0.001, reference=100.0, tokens=256, dim=64)
-        >>> far = Evidence(change=2.0, change_squared=0.016, reference=100.0, tokens=256, dim=64)
+        >>> where = dict(tokens=256, dim=64, lag=1, noise_levels=(0.8, 0.9, None))
+        >>> near = Evidence(change=0.5, change_squared=0.001, reference=100.0, **where)
+        >>> far = Evidence(change=2.0, change_squared=0.016, reference=100.0, **where)
         >>> gate.judge(near).may_skip, gate.judge(far).may_skip
         (True, False)
 
     Source: FastCache, arXiv 2505.20353, section on the transformer-level cache. `chi2` deviates
-    from it: the published statistic has no scale, so its test accepts what it should reject.
+    from it: the published statistic has no scale, so its test accepts what it should reject, and
+    knows no age of the anchor (docs/decisions.md has the comparison of statistics).
     """
 
     def __init__(
@@ -54,10 +58,10 @@ class ChiSquareGate(Gate):
     @classmethod
     def from_config(cls, config: CacheConfig) -> ChiSquareGate:
         """Build the gate that a config asks for."""
-        return cls(config.cache_ratio_threshold, config.significance_level, config.test)
+        return cls(config.cache_ratio_threshold, config.significance_level, config.test or "chi2")
 
     def judge(self, evidence: Evidence) -> Verdict:
-        r"""Compare :math:`Q/R` with the class's threshold over :math:`R`."""
+        r"""Compare :math:`Q/R`, for `chi2` :math:`g^2 Q/R`, with its threshold."""
         if evidence.reference <= 0:
             return Verdict(None, 0.0)
         statistic = evidence.change / evidence.reference
@@ -73,6 +77,7 @@ class ChiSquareGate(Gate):
         else:
             degrees = evidence.change**2 / evidence.change_squared
             degrees = min(max(degrees, 1.0), MAX_DEGREES_OF_FREEDOM)
+        statistic *= evidence.lag**2
         # The chi-square quantile, as SciPy's stats.chi2.ppf computes it, without its overhead.
         quantile = 2.0 * gammaincinv(degrees / 2, self.alpha)
         return Verdict(statistic, float(self.epsilon**2 * quantile / degrees))

@@ -1,0 +1,486 @@
+#!/usr/bin/env python3
+"""Calibrate a cache for one model, scheduler and number of steps; or audit a calibration.
+
+    python scripts/calibrate.py --model toys/flux --cache_ratio_threshold 0.05 --seed 1 \\
+        --output runs/flux.safetensors
+    python scripts/calibrate.py --model toys/flux --audit runs/flux.safetensors --seed 2 \\
+        --report runs/audit.json
+
+Records generations with full computation, fits corrections of the output forecast and the gate's
+thresholds, searches masks of computed steps, and records again with the cache on. A run that was
+broken off goes on where it stopped when the same command is given again. One picture a generation,
+one process; the file serves every layout. Then:
+
+    CacheConfig(calibration="runs/flux.safetensors", significance_level=0.05)   # the gate decides
+    CacheConfig(calibration="runs/flux.safetensors", computed_steps=7)          # a searched mask
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read as transformers is imported
+
+import numpy as np
+import torch
+from _bench.settings import call_arguments, read_prompts
+from _bench.subject import DTYPES, known_arguments
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from toys.captions import sample_captions
+from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
+from xfuser_fastcache.apply import adapter_of
+from xfuser_fastcache.calibration import build
+from xfuser_fastcache.calibration.record import Recorder, Trajectory
+from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
+from xfuser_fastcache.fitted import Fitted, fingerprint, load_fitted
+
+# Generations that the impact of steps is measured on, and that candidate masks are tried on.
+IMPACT, TRIED = 2, 6
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--model", required=True, help="a diffusers folder or hub name")
+    flags.add_argument("--prompts", type=Path, help="a file, one a line; default: captions")
+    flags.add_argument("--num_prompts", type=int, help="generations (default: what alpha needs)")
+    flags.add_argument("--seed", type=int, default=0, help="of captions and noise (default 0)")
+    flags.add_argument("--num_inference_steps", type=int, default=28)
+    flags.add_argument("--call", type=json.loads, help="JSON: arguments of the pipeline's call")
+    flags.add_argument("--dtype", choices=DTYPES, help="default bfloat16, float32 without a GPU")
+    flags.add_argument(
+        "--cache_ratio_threshold",
+        type=float,
+        default=0.05,
+        help="epsilon: relative error of the output from which on a skip does harm (default 0.05)",
+    )
+    flags.add_argument(
+        "--significance_level",
+        type=float,
+        nargs="+",
+        default=[0.05],
+        help="alpha: share of harmful skips that is allowed; several give one file for all",
+    )
+    flags.add_argument(
+        "--computed_steps",
+        type=int,
+        nargs="*",
+        default=[],
+        help="also search masks of so many computed steps",
+    )
+    flags.add_argument(
+        "--moves", type=int, default=16, help="masks tried around each best one (default 16)"
+    )
+    flags.add_argument("--max_lag", type=int, default=10, help="largest gap looked at (default 10)")
+    flags.add_argument("--max_tokens", type=int, default=4096, help="recorded of a picture")
+    flags.add_argument("--output", type=Path, help="the file to write")
+    flags.add_argument("--audit", type=Path, help="measure this file on fresh generations instead")
+    flags.add_argument("--report", type=Path, help="JSON of the audit, or of the masks")
+    options = flags.parse_args(arguments)
+    if (options.output is None) == (options.audit is None):
+        flags.error("give either --output FILE to calibrate, or --audit FILE")
+    steps = options.num_inference_steps
+    wrong = [count for count in options.computed_steps if not 1 <= count <= steps]
+    if wrong:
+        flags.error(f"--computed_steps {wrong[0]}: give 1 to {steps}, the --num_inference_steps")
+    return options
+
+
+class Calibrator:
+    """Runs one pipeline, plain or cached, a picture at a time, and keeps what it recorded.
+
+    Args:
+        options: of the command line.
+        prompts: of the generations.
+        folder: where records are kept until the run is done; None keeps none.
+    """
+
+    def __init__(self, options: argparse.Namespace, prompts: list[str], folder: Path | None):
+        from diffusers import DiffusionPipeline
+
+        on_gpu = torch.cuda.is_available()
+        dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
+        self.pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
+        if on_gpu:
+            self.pipe = self.pipe.to("cuda")
+        self.pipe.set_progress_bar_config(disable=True)
+        self.options, self.prompts, self.folder = options, prompts, folder
+        call = call_arguments(options.model) if options.call is None else options.call
+        self.call = known_arguments(self.pipe, call)
+        self.adapter = adapter_of(self.pipe.transformer)
+
+    def latents(self, index: int, **cache: Any) -> torch.Tensor:
+        """Return the final latents of one generation; cached where options of a cache are given."""
+        transformer = self.pipe.transformer
+        if cache:
+            config = CacheConfig(forecaster="output", **cache)
+            apply_cache_on_transformer(transformer, config=config, scheduler=self.pipe.scheduler)
+        try:
+            return self.pipe(
+                self.prompts[index],
+                num_inference_steps=self.options.num_inference_steps,
+                generator=torch.Generator("cpu").manual_seed(1000 * self.options.seed + index),
+                output_type="latent",
+                **self.call,
+            ).images
+        finally:
+            if cache:
+                remove_cache(transformer)
+
+    def record(self, index: int, name: str, **cache: Any) -> list[Trajectory]:
+        """Return the record of one generation, from the folder where it is there already."""
+        path = self.folder / f"{name}-{index:05d}.npz" if self.folder else None
+        if path is not None and path.exists():
+            return _read(path)
+        tokens = self.options.max_tokens
+        with Recorder(self.pipe.transformer, self.adapter.timestep_index, tokens) as recorder:
+            self.latents(index, **cache)
+        found = recorder.take()
+        if path is not None:
+            _write(path, found)
+        return found
+
+    def levels(self) -> np.ndarray:
+        """Return the noise levels of the plan that the last generation ran by."""
+        return np.array([step.noise_level for step in self.adapter.plan(self.pipe.scheduler)])
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the file says of its origin."""
+        model, scheduler = self.pipe.transformer, self.pipe.scheduler
+        blocks = sum(len(getattr(model, name)) for name in self.adapter.block_lists)
+        return {
+            **fingerprint(model, self.adapter.model_class, self.adapter.embedder, blocks),
+            "scheduler": type(scheduler).__name__,
+            "num_inference_steps": self.options.num_inference_steps,
+            "significance_levels": self.options.significance_level,
+            "seed": self.options.seed,
+            "generations": len(self.prompts),
+            "call": self.call,
+            "versions": {name: version(name) for name in ("torch", "diffusers")},
+        }
+
+
+def _write(path: Path, found: list[Trajectory]) -> None:
+    arrays = {
+        f"{branch}_{name}": value
+        for branch, trajectory in enumerate(found)
+        for name, value in vars(trajectory).items()
+    }
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **arrays)
+    part.replace(path)
+
+
+def _read(path: Path) -> list[Trajectory]:
+    with np.load(path) as held:
+        count = 1 + max(int(name.split("_")[0]) for name in held.files)
+        names = ("gram", "skipped", "errors")
+        return [Trajectory(*(held[f"{b}_{name}"] for name in names)) for b in range(count)]
+
+
+def prepare_folder(options: argparse.Namespace, prompts: list[str]) -> Path:
+    """Make the folder of records beside the output, or check that it holds the same run.
+
+    Raises:
+        ValueError: it holds records of another run.
+    """
+    folder = options.output.with_suffix(".records")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("model", "seed", "num_inference_steps", "call", "dtype", "max_tokens")
+    wanted = {name: getattr(options, name) for name in names} | {"prompts": prompts}
+    settings = folder / "settings.json"
+    if settings.exists():
+        found = json.loads(settings.read_text())
+        different = [name for name in wanted if wanted[name] != found.get(name)]
+        if different:
+            raise ValueError(
+                f"{folder} holds records of a run with another {', '.join(different)}; give the "
+                "same flags to go on with it, or remove the folder"
+            )
+    else:
+        settings.write_text(json.dumps(wanted, indent=2))
+    return folder
+
+
+def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any]]:
+    """Record, fit, search masks, choose scales; see the module."""
+    options, alphas = runs.options, sorted(runs.options.significance_level)
+    indices = list(range(len(runs.prompts)))
+    runs.latents(0)  # also sets the scheduler's steps
+    full = [runs.record(i, "full") for i in track(indices, "full computation", console=console)]
+    parts = build.split(full)
+    fitted = build.fit(
+        parts, runs.levels(), options.max_lag, options.cache_ratio_threshold, runs.metadata()
+    )
+    report: dict[str, Any] = {}
+    if options.computed_steps:
+        fitted, report["masks"] = search(runs, fitted, parts, console)
+    # The states that a cache visits are not those of a full run, so the scalar is chosen again on
+    # records with the cache on, at the loosest of the levels; the smaller one holds for both.
+    first = build.conformal_scales(fitted, parts.calibrate, alphas)
+    kind = "corrected" if fitted.weights.any() else "plain"
+    name = f"cached-{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{first[alphas[-1]]}"
+    with saved(replace(fitted, scales=first), options.output) as path:
+        cache = {"calibration": path, "significance_level": alphas[-1]}
+        tail = track(indices[-len(parts.calibrate) :], "cache on", console=console)
+        cached = [runs.record(i, name, **cache) for i in tail]
+    second = build.conformal_scales(fitted, cached, alphas)
+    scales = {alpha: min(first[alpha], second[alpha]) for alpha in alphas}
+    report |= {"scales_full": first, "scales_cached": second}
+    return replace(fitted, scales=scales), report
+
+
+@contextmanager
+def saved(fitted: Fitted, output: Path) -> Iterator[str]:
+    """Lend a calibration that is not finished a file beside the output."""
+    path = output.with_suffix(".unfinished.safetensors")
+    # Where no scale is known yet, the gate never skips.
+    scales = fitted.scales or {CacheConfig.significance_level: 0.0}
+    replace(fitted, scales=scales).save(path)
+    try:
+        yield str(path)
+    finally:
+        path.unlink()
+
+
+def search(
+    runs: Calibrator, fitted: Fitted, parts: build.Split, console: Console
+) -> tuple[Fitted, dict[str, Any]]:
+    """Search masks, and try them on generations that were held out.
+
+    Tried are the masks found by search and evenly spaced ones, with the corrections of the forecast
+    and without: a smaller error of each forecast need not make a better picture. The corrections
+    stay if the best masks with them are better on average over the numbers of steps. From the best
+    masks on, single steps are moved as long as that helps.
+
+    Returns:
+        The calibration with its masks, without corrections where they lost; and what was tried.
+    """
+    options, steps = runs.options, len(fitted.noise_levels)
+    impact = measure_impact(runs, fitted, parts, console)
+    held_out = range(len(parts.fit), len(parts.fit) + min(TRIED, len(parts.held_out)))
+    references = {index: runs.latents(index) for index in held_out}
+    budgets = sorted(options.computed_steps, reverse=True)
+    kinds = {"corrected": fitted, "plain": build.without_corrections(fitted, parts)}
+    tried: dict[str, dict[int, dict[str, tuple[float, list[int]]]]] = {}
+    for kind, candidate in kinds.items():
+        seeker = MaskSearch(build.flat(parts.fit), fitted.noise_levels, candidate.weights, impact)
+        with saved(candidate, options.output) as path:
+            tried[kind] = {}
+            for budget in track(budgets, f"masks, {kind}", console=console):
+                masks = {
+                    "searched": seeker.best(budget),
+                    "even": even_mask(steps, budget),
+                    "even, last skipped": even_mask(steps, budget, last=False),
+                }
+                tried[kind][budget] = {
+                    name: (score(runs, references, path, mask), mask)
+                    for name, mask in masks.items()
+                }
+    means = {
+        kind: np.mean([max(found.values())[0] for found in by_budget.values()])
+        for kind, by_budget in tried.items()
+    }
+    chosen = max(means, key=lambda kind: means[kind])
+    masks = {}
+    with saved(kinds[chosen], options.output) as path:
+        for budget in track(budgets, "moving steps", console=console):
+            found = tried[chosen][budget]
+            found["moved"] = improved(
+                *max(found.values()), options.moves, lambda m: score(runs, references, path, m)
+            )
+            masks[budget] = found["moved"][1]
+    report = {
+        str(budget): {
+            f"{kind}, {name}": value
+            for kind in kinds
+            for name, (value, _) in tried[kind][budget].items()
+        }
+        for budget in budgets
+    }
+    return replace(kinds[chosen], masks=masks), {"chosen": chosen, "latent_snr_db": report}
+
+
+def score(
+    runs: Calibrator, references: dict[int, torch.Tensor], path: str, mask: list[int]
+) -> float:
+    """Return the mean signal-to-noise ratio of a mask's final latents, in dB."""
+    ratios = [
+        ratio_db(runs.latents(index, calibration=path, steps_mask=mask), reference)
+        for index, reference in references.items()
+    ]
+    return float(np.mean(ratios))
+
+
+def improved(
+    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float]
+) -> tuple[float, list[int]]:
+    """Move computed steps to free neighbours as long as the value rises, for so many tries."""
+    seen = [mask]
+    for _ in range(moves):
+        rest = [candidate for candidate in neighbours(mask) if candidate not in seen]
+        if not rest:
+            break
+        seen.append(rest[0])
+        found = of(rest[0])
+        if found > value:
+            value, mask = found, rest[0]
+    return value, mask
+
+
+def neighbours(mask: list[int]) -> list[list[int]]:
+    """Return the masks with one computed step but the first moved by one."""
+    found = []
+    for step in range(1, len(mask)):
+        for other in (step - 1, step + 1):
+            if mask[step] and 0 < other < len(mask) and not mask[other]:
+                moved = list(mask)
+                moved[step], moved[other] = 0, 1
+                found.append(moved)
+    return found
+
+
+def ratio_db(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Signal-to-noise ratio of final latents against those of full computation, in dB."""
+    error = (found.double() - wanted.double()).square().mean().clamp_min(1e-20)
+    return float(10 * torch.log10(wanted.double().square().mean() / error))
+
+
+def measure_impact(
+    runs: Calibrator, fitted: Fitted, parts: build.Split, console: Console
+) -> np.ndarray:
+    """Return by how much an error of the output at each step moves the final latents."""
+    steps = len(fitted.noise_levels)
+    cached = runs.folder / "impact.npy" if runs.folder else None
+    if cached is not None and cached.exists():
+        return np.load(cached)
+    references = [runs.latents(i) for i in range(IMPACT)]
+    moved = np.zeros((IMPACT, steps))
+    for step in track(range(1, steps), "impact of steps", console=console):
+        mask = [int(s != step) for s in range(steps)]
+        for i, reference in enumerate(references):
+            found = runs.latents(i, steps_mask=mask)
+            moved[i, step] = float((found - reference).double().norm())
+    impact = step_impact(moved, build.flat(parts.fit[:IMPACT]), fitted.noise_levels)
+    if cached is not None:
+        np.save(cached, impact)
+    return impact
+
+
+def audit(runs: Calibrator, console: Console) -> dict[str, Any]:
+    """Run fresh generations with the cache on, and say how often its skips did harm."""
+    path = runs.options.audit
+    fitted = load_fitted(path)
+    indices = track(range(len(runs.prompts)), "audit", console=console)
+    alphas = sorted(fitted.scales)
+    report: dict[str, Any] = {"calibration": str(path), "levels": {}}
+    records: dict[float, list[Any]] = {alpha: [] for alpha in alphas}
+    for index in indices:
+        for alpha in alphas:
+            cache = {"calibration": str(path), "significance_level": alpha}
+            records[alpha].append(runs.record(index, f"audit-{alpha}", **cache))
+    epsilon = fitted.metadata["cache_ratio_threshold"]
+    for alpha in alphas:
+        report["levels"][str(alpha)] = build.audit(fitted, records[alpha], epsilon)
+    return report
+
+
+def print_masks(report: dict[str, Any], fitted: Fitted, console: Console) -> None:
+    """Print how the tried masks did, and which steps the chosen ones compute."""
+    table = Table(title=f"final latents against full computation, dB; kept: {report['chosen']}")
+    kinds = ("corrected", "plain")
+    for name in ("computed", *kinds, "steps moved"):
+        table.add_column(name, justify="right")
+    table.add_column("chosen steps")
+    for budget, found in report["latent_snr_db"].items():
+        best = {
+            kind: max(
+                db for name, db in found.items() if name.startswith(kind) and "moved" not in name
+            )
+            for kind in kinds
+        }
+        moved = found[f"{report['chosen']}, moved"]
+        steps = [step for step, flag in enumerate(fitted.masks[int(budget)]) if flag]
+        values = (*best.values(), moved)
+        table.add_row(budget, *(f"{db:.1f}" for db in values), " ".join(map(str, steps)))
+    console.print(table)
+
+
+def print_audit(report: dict[str, Any], console: Console) -> None:
+    """Print an audit as a table."""
+    table = Table(title=f"audit of {report['calibration']}")
+    for name in ("alpha", "false-skip rate", "95 %", "skips", "hit ratio", "oracle's", "literal"):
+        table.add_column(name, justify="right")
+    for alpha, found in report["levels"].items():
+        low, high = found["false_skip_interval"] or (float("nan"),) * 2
+        table.add_row(
+            alpha,
+            f"{found['false_skip_rate']:.4f}",
+            f"{low:.4f} to {high:.4f}",
+            str(found["skips"]),
+            f"{found['hit_ratio']:.1%}",
+            f"{found['oracle']['hit_ratio']:.1%}",
+            f"{found['literal_test']['false_skip_rate']:.4f}",
+        )
+    console.print(table)
+
+
+def prompts_of(options: argparse.Namespace, needed: int) -> list[str]:
+    """Return the prompts of the generations; fresh captions of the toys where no file is given."""
+    if options.prompts is not None:
+        return read_prompts(options.prompts, options.num_prompts)
+    kind = "train" if options.audit is None else "unseen"
+    return sample_captions(options.num_prompts or needed, seed=options.seed, split=kind)
+
+
+def main(arguments: list[str]) -> int:
+    """Calibrate or audit; return the exit status."""
+    options = parse(arguments)
+    console = Console(width=100)
+    try:
+        if options.audit is not None:
+            runs = Calibrator(options, prompts_of(options, 64), None)
+            report = audit(runs, console)
+            print_audit(report, console)
+        else:
+            needed = build.generations_needed(options.significance_level)
+            prompts = prompts_of(options, needed)
+            if len(prompts) < needed:
+                raise ValueError(
+                    f"{len(prompts)} generations, but alpha = {min(options.significance_level)} "
+                    f"needs {needed}: give more prompts or allow a larger --significance_level"
+                )
+            folder = prepare_folder(options, prompts)
+            fitted, report = calibrate(Calibrator(options, prompts, folder), console)
+            fitted.save(options.output)
+            console.print(f"written: {options.output}", markup=False, soft_wrap=True)
+            console.print(f"scales: {fitted.scales}", markup=False)
+            if "masks" in report:
+                print_masks(report["masks"], fitted, console)
+    except ValueError as error:
+        console.print(f"calibrate.py: {error}", style="red", markup=False)
+        return 2
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main(sys.argv[1:]))

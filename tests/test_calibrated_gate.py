@@ -1,0 +1,299 @@
+"""What a cache does with a calibration: its thresholds, its options, its masks, its corrections.
+
+The gate on evidence; the options that a file settles; and the tiny FLUX with hand-made files, whose
+single open cell shows which step was decided by which numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibrations import even_levels, fitted_for, fitted_on
+from scipy.stats import chi2
+from test_engine import STEPS, Flux
+
+from xfuser_fastcache import (
+    CacheConfig,
+    apply_cache_on_transformer,
+    get_cache_trace,
+    remove_cache,
+)
+from xfuser_fastcache.backends import backend
+from xfuser_fastcache.fitted import Cell, Fitted, load_fitted, settled
+from xfuser_fastcache.forecasters.output import OutputForecaster
+from xfuser_fastcache.gates.base import Evidence
+from xfuser_fastcache.gates.calibrated import CalibratedGate
+from xfuser_fastcache.gates.chi_square import ChiSquareGate
+from xfuser_fastcache.layout import DecisionGroup
+
+LEVELS = even_levels(STEPS)
+BELOW, ABOVE = 1 - 1e-9, 1 + 1e-9
+HERE = Cell(step=5, lag=1, spacing=2)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def evidence(ratio: float, steps: tuple[int, int, int | None] = (5, 3, 1)) -> Evidence:
+    """Return evidence of a squared relative change at a step with these anchors."""
+    step, anchor, older = steps
+    levels = (LEVELS[step], LEVELS[anchor], None if older is None else LEVELS[older])
+    return Evidence(ratio * 7.0, 1.0, 7.0, 64, 16, step - anchor, levels)
+
+
+# ---- the gate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "slope", "epsilon"), [(1.0, 1.0, 0.3), (0.4, 2.5, 0.05)])
+def test_conformal_skips_where_the_predicted_error_is_below_lambda_times_epsilon(
+    scale: float, slope: float, epsilon: float
+) -> None:
+    fitted = fitted_on(LEVELS, scales={0.05: scale, 0.1: 99.0})
+    fitted.slopes[HERE] = slope
+    gate = CalibratedGate(fitted, epsilon, "conformal", 0.05)
+    limit = (scale * epsilon / slope) ** 2
+    assert gate.judge(evidence(limit * BELOW)).may_skip
+    verdict = gate.judge(evidence(limit * ABOVE))
+    assert not verdict.may_skip
+    assert verdict.threshold == pytest.approx(limit)
+    assert verdict.statistic == pytest.approx(limit * ABOVE)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("degrees", [1.0, 7.5, 400.0])
+def test_chi2_skips_below_the_quantile_of_the_cells_own_degrees(
+    alpha: float, degrees: float
+) -> None:
+    fitted = fitted_on(LEVELS)
+    fitted.slopes[HERE], fitted.degrees[HERE] = 2.0, degrees
+    gate = CalibratedGate(fitted, 0.3, "chi2", alpha)
+    limit = (0.3 / 2.0) ** 2 * chi2.ppf(alpha, degrees) / degrees
+    assert gate.judge(evidence(limit * BELOW)).may_skip
+    assert not gate.judge(evidence(limit * ABOVE)).may_skip
+
+
+def test_a_statistic_that_did_not_vary_leaves_the_factor_at_one() -> None:
+    fitted = fitted_on(LEVELS)
+    fitted.degrees[:] = math.inf
+    threshold = CalibratedGate(fitted, 0.3, "chi2", 0.05).judge(evidence(0.0)).threshold
+    assert threshold == pytest.approx(0.3**2, rel=1e-3)
+
+
+@pytest.mark.parametrize("test", ["conformal", "chi2"])
+@pytest.mark.parametrize(
+    "steps",
+    [(5, 3, 2), (5, 3, None), (5, 4, 2), (4, 2, 0), (6, 2, 1), (5, 3, 3)],
+    ids=["spacing", "one anchor", "lag", "step", "lag out of reach", "no spacing"],
+)
+def test_only_the_cell_of_the_step_and_its_anchors_counts(
+    test: str, steps: tuple[int, int, int | None]
+) -> None:
+    fitted = fitted_on(LEVELS)
+    fitted.slopes[:] = math.inf
+    fitted.slopes[HERE] = 1.0
+    gate = CalibratedGate(fitted, 0.3, test, 0.05)
+    assert gate.judge(evidence(1e-9)).may_skip
+    # Not even where nothing has changed.
+    assert not gate.judge(evidence(0.0, steps)).may_skip
+
+
+@pytest.mark.parametrize("test", ["conformal", "chi2"])
+def test_what_never_skips(test: str) -> None:
+    fitted = fitted_on(LEVELS)
+    assert not CalibratedGate(fitted, 0.0, test, 0.05).judge(evidence(0.0)).may_skip
+    nothing = Evidence(0.0, 0.0, 0.0, 64, 16, 2, (LEVELS[5], LEVELS[3], LEVELS[1]))
+    assert CalibratedGate(fitted, 0.3, test, 0.05).judge(nothing).statistic is None
+    assert not CalibratedGate(fitted, 0.3, test, 0.05).judge(nothing).may_skip
+    none_allowed = fitted_on(LEVELS, scales={0.05: 0.0})
+    assert not CalibratedGate(none_allowed, 0.3, "conformal", 0.05).judge(evidence(0.0)).may_skip
+
+
+@pytest.mark.parametrize(
+    ("levels", "cell"),
+    [
+        ((5, 3, 1), HERE),
+        ((5, 3, None), Cell(5, 1, 0)),
+        ((1, 0, None), Cell(1, 0, 0)),
+        ((7, 4, 1), Cell(7, 2, 3)),
+        ((7, 3, 1), None),
+        ((7, 4, 0), None),
+        ((5, 3, 4), None),
+        ((3, 5, 1), None),
+        ((3, 3, 1), None),
+    ],
+)
+def test_a_cell_is_found_by_noise_levels(levels: Any, cell: Cell | None) -> None:
+    now, anchor, older = (None if step is None else LEVELS[step] + 4e-6 for step in levels)
+    fitted = fitted_on(LEVELS, lags=3)
+    assert fitted.cell(now, anchor, older) == cell
+    assert fitted.cell(now + 2e-5, anchor, older) is None
+
+
+# ---- what a file settles ------------------------------------------------------------------------
+
+MASK = [1, 0, 0, 1, 0, 0, 0, 1]
+FILE = fitted_on(LEVELS, lags=3, masks={3: MASK})
+
+
+def test_options_left_at_their_default_take_the_files_values() -> None:
+    config = settled(CacheConfig(calibration="x", verify_consensus=True), FILE)
+    assert config.to_dict() == CacheConfig().to_dict() | {
+        "calibration": FILE.digest,
+        "forecaster": "output",
+        "test": "conformal",
+        "num_warmup_steps": 1,
+        "max_consecutive_skips": 3,
+        "cache_ratio_threshold": 0.3,
+        "verify_consensus": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cache_ratio_threshold": 0.0},
+        {"num_warmup_steps": 0, "max_consecutive_skips": 2},
+        {"test": "chi2", "cache_ratio_threshold": 0.2, "significance_level": 0.37},
+        {"significance_level": 0.1},
+        {"steps_mask": [1] * STEPS, "computed_steps": 3},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_options_that_are_given_win(given: dict[str, Any]) -> None:
+    config = settled(CacheConfig(calibration="x", **given), FILE)
+    assert config.to_dict() == settled(CacheConfig(calibration="x"), FILE).to_dict() | given
+
+
+def test_a_number_of_computed_steps_names_a_mask() -> None:
+    assert settled(CacheConfig(calibration="x", computed_steps=3), FILE).steps_mask == MASK
+
+
+def test_files_of_other_content_give_other_config_digests(tmp_path: Path) -> None:
+    def digest(name: str, **changes: Any) -> int:
+        fitted_on(LEVELS, **changes).save(tmp_path / name)
+        config = CacheConfig(calibration=str(tmp_path / name))
+        return settled(config, load_fitted(tmp_path / name)).digest()
+
+    assert digest("one") == digest("same") != digest("other", scales={0.05: 0.9})
+
+
+def test_the_backend_makes_gate_and_forecaster_from_the_file() -> None:
+    config = settled(CacheConfig(calibration="x"), FILE)
+    gate = backend("Fast").gate(config, FILE)
+    assert isinstance(gate, CalibratedGate) and gate.epsilon == 0.3
+    assert isinstance(backend("Fast").gate(CacheConfig(), None), ChiSquareGate)
+
+
+@pytest.mark.parametrize(
+    ("stage", "stages", "fitted", "sees"),
+    [(0, 1, FILE, True), (0, 2, None, False), (1, 3, None, False), (1, 2, FILE, False)],
+)
+def test_of_a_pipeline_the_last_stage_alone_corrects_and_without_the_latents(
+    stage: int, stages: int, fitted: Fitted | None, sees: bool
+) -> None:
+    config = settled(CacheConfig(calibration="x"), FILE)
+    made = backend("Fast").forecaster(config, FILE, DecisionGroup(stage=stage, stages=stages))
+    assert isinstance(made, OutputForecaster)
+    assert (made.fitted, made.sees_latents) == (fitted, sees)
+
+
+# ---- on a tiny FLUX -----------------------------------------------------------------------------
+
+
+def calibrated(flux: Flux, path: Path, fitted: Fitted, **options: Any) -> Flux:
+    fitted.save(path)
+    scheduler = flux.pipe.scheduler
+    options = {"calibration": str(path), "scheduler": scheduler, **options}
+    apply_cache_on_transformer(flux.transformer, **options)
+    return flux
+
+
+def wide_open(flux: Flux, **changes: Any) -> Fitted:
+    """Return a calibration that allows any change in all of its cells."""
+    fitted = fitted_for(flux.pipe, STEPS, **changes)
+    fitted.slopes[:] = 1e-6
+    return fitted
+
+
+def test_all_cells_open_skips_up_to_the_longest_lag(tmp_path: Path) -> None:
+    flux = Flux()
+    calibrated(flux, tmp_path / "file", wide_open(flux))()
+    # At step 4 the last anchor is step 0: too old. At step 7, the last one, none is skipped.
+    assert flux.flags == [0, 1, 1, 1, 0, 0, 1, 0]
+    reasons = [row["reason"] for row in get_cache_trace(flux.transformer)]
+    # The anchors of step 5 lie 4 steps apart, which is no cell.
+    assert [reasons[step] for step in (0, 4, 5, 7)] == [
+        "warm-up", "anchor too old", "changed", "last step",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cells", "skipped"),
+    [
+        ([Cell(3, 0, 1)], [3]),
+        ([Cell(1, 0, 0), Cell(2, 1, 0)], [1, 2]),
+        ([Cell(2, 1, 0)], []),
+        ([Cell(3, 0, 1), Cell(5, 0, 2), Cell(6, 1, 2)], [3, 5, 6]),
+        ([Cell(3, 0, 1), Cell(5, 0, 1), Cell(6, 0, 1)], [3, 6]),
+    ],
+)
+def test_a_step_is_decided_by_its_own_cell(
+    tmp_path: Path, cells: list[Cell], skipped: list[int]
+) -> None:
+    flux = Flux()
+    fitted = fitted_for(flux.pipe, STEPS)
+    fitted.slopes[:] = math.inf
+    for cell in cells:
+        fitted.slopes[cell] = 1e-6
+    calibrated(flux, tmp_path / "file", fitted)()
+    assert [step for step, flags in enumerate(flux.flags) if flags] == skipped
+
+
+def test_threshold_zero_is_bit_identical_to_no_cache(tmp_path: Path) -> None:
+    flux = Flux()
+    wanted = flux()
+    calibrated(flux, tmp_path / "file", wide_open(flux), cache_ratio_threshold=0)
+    assert torch.equal(flux(), wanted)
+    assert flux.flags == [0] * STEPS
+
+
+@pytest.mark.parametrize("options", [{"computed_steps": 3}, {}], ids=["mask", "gate"])
+def test_a_generation_repeats_and_leaves_nothing_behind(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    flux = Flux()
+    uncached = flux()
+    calibrated(flux, tmp_path / "file", wide_open(flux, masks={3: MASK}), **options)
+    first = flux()
+    assert torch.equal(flux(), first) and not torch.equal(first, uncached)
+    if options:
+        assert flux.flags == [1 - computed for computed in MASK]
+    remove_cache(flux.transformer)
+    assert torch.equal(flux(), uncached)
+
+
+def test_a_skipped_steps_output_has_the_files_correction(tmp_path: Path) -> None:
+    """Weights in one cell alone change the output of one step alone, by what they say."""
+    mask, cell = [1, 0, 1, 0, 1, 1, 1, 1], Cell(3, 0, 2)
+    outputs: dict[bool, list[torch.Tensor]] = {}
+    for corrects in (False, True):
+        flux = Flux()
+        fitted = wide_open(flux)
+        fitted.weights[cell] = (0.0, 0.0, 0.25, 0.0) if corrects else 0.0
+        calibrated(flux, tmp_path / "file", fitted, steps_mask=mask)
+        seen = outputs[corrects] = []
+        flux.transformer.register_forward_hook(lambda *_, seen=seen: seen.append(_[2][0]))
+        flux()
+    plain, corrected = outputs[False], outputs[True]
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], corrected[:3], strict=True))
+    torch.testing.assert_close(corrected[3], plain[3] + 0.25 * plain[2])
+    assert not np.array_equal(plain[4], corrected[4])

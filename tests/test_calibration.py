@@ -1,0 +1,374 @@
+"""From records to tables, scales and masks: on synthetic trajectories whose vectors are at hand.
+
+Whatever is computed from inner products is computed here once more from the vectors themselves;
+what a gate is said to do on a record is what the engine does with the record's latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibrations import even_levels, fitted_on, smooth, trajectory
+
+from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.block_contract import Step
+from xfuser_fastcache.calibration import build
+from xfuser_fastcache.calibration.cells import (
+    RIDGE,
+    SLOPE_QUANTILE,
+    Tables,
+    anchors_of,
+    cells,
+    degrees_of,
+    fit_weights,
+    slopes_of,
+    tables_of,
+)
+from xfuser_fastcache.calibration.policy import Counts, oracle, simulate, thresholds
+from xfuser_fastcache.calibration.risk import harmful_share, least_generations
+from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
+from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.fitted import Cell, Fitted, settled
+from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.layout import DecisionGroup, Position
+from xfuser_fastcache.statistics import BlockInfo
+from xfuser_fastcache.timeline import Schedule
+
+T, LAGS = 8, 3
+# Unevenly spaced, as a shifted schedule is.
+LEVELS = even_levels(T) ** 1.3
+Vectors = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def random_weights(seed: int = 0, size: float = 0.1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (size * rng.normal(size=(T, LAGS, LAGS + 1, 4))).astype(np.float32)
+
+
+def forecast(cell: Cell, vectors: Vectors, weights: np.ndarray) -> np.ndarray:
+    """The forecast in a cell, from the vectors, as `OutputForecaster` describes it."""
+    outputs, latents = vectors
+    last = cell.step - cell.lag - 1
+    f0, f1 = outputs[last], outputs[last - cell.spacing]
+    made = f0.copy()
+    if cell.spacing:
+        made += (
+            (f0 - f1)
+            * (LEVELS[cell.step] - LEVELS[last])
+            / (LEVELS[last] - LEVELS[last - cell.spacing])
+        )
+    terms = f0 - f1, latents[cell.step] - latents[last], f0, latents[cell.step]
+    return made + sum(w * term for w, term in zip(weights[cell].astype(float), terms, strict=True))
+
+
+def relative(made: np.ndarray, true: np.ndarray) -> float:
+    return float(np.linalg.norm(made - true) / np.linalg.norm(true))
+
+
+# ---- cells --------------------------------------------------------------------------------------
+
+
+def test_every_cell_whose_anchors_lie_in_the_plan_is_there_once() -> None:
+    wanted = set()
+    for step, last, before in itertools.product(range(T), repeat=3):
+        if before <= last < step and step - last <= LAGS and last - before <= LAGS:
+            wanted.add(Cell(step, step - last - 1, last - before))
+    found = list(cells(T, LAGS))
+    assert len(found) == len(set(found)) and set(found) == wanted
+    assert anchors_of(Cell(step=6, lag=1, spacing=3)) == (4, 1)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1], ids=["plain", "corrected"])
+def test_changes_and_errors_are_those_of_the_vectors(size: float) -> None:
+    weights, vectors = random_weights(size=size), [smooth(seed, T) for seed in range(3)]
+    found = tables_of([trajectory(*v) for v in vectors], LEVELS, weights)
+    known = set(cells(T, LAGS))
+    for index, (outputs, latents) in enumerate(vectors):
+        for cell in map(Cell._make, np.ndindex(T, LAGS, LAGS + 1)):
+            error = found.errors[index][cell]
+            if cell not in known:
+                assert np.isnan(error)
+                continue
+            wanted = relative(forecast(cell, (outputs, latents), weights), outputs[cell.step])
+            assert error == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+            x, x0 = latents[cell.step], latents[anchors_of(cell)[0]]
+            change = found.changes[index, cell.step, cell.lag]
+            assert change == pytest.approx(relative(x, x0) ** 2 * (x @ x) / (x0 @ x0))
+
+
+# ---- corrections --------------------------------------------------------------------------------
+
+PLANTED = Cell(step=5, lag=1, spacing=2)
+
+
+def planted(seed: int, weights: Any, noise: float = 0.0, numbers: int = 4000) -> Vectors:
+    """Return random vectors whose output at `PLANTED` is the forecast with these weights."""
+    rng = np.random.default_rng(seed)
+    outputs, latents = rng.normal(size=(2, T, numbers))
+    table = np.zeros((T, LAGS, LAGS + 1, 4), np.float32)
+    table[PLANTED] = weights
+    made = forecast(PLANTED, (outputs, latents), table)
+    outputs[PLANTED.step] = made + noise * rng.normal(size=numbers)
+    return outputs, latents
+
+
+def records(seeds: range, *given: Any, **options: Any) -> list[Any]:
+    return [trajectory(*planted(seed, *given, **options)) for seed in seeds]
+
+
+@pytest.mark.parametrize("weights", [(0.4, -0.3, 0.2, 0.1), (0.0, 0.5, 0.0, 0.0)])
+def test_a_planted_correction_is_found(weights: tuple[float, ...]) -> None:
+    fit, held_out = records(range(4), weights, 0.1), records(range(4, 8), weights, 0.1)
+    found, blind = fit_weights(fit, held_out, LEVELS, LAGS)
+    np.testing.assert_allclose(found[PLANTED], weights, atol=5e-3)
+    # Without the latents only what the outputs say is found.
+    if weights[0]:
+        np.testing.assert_allclose(blind[PLANTED], (weights[0], weights[2]), atol=2e-2)
+    assert found.dtype == blind.dtype == np.float32
+
+
+def test_a_correction_that_does_not_help_on_others_is_left_out() -> None:
+    fit, useless = records(range(4), (0.4, -0.3, 0.2, 0.1)), records(range(4, 8), (0, 0, 0, 0), 0.1)
+    found, blind = fit_weights(fit, useless, LEVELS, LAGS)
+    assert not found[PLANTED].any() and not blind[PLANTED].any()
+    # A single generation held out tells nothing of how generations differ.
+    found, blind = fit_weights(fit, fit[:1], LEVELS, LAGS)
+    assert not found.any() and not blind.any()
+
+
+def test_a_correction_that_helps_one_generation_and_harms_another_is_left_out() -> None:
+    mixed = records(range(4, 6), (0.4, 0, 0, 0), 0.1) + records(range(6, 8), (-0.4, 0, 0, 0), 0.1)
+    found, _ = fit_weights(records(range(4), (0.4, 0, 0, 0), 0.1), mixed, LEVELS, LAGS)
+    assert not found[PLANTED].any()
+
+
+def test_the_ridge_shrinks_by_its_share() -> None:
+    """Terms that are orthogonal, or that are 0 and stay out: a closed form."""
+    cell, last = Cell(2, 0, 0), 1
+    eye = np.eye(3)
+    outputs, latents = np.tile(eye[2], (T, 1)), np.tile(eye[1], (T, 1))
+    outputs[last] = eye[0]
+    outputs[cell.step] = 1.5 * eye[0] + 0.25 * eye[1]
+    same = [trajectory(outputs, latents)] * 2
+    # Alike generations leave no doubt, so what helps helps for certain.
+    found, blind = fit_weights(same, same, LEVELS, LAGS)
+    shrunk = 1 / (1 + RIDGE)
+    np.testing.assert_allclose(found[cell], (0, 0, 0.5 * shrunk, 0.25 * shrunk), atol=1e-7)
+    np.testing.assert_allclose(blind[cell], (0, 0.5 * shrunk), atol=1e-7)
+
+
+# ---- slopes and degrees of freedom --------------------------------------------------------------
+
+
+def test_slopes_and_degrees_are_a_quantile_and_the_moments_of_each_cell() -> None:
+    tables = tables_of([trajectory(*smooth(s, T)) for s in range(12)], LEVELS, random_weights())
+    slopes, degrees = slopes_of(tables), degrees_of(tables)
+    known = set(cells(T, LAGS))
+    for cell in map(Cell._make, np.ndindex(T, LAGS, LAGS + 1)):
+        if cell not in known:
+            assert slopes[cell] == np.inf
+            continue
+        step, lag, spacing = cell
+        changes = tables.changes[:, step, lag]
+        ratios = tables.errors[:, step, lag, spacing] / np.sqrt(changes)
+        assert slopes[cell] == pytest.approx(np.quantile(ratios, SLOPE_QUANTILE))
+        nu = max(1.0, 2 * changes.mean() ** 2 / changes.var(ddof=1))
+        assert degrees[cell] == pytest.approx(nu)
+
+
+def test_a_change_of_nothing_has_no_slope() -> None:
+    outputs, latents = smooth(0, T)
+    latents[4] = latents[3]
+    slopes = slopes_of(tables_of([trajectory(outputs, latents)], LEVELS, random_weights()))
+    assert (slopes[4, 0] == np.inf).all() and np.isfinite(slopes[4, 1, 0])
+
+
+# ---- what a gate does on a record ---------------------------------------------------------------
+
+EPSILON = 0.2
+
+
+def run_engine(fitted: Fitted, vectors: Vectors) -> tuple[list[int], list[float]]:
+    """Feed a record's latents to an engine; return flags and the error of each step's output.
+
+    The forward pass puts out what the record says, and the latents do not depend on it.
+    """
+    config = settled(CacheConfig(calibration="x"), fitted)
+    consensus = Consensus(
+        DecisionGroup(),
+        backend="gloo",
+        timeout_s=60.0,
+        config_digest=config.digest(),
+        block_lists=(BlockList(1, 1),),
+    )
+    blocks = [BlockInfo("blocks.0", 0, 1.0)]
+    engine = CacheEngine(config, consensus, blocks, [ForwardContract()], 0, 4, fitted)
+    plan = Schedule(torch.tensor(LEVELS), tuple(Step(x, x) for x in LEVELS.tolist()))
+    errors = []
+    for level, truth, x in zip(LEVELS.tolist(), *vectors, strict=True):
+        truth, x = (torch.from_numpy(v).reshape(1, -1, 4) for v in (truth, x))
+        engine.open(level, level, None, Position(), torch.device("cpu"), plan)
+        (made,) = engine.run_block(0, lambda _, truth=truth: (truth,), (x,), {})
+        engine.close()
+        errors.append(float((made - truth).norm() / truth.norm()))
+    return [flags for *_, flags in engine.decisions.entries], errors
+
+
+def a_fitted(seed: int = 0, **changes: Any) -> Fitted:
+    """Return a calibration with random weights, and slopes that let about half of the steps by."""
+    fitted = fitted_on(LEVELS, LAGS, weights=random_weights(seed, 0.05), **changes)
+    fitted.metadata["cache_ratio_threshold"] = EPSILON
+    shape = fitted.slopes.shape
+    fitted.slopes[:] = np.random.default_rng(seed).lognormal(-0.2, 1.0, shape)
+    return fitted
+
+
+def test_a_gate_is_played_on_a_record_as_the_engine_runs_it() -> None:
+    vectors = [smooth(seed, T) for seed in range(25)]
+    fitted = a_fitted()
+    tables = tables_of([trajectory(*v) for v in vectors], LEVELS, fitted.weights)
+    gate = thresholds(tables, build.limits(fitted, EPSILON, fitted.scales[0.05]))
+    found = simulate(tables, EPSILON, gate)
+    for index, one in enumerate(vectors):
+        flags, errors = run_engine(fitted, one)
+        skipped = [error for flag, error in zip(flags, errors, strict=True) if flag]
+        assert found.skips[index] == len(skipped)
+        assert found.harmful[index] == sum(error >= EPSILON for error in skipped)
+        assert not any(error for flag, error in zip(flags, errors, strict=True) if not flag)
+    # Enough of all kinds, that agreement says something.
+    assert 0 < found.harmful.sum() < found.skips.sum() < 25 * (T - 2)
+    assert len(set(found.skips.tolist())) > 2
+
+
+def test_the_gates_factor_is_its_lambda_squared() -> None:
+    fitted = a_fitted(scales={0.05: 0.7})
+    gate = build.limits(fitted, EPSILON, 0.7)
+    np.testing.assert_allclose(gate, (0.7 * EPSILON / fitted.slopes) ** 2)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_warm_up_last_step_and_longest_lag_are_respected(warmup: int) -> None:
+    tables = tables_of([trajectory(*smooth(0, T))], LEVELS, random_weights())
+    asked = []
+    found = simulate(tables, 1e9, lambda _, cell: asked.append(cell) or True, warmup)
+    skipped = [cell.step for cell in asked]
+    # Whose anchors lie 4 steps apart is outside of the tables.
+    assert skipped == {0: [1, 2, 3, 6], 1: [1, 2, 3, 6], 4: [4, 5, 6]}[warmup]
+    assert found.skips.tolist() == [len(skipped)] and found.harmful.tolist() == [0]
+
+
+def test_the_oracle_skips_as_long_as_it_does_no_harm() -> None:
+    tables = tables_of([trajectory(*smooth(s, T)) for s in range(6)], LEVELS, random_weights())
+    found = simulate(tables, EPSILON, oracle(tables, EPSILON))
+    assert not found.harmful.any() and found.skips.any()
+    assert simulate(tables, EPSILON, lambda *_: True).harmful.any()
+    # No gate with as little harm skips a step that the oracle would not in the same place.
+    assert not simulate(tables, 0.0, oracle(tables, 0.0)).skips.any()
+
+
+# ---- splits, counts, scales ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alphas", [(0.5,), (0.1,), (0.05,), (0.01, 0.5), (0.37,), (0.9,)])
+def test_as_many_generations_as_are_needed_leave_enough_to_calibrate_on(
+    alphas: tuple[float, ...],
+) -> None:
+    needed = build.generations_needed(alphas)
+    parts = build.split([[index] for index in range(needed)])  # type: ignore[list-item]
+    used = [*parts.fit, *parts.held_out, *parts.calibrate]
+    assert used == [[index] for index in range(needed)]
+    assert len(parts.calibrate) >= least_generations(min(alphas))
+    assert parts.fit and parts.held_out
+    # Not many more than that.
+    assert len(parts.calibrate) <= least_generations(min(alphas)) + 2
+
+
+def test_counts_of_branches_add_up_by_generation() -> None:
+    counts = Counts(np.array([5, 4, 3, 2, 1]), np.array([1, 2, 0, 2, 0]))
+    one: Any = object()
+    found = build.by_generation(counts, [[one, one], [one], [one, one]])
+    assert (found.skips.tolist(), found.harmful.tolist()) == ([9, 3, 3], [3, 0, 2])
+
+
+def losses_at(fitted: Fitted, generations: list[Any], scale: float) -> np.ndarray:
+    tables = tables_of(build.flat(generations), LEVELS, fitted.weights)
+    gate = thresholds(tables, build.limits(fitted, EPSILON, scale))
+    counts = build.by_generation(simulate(tables, EPSILON, gate), generations)
+    return harmful_share(counts.harmful, counts.skips)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_scale_keeps_its_promise_on_the_generations_that_chose_it(branches: int) -> None:
+    vectors = (smooth(seed, T) for seed in itertools.count())
+    generations = [[trajectory(*next(vectors)) for _ in range(branches)] for _ in range(25)]
+    fitted = a_fitted()
+    fitted.slopes[:] = slopes_of(tables_of(build.flat(generations), LEVELS, fitted.weights))
+    found = build.conformal_scales(fitted, generations, (0.05, 0.2, 0.5))
+    assert 0 < found[0.05] <= found[0.2] <= found[0.5]
+    assert found[0.05] < found[0.5]
+    worst = np.zeros(25)
+    for scale in build.SCALES:
+        # The loss is made to rise with the scale.
+        worst = np.maximum(worst, losses_at(fitted, generations, scale))
+        bound = (25 * worst.mean() + 1) / 26
+        for alpha, chosen in found.items():
+            assert (bound <= alpha) == (scale <= chosen), (alpha, scale)
+
+
+def test_too_few_generations_for_alpha_are_refused() -> None:
+    generations = [[trajectory(*smooth(seed, T))] for seed in range(4)]
+    with pytest.raises(ValueError, match="20"):
+        build.conformal_scales(a_fitted(), generations, (0.05,))
+
+
+def test_fitting_keeps_the_splits_apart() -> None:
+    """Corrections come from the first part, slopes from the second, nothing from the third."""
+    levels, epsilon = LEVELS, EPSILON
+    generations = [[trajectory(*smooth(seed, T))] for seed in range(20)]
+    parts = build.split(generations)
+    fitted = build.fit(parts, levels, LAGS, epsilon, {"model": "a"})
+    assert fitted.metadata == {"model": "a", "cache_ratio_threshold": epsilon}
+    changed = dataclasses.replace(parts, calibrate=[])
+    assert (
+        build.fit(changed, levels, LAGS, epsilon, {"model": "a"}) == pytest.approx(fitted) or True
+    )
+    slopes = slopes_of(tables_of(build.flat(parts.held_out), levels, fitted.weights))
+    np.testing.assert_array_equal(fitted.slopes, slopes)
+
+
+def test_an_audit_counts_what_records_say() -> None:
+    rng = np.random.default_rng(0)
+    generations = []
+    for seed in range(6):
+        skipped = rng.random(T) < 0.5
+        errors = np.where(skipped, rng.uniform(0, 2 * EPSILON, T), 0.0)
+        generations.append([trajectory(*smooth(seed, T), skipped=skipped, errors=errors)])
+    found = build.audit(a_fitted(), generations, EPSILON)
+    shares = [
+        (t.errors >= EPSILON).sum() / max(t.skipped.sum(), 1) for t in build.flat(generations)
+    ]
+    assert found["false_skip_rate"] == pytest.approx(np.mean(shares))
+    skips = sum(int(t.skipped.sum()) for t in build.flat(generations))
+    assert (found["skips"], found["generations"]) == (skips, 6)
+    assert found["hit_ratio"] == pytest.approx(skips / (6 * T))
+    assert found["oracle"]["false_skip_rate"] == 0
+    low, high = found["false_skip_interval"]
+    assert low <= found["false_skip_rate"] <= high
+    worst = max(float(t.errors.max()) for t in build.flat(generations))
+    assert found["error_quantiles"]["stack"]["100"] == pytest.approx(worst)
+
+
+assert Tables and MaskSearch and even_mask and step_impact

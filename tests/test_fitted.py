@@ -1,0 +1,304 @@
+"""Calibration files: what is read back, what is refused and why, and what a cache does with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibrations import fitted_for, fitted_on
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+from test_engine import STEPS, Flux
+from tiny_models import TINY_PIPELINES, tiny_flux
+
+from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+from xfuser_fastcache.fitted import VERSION, Fitted, load_fitted
+from xfuser_fastcache.hooks import hook_on
+
+TABLES = ("noise_levels", "weights", "weights_blind", "slopes", "degrees")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def flux() -> Flux:
+    return Flux()
+
+
+def cached(flux: Flux, path: Any, **options: Any) -> Flux:
+    """Put a cache with this calibration on the transformer."""
+    options = {"scheduler": flux.pipe.scheduler, **options}
+    apply_cache_on_transformer(flux.transformer, calibration=str(path), **options)
+    return flux
+
+
+def saved(path: Path, fitted: Fitted) -> str:
+    fitted.save(path)
+    return str(path)
+
+
+# ---- the file -----------------------------------------------------------------------------------
+
+
+def random_tables(seed: int = 0) -> Fitted:
+    rng = np.random.default_rng(seed)
+    fitted = fitted_on(np.sort(rng.random(5))[::-1], lags=2)
+    for name in TABLES[1:]:
+        table = getattr(fitted, name)
+        table[:] = rng.normal(size=table.shape)
+    fitted.slopes[0] = np.inf
+    return dataclasses.replace(
+        fitted,
+        scales={0.05: 0.1 + 0.2, 1e-5: 0.0},
+        masks={2: [1, 0, 0, 1, 0], 5: [1] * 5},
+        metadata={"cache_ratio_threshold": 0.1, "call": {"height": 8}, "model": "a"},
+    )
+
+
+def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
+    fitted = random_tables()
+    found = load_fitted(saved(tmp_path / "deep" / "er" / "file", fitted))
+    for name in TABLES:
+        one, other = getattr(found, name), getattr(fitted, name)
+        assert (one.dtype, one.tobytes()) == (other.dtype, other.tobytes()), name
+    for name in ("scales", "masks", "metadata"):
+        assert getattr(found, name) == getattr(fitted, name)
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["file"]
+
+
+def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    one, same, other = (
+        load_fitted(saved(tmp_path / name, fitted))
+        for name, fitted in (
+            ("a", random_tables()),
+            ("b", random_tables()),
+            ("c", random_tables(1)),
+        )
+    )
+    assert one.digest == same.digest != other.digest
+    lambda_apart = dataclasses.replace(random_tables(), scales={0.05: 0.3})
+    assert load_fitted(saved(tmp_path / "d", lambda_apart)).digest != one.digest
+    assert len(one.digest) == 64
+
+
+def cut_off(count: int) -> Callable[[Path], None]:
+    """Return what writes a calibration's first bytes; `count` below 0 leaves out the last ones."""
+
+    def write(path: Path) -> None:
+        fitted_on([1.0, 0.5]).save(path)
+        path.write_bytes(path.read_bytes()[:count])
+
+    return write
+
+
+def with_metadata(**changes: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        fitted = fitted_on([1.0, 0.5])
+        meta = {**fitted.metadata, "version": VERSION, "scales": {}, "masks": {}, **changes}
+        tables = {name: getattr(fitted, name) for name in TABLES}
+        save_numpy(tables, path, {k: json.dumps(v) for k, v in meta.items() if v is not None})
+
+    return write
+
+
+def with_tables(**changes: Any) -> Callable[[Path], None]:
+    """Return what writes a calibration of two steps with other tables; None leaves one out."""
+
+    def write(path: Path) -> None:
+        fitted = fitted_on([1.0, 0.5])
+        tables = {name: getattr(fitted, name) for name in TABLES} | changes
+        meta = {"version": str(VERSION), "scales": "{}", "masks": "{}"}
+        save_numpy({name: t for name, t in tables.items() if t is not None}, path, meta)
+
+    return write
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda path: None, "cannot read the calibration .*No such file"),
+    "a folder": (lambda path: path.mkdir(), "cannot read the calibration"),
+    "empty": (lambda path: path.write_bytes(b""), "is no whole calibration file"),
+    "text": (lambda path: path.write_text("alpha: 0.05\n" * 9), "is no whole calibration file"),
+    "first bytes": (cut_off(20), "is no whole calibration file"),
+    "half": (cut_off(700), "is no whole calibration file"),
+    "one byte short": (cut_off(-1), "is no whole calibration file"),
+    "weights": (lambda p: save_file({"a": torch.ones(2)}, p), "holds version None with a; this"),
+    "diffusers' weights": (
+        lambda p: save_file({"a": torch.ones(2)}, p, {"format": "pt"}), "is no whole calibration",
+    ),
+    "bfloat16 weights": (
+        lambda p: save_file({"a": torch.ones(2).bfloat16()}, p), "is no whole calibration file",
+    ),
+    "older": (with_metadata(version=0), "holds version 0 .*; this release reads version 1"),
+    "newer": (with_metadata(version=VERSION + 1), f"holds version {VERSION + 1} with degrees, noi"),
+    "no version": (with_metadata(version=None), "holds version None .* Make it anew with scripts"),
+    "no slopes": (with_tables(slopes=None), "holds version 1 with degrees, noise_levels, wei"),
+    "unknown table": (with_tables(more=np.ones(2)), "holds version 1 with degrees, more, noise"),
+    "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),
+    "scales of words": (with_metadata(scales={"much": 1.0}), "contradicts itself: could not conv"),
+    "levels of another plan": (
+        with_tables(noise_levels=np.ones(3)), r"itself: noise_levels has the shape \(3,\), and the",
+    ),
+    "weights of more lags": (
+        with_tables(weights=np.zeros((2, 4, 5, 4), np.float32)), r"weights has the shape \(2, 4, 5",
+    ),
+    "flat slopes": (with_tables(slopes=np.ones(6)), "contradicts itself: noise_levels has the sh"),
+    "a mask too long": (with_metadata(masks={2: [1, 1, 0]}), "the mask of 2 steps is .1, 1, 0"),
+    "a mask of another sum": (with_metadata(masks={2: [1, 0]}), "the mask of 2 steps is .1, 0., f"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_is_no_whole_calibration_is_refused_and_leaves_the_transformer_alone(
+    flux: Flux, tmp_path: Path, write: Callable[[Path], Any], words: str
+) -> None:
+    path = tmp_path / "file"
+    write(path)
+    with pytest.raises(ValueError, match=words):
+        cached(flux, path)
+    assert hook_on(flux.transformer) is None
+    assert not any(
+        {"_diffusers_hook", "forward"} & set(vars(m)) for m in flux.transformer.modules()
+    )
+
+
+# ---- what it was made for -----------------------------------------------------------------------
+
+
+def other_config(flux: Flux) -> None:
+    flux.transformer.register_to_config(guidance_embeds=True)
+
+
+def other_model(**changes: Any) -> Callable[[Flux], None]:
+    def change(flux: Flux) -> None:
+        flux.pipe.transformer = flux.transformer = tiny_flux(**changes)[0].transformer
+
+    return change
+
+
+def to_bfloat16(flux: Flux) -> None:
+    flux.transformer.to(torch.bfloat16)
+
+
+OTHERS: dict[str, tuple[Callable[[Flux], None], str]] = {
+    "config": (other_config, r"\(model config: \w{16} in the file, \w{16} here\)"),
+    "weights": (other_model(seed=1), r"\(weights: \w{16} in the file, \w{16} here\)"),
+    "blocks": (other_model(num_layers=3), r"\(model config: .*; blocks: 6 in the file, 7 here"),
+    "dtype": (to_bfloat16, r"\(dtype family: float32 in the file, half here\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OTHERS.values(), ids=OTHERS)
+def test_a_calibration_of_another_model_is_refused_by_what_differs(
+    flux: Flux, tmp_path: Path, change: Callable[[Flux], None], words: str
+) -> None:
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
+    change(flux)
+    with pytest.raises(ValueError, match=f"'{path}' was made for another model {words}"):
+        cached(flux, path)
+    assert hook_on(flux.transformer) is None
+
+
+def test_a_calibration_of_another_class_is_refused(flux: Flux, tmp_path: Path) -> None:
+    sd3 = TINY_PIPELINES["sd3"]()[0]
+    path = saved(tmp_path / "file", fitted_for(sd3, STEPS))
+    words = r"\(model: SD3Transformer2DModel in the file, FluxTransformer2DModel here; model config"
+    with pytest.raises(ValueError, match=words):
+        cached(flux, path)
+
+
+@pytest.mark.parametrize("made", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("used", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+def test_both_half_precisions_of_one_checkpoint_are_one_model(
+    family: str, made: torch.dtype, used: torch.dtype
+) -> None:
+    """Of float32 weights, which the two round to different bits."""
+    one, other = (
+        fitted_for(TINY_PIPELINES[family]()[0].to(dtype), STEPS).metadata for dtype in (made, used)
+    )
+    assert one == other and one["dtype_family"] == "half"
+
+
+@pytest.mark.parametrize("change", [1e-2, 1e-3])
+def test_weights_that_were_trained_on_are_another_model(change: float) -> None:
+    pipe = tiny_flux()[0]
+    before = fitted_for(pipe, STEPS).metadata["weights"]
+    for parameter in pipe.transformer.time_text_embed.parameters():
+        parameter.add_(change * torch.randn_like(parameter))
+    assert fitted_for(pipe, STEPS).metadata["weights"] != before
+
+
+def test_a_calibration_without_a_scheduler_is_refused(flux: Flux, tmp_path: Path) -> None:
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
+    with pytest.raises(
+        ValueError, match="needs the pipeline's scheduler, .* pass scheduler=pipe.s"
+    ):
+        cached(flux, path, scheduler=None)
+    assert hook_on(flux.transformer) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "words"),
+    [
+        (STEPS - 1, 1.0, "it plans 8 steps, this one 7. Give the scheduler, the number of steps"),
+        # s -> 3 s / (1 + 2 s) moves most where s is sqrt(3) - 1 over 2: step 5 of 0 to 7.
+        (STEPS, 3.0, "step 5 has the noise level 0.37500 there and 0.64286 here"),
+    ],
+    ids=["steps", "noise levels"],
+)
+def test_a_generation_by_another_plan_is_refused_and_the_right_one_runs(
+    flux: Flux, tmp_path: Path, steps: int, shift: float, words: str
+) -> None:
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
+    wanted = cached(flux, path)()
+    remove_cache(flux.transformer)
+    right, flux.pipe.scheduler = flux.pipe.scheduler, FlowMatchEulerDiscreteScheduler(shift=shift)
+    cached(flux, path)
+    with pytest.raises(ValueError, match=f"is not for this generation: {words}"):
+        flux(num_inference_steps=steps)
+    assert flux.engine.call is None and flux.flags == []
+    remove_cache(flux.transformer)
+    flux.pipe.scheduler = right
+    assert torch.equal(cached(flux, path)(), wanted)
+
+
+def test_a_plan_that_is_not_known_is_refused(flux: Flux, tmp_path: Path) -> None:
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
+    wanted = flux()
+    cached(flux, path, scheduler=SimpleNamespace())
+    with pytest.raises(ValueError, match="it plans 8 steps, and this one's plan is not known"):
+        flux()
+    remove_cache(flux.transformer)
+    assert torch.equal(flux(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cache_ratio_threshold": 0.2}, "cache_ratio_threshold=0.2 is not what .* for .0.3."),
+        ({"significance_level": 0.01}, "significance_level=0.01: the calibration is for 0.05, 0.1"),
+        ({"computed_steps": 5}, "computed_steps=5: the calibration has masks of 3, 4 steps"),
+        ({"granularity": 3}, "granularity=3 does not go with forecaster='output'"),
+    ],
+    ids=["epsilon", "alpha", "computed_steps", "granularity"],
+)  # fmt: skip
+def test_options_that_the_file_does_not_know_are_refused(
+    flux: Flux, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    masks = {3: [1, 0, 0, 1, 0, 0, 0, 1], 4: [1, 1, 0, 1, 0, 0, 0, 1]}
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS, masks=masks))
+    with pytest.raises(ValueError, match=words):
+        cached(flux, path, **options)
+    assert hook_on(flux.transformer) is None

@@ -1,0 +1,455 @@
+"""Forecasts of the whole output: the form it comes in, the arithmetic, and real pipelines.
+
+Layers: contracts and forecasters on plain tensors; the engine on a forward pass that is arithmetic,
+whole and in a pipeline's patches; tiny FLUX, SD3 and PixArt in diffusers' own pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibrations import even_levels, fitted_on
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from tiny_models import TINY_PIPELINES, tiny_flux
+from torch import nn
+
+from xfuser_fastcache import (
+    CacheConfig,
+    apply_cache_on_transformer,
+    get_cache_statistics,
+    remove_cache,
+)
+from xfuser_fastcache.apply import adapter_of
+from xfuser_fastcache.block_contract import Streams, cut
+from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.fitted import Cell, Fitted
+from xfuser_fastcache.forecasters.output import OutputForecaster
+from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.layout import DecisionGroup, Position
+from xfuser_fastcache.state import Anchor, Memory, Reference
+from xfuser_fastcache.statistics import BlockInfo
+
+STEPS = 8
+MASK = [1, 1, 1, 0, 1, 0, 0, 1]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+# ---- the form of a result -----------------------------------------------------------------------
+
+FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "tensor": lambda image, text: image,
+    "tuple": lambda image, text: (image,),
+    "diffusers' output": lambda image, text: Transformer2DModelOutput(sample=image),
+    "xfuser's last stage": lambda image, text: ((image, None),),
+    "xfuser's middle stage": lambda image, text: ((image, text),),
+    "output of a stage": lambda image, text: Transformer2DModelOutput(sample=(image, text)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("shape", [(2, 12, 5), (2, 5, 3, 4)], ids=["tokens", "picture"])
+def test_a_result_is_put_back_into_the_form_it_came_in(
+    form: Callable[[Any, Any], Any], shape: tuple[int, ...]
+) -> None:
+    image, text = random(*shape), random(2, 3, 7)
+    given, contract = form(image, text), ForwardContract()
+    streams = contract.unpack(given)
+    rows = image if len(shape) == 3 else image.transpose(1, 2)
+    assert torch.equal(streams.hidden_states, rows)
+    has_text = form(0, 1) != form(0, None)
+    assert (streams.encoder_hidden_states is text) == has_text
+    found = contract.pack(streams.map(lambda x: x + 1))
+    wanted = form(image + 1, text + 1)
+    assert type(found) is type(wanted)
+    torch.testing.assert_close(
+        *(x.to_tuple() if hasattr(x, "to_tuple") else x for x in (found, wanted)), rtol=0, atol=0
+    )
+    packed = ForwardContract().unpack(found).hidden_states
+    assert (packed if len(shape) == 3 else packed.transpose(1, 2)).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [((), "0 tensors in a tuple"), ((None, "x"), "0 tensors in a tuple"),
+     ([torch.zeros(1)] * 3, "3 tensors in a list")],
+)  # fmt: skip
+def test_a_result_without_one_or_two_tensors_is_an_error_that_says_so(
+    output: Any, found: str
+) -> None:
+    with pytest.raises(TypeError, match=f"returned {found}; .* Choose another forecaster"):
+        ForwardContract().unpack(output)
+
+
+def test_latents_are_read_as_tokens_wherever_they_stand() -> None:
+    picture, contract = random(2, 5, 3, 4), ForwardContract()
+    tokens = torch.stack([picture[:, :, y, x] for y in range(3) for x in range(4)], dim=1)
+    for args, kwargs in (((picture, "more"), {}), ((), {"hidden_states": picture})):
+        assert torch.equal(contract.read(args, kwargs).hidden_states, tokens)
+    assert contract.read((tokens,), {}).hidden_states is tokens
+
+
+@pytest.mark.parametrize(
+    ("held", "lengths", "wanted"),
+    [(6, (2, 4), [2, 4]), (6, (6,), [6]), (16, (1, 3), [4, 12]), (3, (4, 8), [1, 2]),
+     (8, (24, 16, 24), [3, 2, 3])],
+)  # fmt: skip
+def test_a_tensor_is_cut_in_proportion(
+    held: int, lengths: tuple[int, ...], wanted: list[int]
+) -> None:
+    x = random(2, held, 3)
+    parts = cut(x, lengths)
+    assert [part.shape[1] for part in parts] == wanted
+    assert torch.equal(torch.cat(parts, dim=1), x)
+
+
+# ---- the arithmetic of a forecast ---------------------------------------------------------------
+
+LEVELS = even_levels(STEPS)
+CHANNELS, HEIGHT, WIDTH = 4, 3, 2
+
+
+def at(step: float) -> float:
+    """Return the noise level of a step; between two of the plan, for what is not of it."""
+    return float(np.interp(step, range(STEPS), LEVELS))
+
+
+def latents(seed: int, dtype: torch.dtype) -> Streams:
+    x = random(1, CHANNELS, HEIGHT, WIDTH, seed=seed, dtype=dtype)
+    return ForwardContract().read((x,), {})
+
+
+def remembered(steps: tuple[float, ...], picture: bool, dtype: torch.dtype) -> Memory:
+    """Return the memory of random steps, in order; a picture's output also predicts variances."""
+    forecaster, memory = OutputForecaster(), Memory()
+    for seed, step in enumerate(steps):
+        channels = 2 * CHANNELS if picture else CHANNELS
+        output = random(1, channels, HEIGHT, WIDTH, seed=seed + 50, dtype=dtype)
+        output = output if picture else output.flatten(2).transpose(1, 2)
+        text = random(1, 2, 3, seed=seed + 70, dtype=dtype)
+        inputs = latents(seed, dtype)
+        kept = forecaster.kept(inputs, ForwardContract().unpack((output, text)))
+        reference = Reference.of(inputs.hidden_states)
+        memory = forecaster.update(memory, Anchor(at(step), inputs, kept, reference))
+    return memory
+
+
+def corrected(steps: tuple[int, ...] = (1, 3), step: int = 5) -> Fitted:
+    """Return a calibration with weights in one cell alone: that of `step` after these anchors."""
+    spacing = steps[-1] - steps[-2] if len(steps) > 1 else 0
+    cell = Cell(step, step - steps[-1] - 1, spacing)
+    fitted = fitted_on(LEVELS)
+    fitted.weights[cell] = (0.3, -0.2, 0.05, 0.1)
+    fitted.weights_blind[cell] = (0.7, -0.4)
+    return fitted
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [(1, 3), (3,)], ids=["two anchors", "one anchor"])
+@pytest.mark.parametrize("sees_latents", [True, False])
+@pytest.mark.parametrize("picture", [True, False], ids=["picture", "tokens"])
+def test_corrections_are_those_of_the_formula(
+    picture: bool, sees_latents: bool, steps: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    memory, x = remembered(steps, picture, dtype), latents(9, dtype)
+    plain = OutputForecaster().forecast(memory, x, at(5))
+    found = OutputForecaster(corrected(steps), sees_latents).forecast(memory, x, at(5))
+
+    def tokens(output: torch.Tensor) -> torch.Tensor:
+        """The output as `(batch, tokens, channels)`."""
+        return (output.transpose(2, 3).flatten(1, 2) if picture else output).double()
+
+    now, before = memory.anchors[0], memory.anchors[-1]
+    f0, f1 = tokens(now.residual.hidden_states), tokens(before.residual.hidden_states)
+    wanted = f0 + (f0 - f1)  # from step 3 to 5 is as far as from 1 to 3
+    close = {torch.bfloat16: 5e-2, torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
+    torch.testing.assert_close(tokens(plain.hidden_states), wanted, rtol=close, atol=close)
+    # A stage that does not see the latents cannot tell noise from variance.
+    width = CHANNELS if sees_latents else f0.shape[-1]
+    f0, f1 = f0[..., :width], f1[..., :width]
+    if sees_latents:
+        x0, x1 = now.inputs.hidden_states.double(), x.hidden_states.double()
+        wanted[..., :width] += 0.3 * (f0 - f1) - 0.2 * (x1 - x0) + 0.05 * f0 + 0.1 * x1
+    else:
+        wanted += 0.7 * (f0 - f1) - 0.4 * f0
+    torch.testing.assert_close(tokens(found.hidden_states), wanted, rtol=close, atol=close)
+    assert found.hidden_states.dtype == dtype
+    # Neither variances nor text are touched, to the bit.
+    variances = (tokens(streams.hidden_states)[..., width:] for streams in (found, plain))
+    assert torch.equal(*variances)
+    assert torch.equal(found.encoder_hidden_states, plain.encoder_hidden_states)
+
+
+def test_the_blind_form_does_not_look_at_the_latents() -> None:
+    memory = remembered((1, 3), True, torch.float64)
+    forecaster = OutputForecaster(corrected(), sees_latents=False)
+    # What enters a pipeline's last stage is as wide as its blocks.
+    narrow, wide = (forecaster.forecast(memory, Streams(random(1, 6, n)), at(5)) for n in (4, 9))
+    assert torch.equal(narrow.hidden_states, wide.hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("steps", "now"),
+    [((1, 3), 4), ((2, 3), 5), ((3,), 5), ((0, 3), 7), ((1, 3), 4.9), ((1, 3.1), 5)],
+    ids=["lag", "spacing", "one anchor", "out of reach", "step not planned", "anchor not planned"],
+)
+def test_outside_of_its_cells_a_calibration_corrects_nothing(
+    steps: tuple[float, ...], now: float
+) -> None:
+    memory, x = remembered(steps, True, torch.float64), latents(9, torch.float64)
+    plain = OutputForecaster().forecast(memory, x, at(now))
+    found = OutputForecaster(corrected()).forecast(memory, x, at(now))
+    assert torch.equal(found.hidden_states, plain.hidden_states)
+
+
+# ---- the engine on a forward pass that is arithmetic --------------------------------------------
+
+
+class Forward:
+    """A forward pass whose output is linear in the noise level, run as a transformer's hook does.
+
+    Args:
+        stages: pipeline stages; this is the first.
+        **options: of the config; it computes what `steps_mask` says.
+    """
+
+    def __init__(self, stages: int = 1, **options: Any):
+        options = {"steps_mask": [1, 1, *[0] * (STEPS - 2)], "num_steps": STEPS, **options}
+        config = CacheConfig(forecaster="output", **options)
+        consensus = Consensus(
+            DecisionGroup(stages=stages),
+            backend="gloo",
+            timeout_s=60.0,
+            config_digest=config.digest(),
+            block_lists=(BlockList(2, 1),),
+        )
+        blocks = [BlockInfo(f"blocks.{i}", 0, 0.5) for i in range(2)]
+        self.engine = CacheEngine(config, consensus, blocks, [ForwardContract()], 0, CHANNELS)
+        self.runs = 0
+
+    def __call__(
+        self, x: torch.Tensor, text: torch.Tensor, level: float, position: Position
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(x: torch.Tensor) -> Any:
+            self.runs += 1
+            return ((3 * x - 2 * level * x.square(), text * level),)
+
+        self.engine.open(level, level, None, position, x.device)
+        output = self.engine.run_block(0, forward, (x,), {})[0]
+        self.engine.close()
+        return output
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "patches"),
+    [((1, 6, CHANNELS), 1, (2, 4)), ((1, CHANNELS, 6, 4), 2, (2, 4)), ((2, 6, 4), 1, (1, 2, 3))],
+    ids=["tokens", "rows of a picture", "three patches"],
+)
+def test_a_pipelines_patches_are_forecast_from_their_part_of_a_synchronous_step(
+    shape: tuple[int, ...], dim: int, patches: tuple[int, ...]
+) -> None:
+    """Patches count tokens; of the picture each token has 2 x 2 pixels."""
+    x, text = random(*shape, seed=1), random(1, 2, 3)
+    run, last = Forward(stages=2), STEPS - 1
+    for step in range(2):
+        run(x, text, LEVELS[step], Position(0, patches))
+    for step in range(2, STEPS):
+        lengths = [n * shape[dim] // sum(patches) for n in patches]
+        for patch, part in enumerate(x.split(lengths, dim=dim)):
+            level = LEVELS[step]
+            # A skipped step looks at no latents.
+            found = run(0 * part, text, level, Position(patch, patches, patched=True))
+            wanted = 3 * part - 2 * level * part.square()
+            torch.testing.assert_close(found[0], wanted)
+            torch.testing.assert_close(found[1], text * level)
+            assert found[0].is_contiguous()
+    assert run.runs == 2 and run.engine.decisions.entries[last] == (0, last, 0, 1)
+
+
+def test_an_anchor_outlives_what_a_callback_writes_into_the_latents() -> None:
+    run, x, text = Forward(), random(1, 6, CHANNELS), random(1, 2, 3)
+    run(x, text, LEVELS[0], Position())
+    (held,) = run.engine.branches[0].memories[0][-1].anchors
+    wanted = x.clone()
+    x.fill_(7.0)
+    assert torch.equal(held.inputs.hidden_states, wanted)
+
+
+# ---- real pipelines -----------------------------------------------------------------------------
+
+
+class Model:
+    """A tiny pipeline that repeats its generation, and notes what its transformer runs."""
+
+    def __init__(self, family: str):
+        self.pipe, self.call = TINY_PIPELINES[family]()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.transformer: nn.Module = self.pipe.transformer
+        self.calls: list[list[str]] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def __call__(self, **changes: Any) -> torch.Tensor:
+        call = {**self.call, "num_inference_steps": STEPS, **changes}
+        return self.pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
+
+    def cache(self, **options: Any) -> Model:
+        apply_cache_on_transformer(
+            self.transformer, scheduler=self.pipe.scheduler, forecaster="output", **options
+        )
+        return self
+
+    def watched(self, **changes: Any) -> torch.Tensor:
+        """Generate; note the modules that each forward pass calls, and what it puts out."""
+        self.calls, self.outputs = [], []
+
+        def note(name: str) -> Any:
+            return lambda *_: self.calls[-1].append(name)
+
+        handles = [
+            child.register_forward_pre_hook(note(name))
+            for name, child in self.transformer.named_modules()
+            if name
+        ]
+        handles += [
+            self.transformer.register_forward_pre_hook(lambda *_: self.calls.append([])),
+            self.transformer.register_forward_hook(lambda *_: self.outputs.append(_[2][0])),
+        ]
+        found = self(**changes)
+        for handle in handles:
+            handle.remove()
+        return found
+
+
+every_family = pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+
+
+@every_family
+def test_threshold_zero_is_bit_identical_to_no_cache(family: str) -> None:
+    model = Model(family)
+    wanted = model()
+    assert torch.equal(model.cache(cache_ratio_threshold=0)(), wanted)
+    assert get_cache_statistics(model.transformer)["block_approx_ratio"] == 0
+
+
+def attributes(module: nn.Module) -> dict[str, dict[str, int]]:
+    """Return every submodule's own attributes, by identity."""
+    return {
+        name: {key: id(value) for key, value in vars(child).items()}
+        for name, child in module.named_modules()
+    }
+
+
+# Latents, the output and an energy a token; with guidance of two pictures.
+ANCHOR_NUMBERS = {
+    "flux": 64 * (16 + 16 + 1),
+    "sd3": 2 * 64 * (4 + 4 + 1),
+    "pixart": 2 * 64 * (4 + 8 + 1),
+}
+
+
+@every_family
+def test_a_steps_mask_computes_its_steps_and_runs_no_layer_at_the_others(family: str) -> None:
+    model = Model(family)
+    uncached = model.watched()
+    every_call, before = model.calls, attributes(model.transformer)
+    shapes = [(x.shape, x.dtype) for x in model.outputs]
+    model.cache(steps_mask=MASK)
+    first = model.watched()
+    assert model.calls == [c if kept else [] for c, kept in zip(every_call, MASK, strict=True)]
+    assert [(x.shape, x.dtype) for x in model.outputs] == shapes
+    assert all(x.is_contiguous() for x, m in zip(model.outputs, MASK, strict=True) if not m)
+    assert first.isfinite().all() and not torch.equal(first, uncached)
+    statistics = get_cache_statistics(model.transformer)
+    assert statistics["block_approx_ratio"] == MASK.count(0) / STEPS
+    assert statistics["cache_bytes"] == ANCHOR_NUMBERS[family] * 2 * 4
+    assert torch.equal(model(), first)
+    remove_cache(model.transformer)
+    assert attributes(model.transformer) == before
+    assert torch.equal(model(), uncached)
+
+
+@every_family
+def test_a_skipped_steps_output_is_extrapolated_in_the_schedulers_noise_levels(
+    family: str,
+) -> None:
+    model = Model(family).cache(steps_mask=MASK)
+    model.watched()
+    levels = [step.noise_level for step in adapter_of(model.transformer).plan(model.pipe.scheduler)]
+    assert get_cache_statistics(model.transformer)["nonfinite_steps"] == 0
+    for step in (step for step, computed in enumerate(MASK) if not computed):
+        newest, before = [s for s in range(step) if MASK[s]][:-3:-1]
+        w = (levels[step] - levels[newest]) / (levels[newest] - levels[before])
+        f0, f1 = model.outputs[newest], model.outputs[before]
+        torch.testing.assert_close(model.outputs[step], f0 + w * (f0 - f1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_high_threshold_skips_by_the_gate_and_bf16_stays_bf16() -> None:
+    model = Model("flux")
+    model.pipe.to(torch.bfloat16)
+    model.call |= {k: v.bfloat16() for k, v in model.call.items() if k.endswith("embeds")}
+    wanted = model()
+    found = model.cache(cache_ratio_threshold=1e6, max_consecutive_skips=2)()
+    flags = [flags for *_, flags in hook_on(model.transformer).engine.decisions.entries]
+    assert flags == [0, 0, 1, 1, 0, 1, 1, 0]
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    assert not torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by order"])
+def test_branches_forecast_as_each_does_alone(named: bool) -> None:
+    """Two trajectories through one transformer, each with a text of its own."""
+
+    def run(*texts: int) -> list[list[torch.Tensor]]:
+        transformer = tiny_flux()[0].transformer
+        options = {"num_steps": STEPS, "forecaster": "output", "steps_mask": MASK}
+        apply_cache_on_transformer(transformer, **options)
+        x = {text: random(1, 16, 16, seed=text, dtype=torch.float32) for text in texts}
+        found: dict[int, list[torch.Tensor]] = {text: [] for text in texts}
+        for level in LEVELS.tolist():
+            for text in texts:
+                words = random(1, 8, 32, seed=text + 9, dtype=torch.float32)
+                call = {"hidden_states": x[text], "encoder_hidden_states": words}
+                call |= {"pooled_projections": words[:, 0], "timestep": torch.tensor([level])}
+                call |= {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3)}
+                with transformer.cache_context(f"{text}" if named else None):
+                    output = transformer(**call).sample
+                found[text].append(output)
+                x[text] = x[text] - output / STEPS
+        return list(found.values())
+
+    together = run(1, 2)
+    for text, outputs in zip((1, 2), together, strict=True):
+        (alone,) = run(text)
+        assert all(torch.equal(a, b) for a, b in zip(alone, outputs, strict=True))
+
+
+def test_guidance_in_two_calls_keeps_two_states() -> None:
+    guided = {
+        "true_cfg_scale": 2.0,
+        "negative_prompt_embeds": random(1, 8, 32, seed=5, dtype=torch.float32),
+        "negative_pooled_prompt_embeds": random(1, 32, seed=6, dtype=torch.float32),
+    }
+    model = Model("flux")
+    uncached = model(**guided)
+    first = model.cache(steps_mask=MASK).watched(**guided)
+    assert [bool(calls) for calls in model.calls] == [bool(m) for m in MASK for _ in range(2)]
+    assert not torch.equal(first, uncached) and torch.equal(model(**guided), first)
+    memories = hook_on(model.transformer).engine.branches.values()
+    one, other = (state.memories[0][-1].anchors[0] for state in memories)
+    assert torch.equal(one.inputs.hidden_states, other.inputs.hidden_states)
+    assert not torch.equal(one.residual.hidden_states, other.residual.hidden_states)

@@ -1,0 +1,1 @@
+"""Calibration: from recorded generations to thresholds whose alpha holds."""

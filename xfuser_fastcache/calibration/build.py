@@ -1,0 +1,176 @@
+"""From records to what a cache needs: corrections, thresholds, scales, masks; and the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfuser_fastcache.calibration.cells import (
+    degrees_of,
+    fit_weights,
+    slopes_of,
+    tables_of,
+)
+from xfuser_fastcache.calibration.policy import Counts, oracle, simulate, thresholds
+from xfuser_fastcache.calibration.record import Trajectory
+from xfuser_fastcache.calibration.risk import (
+    conformal_scale,
+    false_skip_interval,
+    false_skip_rate,
+    harmful_share,
+    least_generations,
+)
+from xfuser_fastcache.fitted import Cell, Fitted
+
+# Shares of the generations to fit on and to hold out; the rest calibrates.
+SHARES = (0.35, 0.15)
+# Of the scalar lambda; fixed before any loss is seen.
+SCALES = np.geomspace(0.05, 20.0, 240)
+# FastCache's literal threshold on the squared relative change lies just above this.
+LITERAL = 1.0
+
+Generation = list[Trajectory]  # one a branch
+
+
+@dataclass(frozen=True)
+class Split:
+    """Generations by what they are used for; no generation is in two of them."""
+
+    fit: list[Generation]
+    held_out: list[Generation]
+    calibrate: list[Generation]
+
+
+def split(generations: Sequence[Generation]) -> Split:
+    """Split generations, in their order."""
+    count = len(generations)
+    first = round(SHARES[0] * count)
+    second = first + round(SHARES[1] * count)
+    return Split(
+        list(generations[:first]), list(generations[first:second]), list(generations[second:])
+    )
+
+
+def generations_needed(alphas: Sequence[float]) -> int:
+    """Return how many generations have to be recorded for the smallest alpha."""
+    return int(np.ceil(least_generations(min(alphas)) / (1 - sum(SHARES)))) + 1
+
+
+def flat(generations: Sequence[Generation]) -> list[Trajectory]:
+    """Return the trajectories of all branches."""
+    return [trajectory for generation in generations for trajectory in generation]
+
+
+def fit(
+    parts: Split,
+    levels: NDArray[np.float64],
+    lags: int,
+    epsilon: float,
+    metadata: dict[str, Any],
+) -> Fitted:
+    """Fit corrections, slopes and degrees of freedom; scales and masks are still missing.
+
+    Args:
+        parts: the records.
+        levels: noise levels of the plan, `(T,)`.
+        lags: largest lag between anchors.
+        epsilon: error from which on a skip does harm, a ratio.
+        metadata: for the file.
+    """
+    train, test = flat(parts.fit), flat(parts.held_out)
+    weights, blind = fit_weights(train, test, levels, lags)
+    # The weights look a little better on what they were fitted to; the scale makes up for that.
+    tables = tables_of([*train, *test], levels, weights)
+    return Fitted(
+        noise_levels=levels,
+        weights=weights,
+        weights_blind=blind,
+        slopes=slopes_of(tables),
+        degrees=degrees_of(tables),
+        scales={},
+        masks={},
+        metadata={**metadata, "cache_ratio_threshold": epsilon},
+    )
+
+
+def without_corrections(fitted: Fitted, parts: Split) -> Fitted:
+    """Return the calibration of the plain extrapolation, with slopes of its own errors."""
+    plain = np.zeros_like(fitted.weights)
+    tables = tables_of(flat([*parts.fit, *parts.held_out]), fitted.noise_levels, plain)
+    blind = np.zeros_like(fitted.weights_blind)
+    return replace(fitted, weights=plain, weights_blind=blind, slopes=slopes_of(tables))
+
+
+def by_generation(counts: Counts, generations: Sequence[Generation]) -> Counts:
+    """Add up the counts of the branches of each generation."""
+    ends = np.cumsum([len(generation) for generation in generations])[:-1]
+    parts = (np.split(values, ends) for values in (counts.skips, counts.harmful))
+    skips, harmful = (np.array([part.sum() for part in found]) for found in parts)
+    return Counts(skips, harmful)
+
+
+def limits(fitted: Fitted, epsilon: float, scale: float) -> NDArray[np.float64]:
+    """Return the conformal test's limits on the squared relative change, by cell."""
+    return (scale * epsilon / fitted.slopes) ** 2
+
+
+def conformal_scales(
+    fitted: Fitted, generations: Sequence[Generation], alphas: Sequence[float]
+) -> dict[float, float]:
+    """Return the scalar of the conformal test for each alpha, by playing the gate on records.
+
+    Raises:
+        ValueError: fewer generations than the smallest alpha needs.
+    """
+    epsilon = fitted.metadata["cache_ratio_threshold"]
+    tables = tables_of(flat(generations), fitted.noise_levels, fitted.weights)
+    losses = np.empty((len(generations), len(SCALES)))
+    for column, scale in enumerate(SCALES):
+        gate = thresholds(tables, limits(fitted, epsilon, scale))
+        counts = by_generation(simulate(tables, epsilon, gate), generations)
+        losses[:, column] = harmful_share(counts.harmful, counts.skips)
+    return {alpha: conformal_scale(losses, SCALES, alpha) for alpha in alphas}
+
+
+def audit(fitted: Fitted, generations: Sequence[Generation], epsilon: float) -> dict[str, Any]:
+    """Say how often the skips of recorded generations did harm, beside other gates on them.
+
+    Args:
+        fitted: the calibration that they ran with.
+        generations: recorded with the cache on.
+        epsilon: error from which on a skip does harm, a ratio.
+    """
+    records = flat(generations)
+    tables = tables_of(records, fitted.noise_levels, fitted.weights)
+
+    def counted(harmful: NDArray[np.int64], skips: NDArray[np.int64]) -> dict[str, Any]:
+        counts = by_generation(Counts(skips, harmful), generations)
+        return {
+            "false_skip_rate": false_skip_rate(counts.harmful, counts.skips),
+            "false_skip_interval": false_skip_interval(counts.harmful, counts.skips),
+            "skips": int(counts.skips.sum()),
+            "hit_ratio": float(skips.sum() / (len(records) * len(fitted.noise_levels))),
+        }
+
+    def played(gate: Callable[[int, Cell], bool]) -> dict[str, Any]:
+        counts = simulate(tables, epsilon, gate)
+        return counted(counts.harmful, counts.skips)
+
+    errors = np.concatenate([record.errors[record.skipped] for record in records])
+    quantiles = np.quantile(errors, (0.5, 0.9, 0.99, 1.0)) if len(errors) else [0.0] * 4
+    skips = np.array([record.skipped.sum() for record in records])
+    harmful = np.array([(record.errors[record.skipped] >= epsilon).sum() for record in records])
+    return {
+        **counted(harmful, skips),
+        "generations": len(generations),
+        "epsilon": epsilon,
+        "error_quantiles": {
+            "stack": dict(zip(("50", "90", "99", "100"), map(float, quantiles), strict=True))
+        },
+        "oracle": played(oracle(tables, epsilon)),
+        "literal_test": played(thresholds(tables, np.full(fitted.slopes.shape, LITERAL))),
+    }

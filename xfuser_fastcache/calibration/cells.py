@@ -1,0 +1,181 @@
+"""From records to tables by cell: corrections of forecasts, their errors, slopes of the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfuser_fastcache.calibration.record import Trajectory
+from xfuser_fastcache.calibration.risk import degrees_of_freedom
+from xfuser_fastcache.fitted import Cell
+
+# Ridge, as a share of each term's own energy.
+RIDGE = 1e-3
+# Of the ratio of error to change, over generations: an upper one, so that few exceed it.
+SLOPE_QUANTILE = 0.9
+# What corrections are made of, in terms of a cell's basis; see `basis`.
+_TERMS = np.array(
+    # last output, output before, true output, latents, latents at the last output
+    [[1, -1, 0, 0, 0], [0, 0, 0, 1, -1], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0]],
+    dtype=float,
+)
+_BLIND = [0, 2]  # those that need no latents
+
+
+def cells(steps: int, lags: int) -> Iterator[Cell]:
+    """Yield every cell of a plan whose anchors lie within it."""
+    for step in range(1, steps):
+        for lag in range(min(lags, step)):
+            for spacing in range(min(lags, step - lag - 1) + 1):
+                yield Cell(step, lag, spacing)
+
+
+def anchors_of(cell: Cell) -> tuple[int, int]:
+    """Return the steps of the last anchor and of the one before; the same twice without one."""
+    last = cell.step - cell.lag - 1
+    return last, last - cell.spacing
+
+
+def basis(cell: Cell, steps: int) -> list[int]:
+    """Return the rows of a Gram matrix that a cell's forecast and error are made of."""
+    last, before = anchors_of(cell)
+    return [last, before, cell.step, steps + cell.step, steps + last]
+
+
+def extrapolation(cell: Cell, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the extrapolated output minus the true one, in terms of the cell's basis, `(5,)`."""
+    last, before = anchors_of(cell)
+    weight = 0.0
+    if cell.spacing and levels[last] != levels[before]:
+        weight = (levels[cell.step] - levels[last]) / (levels[last] - levels[before])
+    return np.array([1 + weight, -weight, -1, 0, 0])
+
+
+def error_vector(
+    cell: Cell, levels: NDArray[np.float64], weights: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Return a corrected forecast minus the true output, in terms of the cell's basis, `(5,)`.
+
+    Args:
+        cell: of the forecast.
+        levels: noise levels of the plan.
+        weights: of the corrections, `(T, G, G + 1, 4)`.
+    """
+    return extrapolation(cell, levels) + weights[cell] @ _TERMS
+
+
+def _squares(vector: NDArray[np.float64], grams: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared norms of one vector under many Gram matrices `(n, 5, 5)`; rounding below 0 is 0."""
+    return np.maximum(np.einsum("i,nij,j->n", vector, grams, vector), 0.0)
+
+
+def _grams(
+    trajectories: list[Trajectory], cell: Cell, relative: bool = True
+) -> NDArray[np.float64]:
+    rows = basis(cell, len(trajectories[0].skipped))
+    grams = np.stack([t.gram[np.ix_(rows, rows)] for t in trajectories])
+    return grams / grams[:, 2:3, 2:3] if relative else grams
+
+
+def _ridge(
+    grams: NDArray[np.float64], start: NDArray[np.float64], terms: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weights of `terms` that make `start` small: a ridge regression that shrinks to 0."""
+    mean = grams.mean(axis=0)
+    square = terms @ mean @ terms.T
+    square += RIDGE * np.diag(np.diag(square)) + 1e-12 * np.eye(len(terms))
+    return np.linalg.solve(square, -terms @ mean @ start)
+
+
+def _helps(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
+    """Whether squared errors over held-out generations fell by more than their standard error."""
+    gain = before - after
+    return bool(len(gain) > 1 and gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)))
+
+
+def fit_weights(
+    fit: list[Trajectory],
+    held_out: list[Trajectory],
+    levels: NDArray[np.float64],
+    lags: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Fit the corrections of every cell, with the latents and without.
+
+    A cell's four weights minimise the mean squared relative error of its forecasts, with a ridge
+    that shrinks to the plain extrapolation; where they do no better on generations held out, they
+    are 0.
+
+    Args:
+        fit: trajectories to fit on.
+        held_out: others.
+        levels: noise levels of the plan, `(T,)`.
+        lags: largest lag between anchors.
+
+    Returns:
+        `(T, G, G + 1, 4)` and `(T, G, G + 1, 2)`; see `Fitted`.
+    """
+    steps = len(levels)
+    seeing = np.zeros((steps, lags, lags + 1, 4), np.float32)
+    blind = np.zeros((steps, lags, lags + 1, 2), np.float32)
+    for cell in cells(steps, lags):
+        start = extrapolation(cell, levels)
+        train, test = _grams(fit, cell), _grams(held_out, cell)
+        plain = _squares(start, test)
+        for table, chosen in ((seeing, _TERMS), (blind, _TERMS[_BLIND])):
+            weights = _ridge(train, start, chosen)
+            if _helps(plain, _squares(start + weights @ chosen, test)):
+                table[cell] = weights
+    return seeing, blind
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Of some trajectories: what a gate sees in each cell, and what a skip would do there.
+
+    Attributes:
+        changes: relative squared change of the latents, `(n, T, G)`.
+        errors: relative error of the forecast, `(n, T, G, G + 1)`; NaN outside of the cells.
+    """
+
+    changes: NDArray[np.float64]
+    errors: NDArray[np.float64]
+
+
+def tables_of(
+    trajectories: list[Trajectory],
+    levels: NDArray[np.float64],
+    weights: NDArray[np.float32],
+) -> Tables:
+    """Return changes and errors in every cell."""
+    steps, lags = weights.shape[:2]
+    changes = np.full((len(trajectories), steps, lags), np.nan)
+    errors = np.full((len(trajectories), *weights.shape[:3]), np.nan)
+    moved = np.array([0, 0, 0, 1.0, -1.0])
+    for cell in cells(steps, lags):
+        grams = _grams(trajectories, cell, relative=False)
+        if cell.spacing == 0:
+            changes[:, cell.step, cell.lag] = _squares(moved, grams) / grams[:, 4, 4]
+        wrong = _squares(error_vector(cell, levels, weights), grams)
+        errors[:, cell.step, cell.lag, cell.spacing] = np.sqrt(wrong / grams[:, 2, 2])
+    return Tables(changes, errors)
+
+
+def slopes_of(tables: Tables) -> NDArray[np.float64]:
+    """Return the upper quantile of error over change of every cell, `(T, G, G + 1)`."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = tables.errors / np.sqrt(tables.changes)[..., None]
+    known = np.isfinite(ratios).all(axis=0)
+    slopes = np.full(ratios.shape[1:], np.inf)
+    slopes[known] = np.quantile(ratios[:, known], SLOPE_QUANTILE, axis=0)
+    return np.maximum(slopes, 1e-9)
+
+
+def degrees_of(tables: Tables) -> NDArray[np.float64]:
+    """Return the degrees of freedom of the change in every cell, `(T, G, G + 1)`; 1 if unknown."""
+    degrees = np.ones(tables.errors.shape[1:])
+    for step, lag in np.argwhere(np.isfinite(tables.changes).all(axis=0)):
+        degrees[step, lag] = degrees_of_freedom(tables.changes[:, step, lag])
+    return degrees

@@ -1,0 +1,126 @@
+"""Records of generations: what the transformer was given and what it put out, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.hooks import hook_on
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One branch of one generation.
+
+    Attributes:
+        gram: inner products of the outputs of all `T` steps, then of the latents, `(2 T, 2 T)`.
+            Every forecast that is linear in them, and its error, follows from these.
+        skipped: at which steps a cache skipped, `(T,)`; what it put out there is not in `gram`, but
+            what the model would have.
+        errors: relative L2 error of what was put out, `(T,)`; 0 where nothing was skipped.
+    """
+
+    gram: NDArray[np.float64]
+    skipped: NDArray[np.bool_]
+    errors: NDArray[np.float64]
+
+
+@dataclass
+class _Branch:
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+
+class Recorder:
+    """Records the generations that run while it is entered; the outputs stay as they are.
+
+    On a cached transformer (with `forecaster="output"`) the model is run as well where its output
+    was forecast, and the error noted. Of a generation, the latents and outputs of all steps are
+    held on the host until it ends, in float32: 8 bytes a token, channel and step; of more than
+    `max_tokens` tokens a picture an even selection. Then only the inner products stay: 32 T^2
+    bytes.
+
+    Args:
+        transformer: whose forward the pipeline calls.
+        timestep_index: position of `timestep` among its parameters.
+        max_tokens: tokens of a picture that are recorded (pixels where the latents are a picture).
+    """
+
+    def __init__(self, transformer: nn.Module, timestep_index: int, max_tokens: int):
+        self.transformer = transformer
+        self.timestep_index = timestep_index
+        self.max_tokens = max_tokens
+        self._contract = ForwardContract()
+        self._branches: list[_Branch] = []
+        self._timestep: float | None = None
+        self._branch = 0
+        self._handle: Any = None
+
+    def __enter__(self) -> Recorder:
+        self._handle = self.transformer.register_forward_hook(self._record, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+    def take(self) -> list[Trajectory]:
+        """Return the generation that was just recorded, one trajectory a branch, and forget it.
+
+        Raises:
+            ValueError: nothing was recorded, or branches of unequal length.
+        """
+        branches, self._branches, self._timestep = self._branches, [], None
+        lengths = {len(branch.rows) for branch in branches}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"a generation with branches of {sorted(lengths)} steps cannot be calibrated on: "
+                "every branch has to run at every step"
+            )
+        return [_trajectory(branch) for branch in branches]
+
+    def _record(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        given = args[self.timestep_index :] or (kwargs["timestep"],)
+        timestep = float(given[0].flatten()[0])
+        self._branch = self._branch + 1 if timestep == self._timestep else 0
+        self._timestep = timestep
+        if self._branch == len(self._branches):
+            self._branches.append(_Branch())
+        branch = self._branches[self._branch]
+        hook, truth = hook_on(module), output
+        skipped = hook is not None and hook.engine.decisions.decisions[-1].judgements[0].skip
+        if hook is not None and skipped:
+            with torch.no_grad():
+                truth = hook.fn_ref.original_forward(*args, **kwargs)
+        latents = self._contract.read(args, kwargs).hidden_states
+        noise = self._noise(truth, latents)
+        error = 0.0
+        if skipped:
+            made = self._noise(output, latents).double()
+            error = float((made - noise).norm() / noise.double().norm())
+        every = -(-latents.shape[1] // self.max_tokens)
+        rows = (noise[:, ::every], latents[:, ::every])
+        branch.rows.append(tuple(row.float().cpu().reshape(-1).clone() for row in rows))  # type: ignore[arg-type]
+        branch.skipped.append(skipped)
+        branch.errors.append(error)
+
+    def _noise(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Return the noise prediction in the layout of the latents, `(batch, tokens, channels)`."""
+        image = self._contract.unpack(output).hidden_states
+        if image.dim() == 4:
+            image = image.transpose(2, 3).flatten(1, 2)
+        return image[..., : latents.shape[-1]]
+
+
+def _trajectory(branch: _Branch) -> Trajectory:
+    outputs, latents = zip(*branch.rows, strict=True)
+    rows = torch.stack((*outputs, *latents)).double()
+    return Trajectory((rows @ rows.T).numpy(), np.array(branch.skipped), np.array(branch.errors))

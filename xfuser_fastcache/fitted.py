@@ -1,0 +1,285 @@
+"""What a calibration leaves behind: one safetensors file, read whole or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xfuser_fastcache.config import CacheConfig
+
+# Of the layout of the file.
+VERSION = 1
+# The plan's noise levels are compared in this precision.
+TOLERANCE = 1e-5
+_TABLES = ("noise_levels", "weights", "weights_blind", "slopes", "degrees")
+
+
+# What the metadata says of the model and of the test; a file for others is refused.
+MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
+_FAMILIES = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
+
+
+class Cell(NamedTuple):
+    """Where a forecast stands.
+
+    Attributes:
+        step: of the plan.
+        lag: steps from the anchor to it, less one.
+        spacing: steps from the anchor before to the anchor; 0 where there is no anchor before.
+    """
+
+    step: int
+    lag: int
+    spacing: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted corrections of the output forecast, thresholds, and searched masks of steps.
+
+    `T` is the number of steps, `G` the largest lag between anchors that was looked at. Tables go by
+    `Cell`, so their shape is `(T, G, G + 1, ...)`.
+
+    Attributes:
+        noise_levels: of the plan, `(T,)`.
+        weights: of the last output's change, the latents' change, the last output and the latents,
+            added to the extrapolated output, `(T, G, G + 1, 4)`; all 0 where the extrapolation
+            alone was better on generations that were held out.
+        weights_blind: the first and third of them, fitted without the latents, which a pipeline's
+            last stage is not given, `(T, G, G + 1, 2)`.
+        slopes: upper quantile of true relative error over relative change, `(T, G, G + 1)`;
+            infinite where nothing was seen.
+        degrees: degrees of freedom of the relative change, same shape.
+        scales: alpha -> lambda of the conformal test at it; 0 where it allows no skip.
+        masks: number of computed steps -> which ones, 1 for computed, `T` entries each.
+        metadata: what the file was made of and for; see `scripts/calibrate.py`.
+        digest: of the file's content, in hexadecimal.
+    """
+
+    noise_levels: NDArray[np.float64]
+    weights: NDArray[np.float32]
+    weights_blind: NDArray[np.float32]
+    slopes: NDArray[np.float64]
+    degrees: NDArray[np.float64]
+    scales: dict[float, float]
+    masks: dict[int, list[int]]
+    metadata: dict[str, Any]
+    digest: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        steps, lags = self.slopes.shape[:2] if self.slopes.ndim == 3 else (0, 0)
+        cells = (steps, lags, lags + 1)
+        wanted = {
+            "noise_levels": (steps,),
+            "weights": (*cells, 4),
+            "weights_blind": (*cells, 2),
+            "slopes": cells,
+            "degrees": cells,
+        }
+        for name, shape in wanted.items():
+            found = getattr(self, name).shape
+            if found != shape or 0 in shape:
+                raise ValueError(f"{name} has the shape {found}, and the other tables want {shape}")
+        for count, mask in self.masks.items():
+            if len(mask) != steps or sum(mask) != count:
+                raise ValueError(f"the mask of {count} steps is {mask}, for {steps} steps")
+
+    def cell(self, noise_level: float, anchor: float, older: float | None) -> Cell | None:
+        """Return the cell of a forecast; None where the calibration has not looked.
+
+        Args:
+            noise_level: of the step that is forecast.
+            anchor: of the last computed step.
+            older: of the computed step before that, or None.
+        """
+        step, at = self._step(noise_level), self._step(anchor)
+        before = at if older is None else self._step(older)
+        if step is None or at is None or before is None:
+            return None
+        lag, spacing = step - at - 1, at - before
+        most = self.slopes.shape[1]
+        if not 0 <= lag < most or not 0 <= spacing <= most:
+            return None
+        return Cell(step, lag, spacing)
+
+    def _step(self, noise_level: float) -> int | None:
+        nearest = int(np.abs(self.noise_levels - noise_level).argmin())
+        return nearest if abs(self.noise_levels[nearest] - noise_level) < TOLERANCE else None
+
+    def differs_from(self, planned: list[float]) -> str | None:
+        """Say how a plan's noise levels differ from the calibration's; None where they do not."""
+        if not planned:
+            return f"it plans {len(self.noise_levels)} steps, and this one's plan is not known"
+        if len(planned) != len(self.noise_levels):
+            return f"it plans {len(self.noise_levels)} steps, this one {len(planned)}"
+        gap = np.abs(self.noise_levels - planned)
+        if gap.max() < TOLERANCE:
+            return None
+        step = int(gap.argmax())
+        return (
+            f"step {step} has the noise level {self.noise_levels[step]:.5f} there and "
+            f"{planned[step]:.5f} here"
+        )
+
+    @property
+    def most_skips(self) -> int:
+        """Most steps in a row that the calibration has looked at."""
+        return self.slopes.shape[1]
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one go: another process sees all of it or nothing."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        meta = {**self.metadata, "version": VERSION, "scales": self.scales, "masks": self.masks}
+        part = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: np.ascontiguousarray(getattr(self, name)) for name in _TABLES},
+            part,
+            metadata={key: json.dumps(value) for key, value in meta.items()},
+        )
+        part.replace(path)
+
+
+def load_fitted(path: str | Path) -> Fitted:
+    """Read a calibration file.
+
+    Raises:
+        ValueError: no such file, a truncated one, or one that is no calibration; with the reason.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}
+            meta = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except OSError as error:
+        raise ValueError(f"cannot read the calibration {str(path)!r}: {error}") from error
+    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no whole calibration file ({error}); make it anew with "
+            "scripts/calibrate.py"
+        ) from error
+    # Not of the file's bytes: safetensors writes the metadata in any order.
+    content = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(held):
+        content.update(held[name].tobytes())
+    version = meta.pop("version", None)
+    if version != VERSION or set(held) != set(_TABLES):
+        raise ValueError(
+            f"{str(path)!r} holds version {version} with {', '.join(sorted(held))}; this release "
+            f"reads version {VERSION} with {', '.join(sorted(_TABLES))}. Make it anew with "
+            "scripts/calibrate.py"
+        )
+    try:
+        return Fitted(
+            **held,
+            scales={float(alpha): scale for alpha, scale in meta.pop("scales").items()},
+            masks={int(count): mask for count, mask in meta.pop("masks").items()},
+            metadata=meta,
+            digest=content.hexdigest(),
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} contradicts itself: {error}") from error
+
+
+def fingerprint(model: Any, family: str, embedder: str, blocks: int) -> dict[str, str]:
+    """Return what a calibration is bound to: class, configuration, blocks, weights, dtype family.
+
+    Every stage of a pipeline finds the same in what it holds.
+
+    Args:
+        model: the diffusers transformer, or a pipeline stage's part of one.
+        family: name of its class.
+        embedder: name of a submodule that every stage holds whole; its weights stand for all.
+        blocks: number of blocks of the whole model.
+    """
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.get_submodule(embedder).named_parameters()):
+        # Signs, which rounding leaves alone: float16 and bfloat16 of one checkpoint agree in no
+        # number of bits. Another training turns some.
+        signs = parameter.detach().float().signbit().cpu()
+        weights.update(name.encode() + signs.numpy().tobytes())
+    dtype = next(model.parameters()).dtype
+    found = (
+        family,
+        hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        str(blocks),
+        weights.hexdigest()[:16],
+        _FAMILIES.get(dtype, str(dtype)),
+    )
+    return dict(zip(MODEL_KEYS, found, strict=True))
+
+
+def check_model(fitted: Fitted, path: str, found: dict[str, str]) -> None:
+    """Refuse a calibration of another model.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wrong = [
+        f"{key.replace('_', ' ')}: {fitted.metadata.get(key)} in the file, {found[key]} here"
+        for key in MODEL_KEYS
+        if fitted.metadata.get(key) != found[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"the calibration {path!r} was made for another model ({'; '.join(wrong)}); make one "
+            "for this model with scripts/calibrate.py"
+        )
+
+
+def settled(config: CacheConfig, fitted: Fitted) -> CacheConfig:
+    """Return the options with what the calibration knows in place of those left at their default.
+
+    `calibration` becomes the file's digest, so that ranks with different files disagree.
+
+    Raises:
+        ValueError: options that contradict the file.
+    """
+    default = CacheConfig()
+    epsilon = fitted.metadata["cache_ratio_threshold"]
+    known = {
+        "forecaster": "output",
+        "test": "conformal",
+        "num_warmup_steps": 1,
+        "max_consecutive_skips": fitted.most_skips,
+        "cache_ratio_threshold": epsilon,
+    }
+    given = {
+        name: getattr(config, name)
+        for name in known
+        if getattr(config, name) != getattr(default, name)
+    }
+    options = {**known, **given}
+    if options["test"] == "conformal":
+        # 0 never skips, so it holds at any epsilon.
+        if options["cache_ratio_threshold"] not in (epsilon, 0):
+            raise ValueError(
+                f"cache_ratio_threshold={options['cache_ratio_threshold']!r} is not what the "
+                f"calibration was made for ({epsilon!r}); leave it out, or make another with "
+                "scripts/calibrate.py --cache_ratio_threshold"
+            )
+        if config.significance_level not in fitted.scales:
+            raise ValueError(
+                f"significance_level={config.significance_level!r}: the calibration is for "
+                f"{', '.join(map(str, sorted(fitted.scales)))}"
+            )
+    mask = config.steps_mask
+    if config.computed_steps is not None:
+        if config.computed_steps not in fitted.masks:
+            raise ValueError(
+                f"computed_steps={config.computed_steps}: the calibration has masks of "
+                f"{', '.join(map(str, sorted(fitted.masks))) or 'no'} steps"
+            )
+        mask = mask or fitted.masks[config.computed_steps]
+    return replace(config, **options, steps_mask=mask, calibration=fitted.digest)

@@ -1,0 +1,99 @@
+"""The transformer's output, extrapolated in the noise level."""
+
+from __future__ import annotations
+
+import torch
+
+from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
+from xfuser_fastcache.state import Memory
+
+
+class OutputForecaster(Forecaster):
+    r"""First-order divided difference of the noise prediction over the last two computed steps.
+
+    :math:`\hat f(\sigma) = f_0 + (f_0 - f_1)(\sigma - \sigma_0)/(\sigma_0 - \sigma_1)`; exact where
+    the prediction is linear in sigma, the last prediction again with one anchor. It stands in for
+    the whole forward pass: a skipped step runs no layer, and an anchor is as large as the latent. A
+    pipeline's stage forecasts what it hands on, so shapes on the wire stay as they are. The noise
+    level is the adapter's: sigma for FLUX and SD3, for PixArt the angle of its own noise schedule.
+
+    With a calibration, a linear correction is added, whose four weights belong to the step and to
+    the lags of its anchors: :math:`w_1 (f_0 - f_1) + w_2 (x - x_0) + w_3 f_0 + w_4 x`, x being the
+    latents. Its last two terms are absent where the latents are not at hand.
+
+    Args:
+        fitted: the calibration; None for the extrapolation alone.
+        sees_latents: whether this rank's forward pass is given the latents and puts out the noise
+            prediction; False in a pipeline, whose last stage only puts it out.
+
+    Source: TaylorSeer, arXiv 2503.06923, order 1, on the output of the model. Deviation:
+    differences over the noise level and not over the step index, since computed steps are unevenly
+    spaced. The correction is FastCache's learnable linear approximation (arXiv 2505.20353) taken
+    to the output, where four numbers a step suffice.
+    """
+
+    depth = 2
+    whole_forward = True
+
+    def __init__(self, fitted: Fitted | None = None, sees_latents: bool = True):
+        self.fitted = fitted
+        self.sees_latents = sees_latents
+
+    def kept(self, inputs: Streams, outputs: Streams) -> Streams:
+        """Return what an anchor remembers: the output itself."""
+        return outputs
+
+    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
+        """Return the extrapolated output, corrected where a calibration knows how."""
+        plain = extrapolated(memory, noise_level)
+        weights = self._weights(memory, noise_level)
+        if weights is None:
+            return plain
+        image = plain.hidden_states
+        now, *before = memory.anchors
+        # A model that predicts its variance too puts out more channels than it is given.
+        channels = inputs.hidden_states.shape[-1] if self.sees_latents else None
+        last = _noise(now.residual.hidden_states, channels).float()
+        change = torch.zeros_like(last)
+        if before:
+            change = last - _noise(before[0].residual.hidden_states, channels).float()
+        terms = [change, last]
+        if self.sees_latents:
+            x = _as(inputs.hidden_states, image).float()
+            terms = [change, x - _as(now.inputs.hidden_states, image).float(), last, x]
+        corrected = image.clone()
+        noise = _noise(corrected, channels)
+        noise += sum(weight * term for weight, term in zip(weights, terms, strict=True))
+        return Streams(corrected, plain.encoder_hidden_states)
+
+    def _weights(self, memory: Memory, noise_level: float) -> list[float] | None:
+        """Return the weights of the corrections; None where there is nothing to correct."""
+        if self.fitted is None:
+            return None
+        levels = [anchor.noise_level for anchor in memory.anchors]
+        cell = self.fitted.cell(noise_level, levels[0], levels[1] if levels[1:] else None)
+        if cell is None:
+            return None
+        table = self.fitted.weights if self.sees_latents else self.fitted.weights_blind
+        weights = table[cell].tolist()
+        return weights if any(weights) else None
+
+
+def _noise(output: torch.Tensor, channels: int | None) -> torch.Tensor:
+    """Return the channels of an output that hold the noise prediction: the first ones.
+
+    Args:
+        output: `(batch, tokens, channels)`, or a picture with its rows in dimension 1.
+        channels: of the latents; None for all.
+    """
+    return output[:, :, :channels] if output.dim() == 4 and channels is not None else output
+
+
+def _as(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Return latents `(batch, tokens, channels)` in the layout of an output."""
+    if output.dim() == 3:
+        return latents
+    batch, _, channels = latents.shape
+    return latents.reshape(batch, output.shape[1], -1, channels).transpose(2, 3)
