@@ -165,7 +165,14 @@ def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
 
 def measure_model(pairs: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run the pairs and time the parts; print them and return the report on rank 0."""
-    config = replace(cache_config(options) or CacheConfig(), cache_ratio_threshold=NEVER)
+    # A calibration or a mask would skip without asking the gate.
+    config = replace(
+        cache_config(options) or CacheConfig(),
+        cache_ratio_threshold=NEVER,
+        calibration=None,
+        computed_steps=None,
+        steps_mask=None,
+    )
     generator = Generator(load(options), options)
     generator.run("warm-up")
     generator.run("warm-up", config)

@@ -34,14 +34,15 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
     return Fitted(**{**tables, **changes})
 
 
-def fitted_for(pipe: Any, steps: int, lags: int = 3, **changes: Any) -> Fitted:
-    """Return the same for a pipeline with evenly falling noise, and for its transformer."""
+def fitted_for(pipe: Any, steps: int, lags: int = 3, levels: Any = None, **changes: Any) -> Fitted:
+    """Return the same for a pipeline and its transformer; its noise falls evenly by default."""
     model = pipe.transformer
     adapter = adapter_of(model)
     blocks = sum(len(getattr(model, name)) for name in adapter.block_lists)
     found = fingerprint(model, adapter.model_class, adapter.embedder, blocks)
     metadata = {**found, "cache_ratio_threshold": 0.3, **changes.pop("metadata", {})}
-    return fitted_on(even_levels(steps), lags, metadata=metadata, **changes)
+    levels = even_levels(steps) if levels is None else levels
+    return fitted_on(levels, lags, metadata=metadata, **changes)
 
 
 def trajectory(
@@ -55,10 +56,14 @@ def trajectory(
 
 
 def smooth(
-    seed: int, steps: int = 8, numbers: int = 40, bend: float = 0.4
+    seed: int, steps: int = 8, numbers: int = 40
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return outputs and latents `(T, numbers)` that follow random smooth curves of the noise."""
+    """Return outputs and latents `(T, numbers)` that follow random smooth curves of the noise.
+
+    Each seed has a pace of its own, as each picture has.
+    """
     rng = np.random.default_rng(seed)
-    levels = even_levels(steps)[:, None]
-    powers = np.concatenate((np.ones_like(levels), levels, bend * levels**2, bend * levels**3), 1)
-    return powers @ rng.normal(size=(4, numbers)), powers @ rng.normal(size=(4, numbers))
+    powers = even_levels(steps)[:, None] ** np.arange(4)
+    pace = rng.lognormal(0.0, 0.5, 2)[:, None] * [0.0, 1.0, 0.4, 0.4] + [1.0, 0.0, 0.0, 0.0]
+    outputs, latents = powers @ (pace[..., None] * rng.normal(size=(2, 4, numbers)))
+    return outputs, latents

@@ -205,10 +205,14 @@ def test_frechet_distance_of_known_gaussians() -> None:
 
 
 def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xfuser_fastcache.backends import BACKENDS
+    from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 
     known = methods.all_methods()
-    assert {name.lower() for name in BACKENDS} | set(ISSUE) == set(known)
+    ours = {name.lower() for name in BACKENDS} | {"fast-calibrated"}
+    variants = {f"fast-{name}" for name in FORECASTERS}
+    assert ours | variants | set(ISSUE) == set(known)
+    assert set(methods.choose(["all"], 28)) == ours | set(ISSUE)
+    assert set(methods.choose(["forecasters"], 28)) == variants
     monkeypatch.setitem(BACKENDS, "Dream", BACKENDS["Fast"])
     assert "dream" in methods.all_methods()
     monkeypatch.setitem(BACKENDS, "FAST", BACKENDS["Fast"])
@@ -228,7 +232,7 @@ def test_settings_can_be_given() -> None:
     assert methods.choose(["fast:0.1,0.2", "fewer-steps"], 4) == {
         "fast": ["0.1", "0.2"], "fewer-steps": ["3", "2", "1"],
     }  # fmt: skip
-    with pytest.raises(ValueError, match="unknown method 'quick'; known: all, fast, "):
+    with pytest.raises(ValueError, match="unknown method 'quick'; known: all, forecasters, fast, "):
         methods.choose(["quick"], 4)
 
 
@@ -500,3 +504,18 @@ def test_a_method_that_cannot_run_stays_in_the_documents_table(
     assert [row.get("error") for row in rows] == [None, "AttributeError: no such blocks"]
     fastcache_benchmark.print_rows(rows, False, Console(width=100))
     assert "TeaCache could not run: AttributeError: no such blocks" in capsys.readouterr().out
+
+
+def test_a_method_without_its_calibration_is_listed_with_the_way_to_make_one() -> None:
+    pipe = SimpleNamespace(set_progress_bar_config=lambda **_: None)
+    with pytest.raises(FileNotFoundError, match="scripts/calibrate.py --computed_steps"):
+        methods.all_methods()["fast-calibrated"].prepare(Subject(pipe, 28, {}), "7")
+
+
+def test_the_interval_of_a_frechet_distance_holds_it() -> None:
+    rng = np.random.default_rng(0)
+    own, other = rng.normal(size=(64, 8)), rng.normal(size=(200, 8))
+    found = curves._frechet(own, other, paired=False)
+    low, high = found["interval_95"]
+    assert 0 <= low < found["distance"] < high < 4 * found["distance"]
+    assert curves._frechet(own[:10], other, paired=False) is None

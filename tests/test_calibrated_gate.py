@@ -177,6 +177,15 @@ def test_a_number_of_computed_steps_names_a_mask() -> None:
     assert settled(CacheConfig(calibration="x", computed_steps=3), FILE).steps_mask == MASK
 
 
+@pytest.mark.parametrize("given", [{"computed_steps": 3}, {"steps_mask": MASK}])
+def test_with_a_mask_alpha_and_epsilon_need_not_be_the_files(given: dict[str, Any]) -> None:
+    """The gate, which is not asked then, would never skip at an alpha that was not calibrated."""
+    other = {"significance_level": 0.37, "cache_ratio_threshold": 0.2}
+    config = settled(CacheConfig(calibration="x", **given, **other), FILE)
+    assert (config.steps_mask, config.significance_level) == (MASK, 0.37)
+    assert not backend("Fast").gate(config, FILE).judge(evidence(0.0)).may_skip
+
+
 def test_files_of_other_content_give_other_config_digests(tmp_path: Path) -> None:
     def digest(name: str, **changes: Any) -> int:
         fitted_on(LEVELS, **changes).save(tmp_path / name)

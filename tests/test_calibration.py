@@ -6,7 +6,6 @@ what a gate is said to do on a record is what the engine does with the record's 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,6 @@ from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
     RIDGE,
     SLOPE_QUANTILE,
-    Tables,
     anchors_of,
     cells,
     degrees_of,
@@ -32,7 +30,6 @@ from xfuser_fastcache.calibration.cells import (
 )
 from xfuser_fastcache.calibration.policy import Counts, oracle, simulate, thresholds
 from xfuser_fastcache.calibration.risk import harmful_share, least_generations
-from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.fitted import Cell, Fitted, settled
@@ -106,7 +103,7 @@ def test_changes_and_errors_are_those_of_the_vectors(size: float) -> None:
             assert error == pytest.approx(wanted, rel=1e-6, abs=1e-9)
             x, x0 = latents[cell.step], latents[anchors_of(cell)[0]]
             change = found.changes[index, cell.step, cell.lag]
-            assert change == pytest.approx(relative(x, x0) ** 2 * (x @ x) / (x0 @ x0))
+            assert change == pytest.approx(relative(x, x0) ** 2)
 
 
 # ---- corrections --------------------------------------------------------------------------------
@@ -232,25 +229,27 @@ def a_fitted(seed: int = 0, **changes: Any) -> Fitted:
     fitted = fitted_on(LEVELS, LAGS, weights=random_weights(seed, 0.05), **changes)
     fitted.metadata["cache_ratio_threshold"] = EPSILON
     shape = fitted.slopes.shape
-    fitted.slopes[:] = np.random.default_rng(seed).lognormal(-0.2, 1.0, shape)
+    fitted.slopes[:] = np.random.default_rng(seed).lognormal(0.5, 1.0, shape)
     return fitted
 
 
 def test_a_gate_is_played_on_a_record_as_the_engine_runs_it() -> None:
-    vectors = [smooth(seed, T) for seed in range(25)]
-    fitted = a_fitted()
-    tables = tables_of([trajectory(*v) for v in vectors], LEVELS, fitted.weights)
-    gate = thresholds(tables, build.limits(fitted, EPSILON, fitted.scales[0.05]))
-    found = simulate(tables, EPSILON, gate)
-    for index, one in enumerate(vectors):
-        flags, errors = run_engine(fitted, one)
-        skipped = [error for flag, error in zip(flags, errors, strict=True) if flag]
-        assert found.skips[index] == len(skipped)
-        assert found.harmful[index] == sum(error >= EPSILON for error in skipped)
-        assert not any(error for flag, error in zip(flags, errors, strict=True) if not flag)
+    vectors = [smooth(seed, T) for seed in range(12)]
+    counts = []
+    for seed in range(4):
+        fitted = a_fitted(seed)
+        tables = tables_of([trajectory(*v) for v in vectors], LEVELS, fitted.weights)
+        gate = thresholds(tables, build.limits(fitted, EPSILON, fitted.scales[0.05]))
+        found = simulate(tables, EPSILON, gate)
+        for index, one in enumerate(vectors):
+            flags, errors = run_engine(fitted, one)
+            skipped = [error for flag, error in zip(flags, errors, strict=True) if flag]
+            harmful = sum(error >= EPSILON for error in skipped)
+            assert (found.skips[index], found.harmful[index]) == (len(skipped), harmful)
+            assert not any(e for flag, e in zip(flags, errors, strict=True) if not flag)
+            counts.append((len(skipped), harmful))
     # Enough of all kinds, that agreement says something.
-    assert 0 < found.harmful.sum() < found.skips.sum() < 25 * (T - 2)
-    assert len(set(found.skips.tolist())) > 2
+    assert len({skips for skips, _ in counts}) > 2 and len({harm for _, harm in counts}) > 2
 
 
 def test_the_gates_factor_is_its_lambda_squared() -> None:
@@ -275,7 +274,6 @@ def test_the_oracle_skips_as_long_as_it_does_no_harm() -> None:
     found = simulate(tables, EPSILON, oracle(tables, EPSILON))
     assert not found.harmful.any() and found.skips.any()
     assert simulate(tables, EPSILON, lambda *_: True).harmful.any()
-    # No gate with as little harm skips a step that the oracle would not in the same place.
     assert not simulate(tables, 0.0, oracle(tables, 0.0)).skips.any()
 
 
@@ -311,19 +309,22 @@ def losses_at(fitted: Fitted, generations: list[Any], scale: float) -> np.ndarra
 
 
 @pytest.mark.parametrize("branches", [1, 2])
-def test_a_scale_keeps_its_promise_on_the_generations_that_chose_it(branches: int) -> None:
+def test_a_scale_keeps_its_promise_on_the_generations_that_chose_it(
+    branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "SCALES", build.SCALES[::8])
     vectors = (smooth(seed, T) for seed in itertools.count())
-    generations = [[trajectory(*next(vectors)) for _ in range(branches)] for _ in range(25)]
+    generations = [[trajectory(*next(vectors)) for _ in range(branches)] for _ in range(21)]
     fitted = a_fitted()
     fitted.slopes[:] = slopes_of(tables_of(build.flat(generations), LEVELS, fitted.weights))
     found = build.conformal_scales(fitted, generations, (0.05, 0.2, 0.5))
     assert 0 < found[0.05] <= found[0.2] <= found[0.5]
     assert found[0.05] < found[0.5]
-    worst = np.zeros(25)
+    worst = np.zeros(21)
     for scale in build.SCALES:
         # The loss is made to rise with the scale.
         worst = np.maximum(worst, losses_at(fitted, generations, scale))
-        bound = (25 * worst.mean() + 1) / 26
+        bound = (21 * worst.mean() + 1) / 22
         for alpha, chosen in found.items():
             assert (bound <= alpha) == (scale <= chosen), (alpha, scale)
 
@@ -334,19 +335,25 @@ def test_too_few_generations_for_alpha_are_refused() -> None:
         build.conformal_scales(a_fitted(), generations, (0.05,))
 
 
-def test_fitting_keeps_the_splits_apart() -> None:
-    """Corrections come from the first part, slopes from the second, nothing from the third."""
-    levels, epsilon = LEVELS, EPSILON
-    generations = [[trajectory(*smooth(seed, T))] for seed in range(20)]
-    parts = build.split(generations)
-    fitted = build.fit(parts, levels, LAGS, epsilon, {"model": "a"})
-    assert fitted.metadata == {"model": "a", "cache_ratio_threshold": epsilon}
-    changed = dataclasses.replace(parts, calibrate=[])
-    assert (
-        build.fit(changed, levels, LAGS, epsilon, {"model": "a"}) == pytest.approx(fitted) or True
-    )
-    slopes = slopes_of(tables_of(build.flat(parts.held_out), levels, fitted.weights))
-    np.testing.assert_array_equal(fitted.slopes, slopes)
+def test_fitting_uses_the_first_two_parts_and_never_the_third() -> None:
+    """Corrections are fitted on the first and kept by the second; slopes are those of both."""
+    parts = build.split([[trajectory(*smooth(seed, T))] for seed in range(20)])
+    fitted = build.fit(parts, LEVELS, LAGS, EPSILON, {"model": "a"})
+    assert fitted.metadata == {"model": "a", "cache_ratio_threshold": EPSILON}
+    train, test = build.flat(parts.fit), build.flat(parts.held_out)
+    weights, blind = fit_weights(train, test, LEVELS, LAGS)
+    assert weights.any() and blind.any()
+    tables = tables_of([*train, *test], LEVELS, weights)
+    wanted = {"weights": weights, "weights_blind": blind, "noise_levels": LEVELS}
+    wanted |= {"slopes": slopes_of(tables), "degrees": degrees_of(tables)}
+    for name, table in wanted.items():
+        np.testing.assert_array_equal(getattr(fitted, name), table, name)
+    assert (fitted.scales, fitted.masks) == ({}, {})
+    plain = build.without_corrections(fitted, parts)
+    assert not plain.weights.any() and not plain.weights_blind.any()
+    tables = tables_of([*train, *test], LEVELS, plain.weights)
+    np.testing.assert_array_equal(plain.slopes, slopes_of(tables))
+    np.testing.assert_array_equal(plain.degrees, fitted.degrees)
 
 
 def test_an_audit_counts_what_records_say() -> None:
@@ -369,6 +376,3 @@ def test_an_audit_counts_what_records_say() -> None:
     assert low <= found["false_skip_rate"] <= high
     worst = max(float(t.errors.max()) for t in build.flat(generations))
     assert found["error_quantiles"]["stack"]["100"] == pytest.approx(worst)
-
-
-assert Tables and MaskSearch and even_mask and step_impact

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toy_worker import STEPS, THRESHOLD
+from toy_worker import MASK, STEPS, THRESHOLD
 from worlds import run_world
 
 LAYOUTS = {
@@ -65,7 +65,7 @@ def test_removal_restores_the_model(world: dict[int, dict[str, Any]]) -> None:
 
 def test_all_ranks_of_a_group_decide_alike(world: dict[int, dict[str, Any]]) -> None:
     for group in groups(world):
-        for key in ("reuse_digest", "linear_digest"):
+        for key in ("reuse_digest", "linear_digest", "output_digest", "calibrated_digest"):
             assert len({world[rank][key] for rank in group}) == 1
         statistics = [world[rank]["statistics"] for rank in group]
         assert len({s["decisions_digest"] for s in statistics}) == 1
@@ -84,14 +84,21 @@ def test_the_cache_skips_and_changes_the_output_a_little(world: dict[int, dict[s
     assert THRESHOLD > 0
     assert all(s["block_approx_ratio"] >= 0.4 for s in everywhere(world, "first_statistics"))
     assert all(outputs(world, "changed"))
-    for key in ("psnr", "reuse_psnr", "linear_psnr"):
+    for key in ("psnr", "reuse_psnr", "linear_psnr", "output_psnr"):
         assert all(30 < psnr < 90 for psnr in outputs(world, key))
     assert all(hits >= 0.4 for hits in everywhere(world, "linear_hits"))
 
 
 def test_the_second_generation_repeats_the_first(world: dict[int, dict[str, Any]]) -> None:
-    for key in ("second_generation_exact", "back_again_exact", "reuse_repeats", "linear_repeats"):
+    repeats = ("reuse_repeats", "linear_repeats", "output_repeats", "calibrated_repeats")
+    for key in ("second_generation_exact", "back_again_exact", *repeats):
         assert all(everywhere(world, key)), key
+
+
+def test_a_calibration_of_one_rank_serves_every_layout(world: dict[int, dict[str, Any]]) -> None:
+    share = MASK.count(0) / STEPS
+    assert everywhere(world, "calibrated_hits") == pytest.approx([share] * len(world))
+    assert all(30 < psnr < 90 for psnr in outputs(world, "calibrated_psnr"))
 
 
 def test_staggered_stages_decide_alike_and_repeat(world: dict[int, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from layouts import EXCLUDED, LAYOUTS, Exclusion
-from matrix_worker import STEPS
+from matrix_worker import STEPS, VARIANTS
 from tiny_models import ADAPTER_OF, TINY_PIPELINES
 from worlds import WorldFailed, launch, run_world
 
@@ -101,8 +101,8 @@ def test_a_cell_runs_cached_and_all_its_ranks_agree(cell: Cell, backend: str) ->
     assert {len(group) for group in cell.groups} == {len(cell.ranks) // cell.replicas}
     found = [rank["backends"][backend] for rank in cell.ranks]
     assert all(f["threshold_0_exact"] and f["restored_exact"] for f in found)
-    for granularity in ("granularity stack", "granularity 3"):
-        cached = [f[granularity] for f in found]
+    for variant in VARIANTS:
+        cached = [f[variant] for f in found]
         assert all(c["repeats"] and c["changed"] and c["finite"] for c in cached)
         assert all(c["hits"] >= cell.least_hits for c in cached)
         assert all(c["collectives_per_step"] == 1 for c in cached)

@@ -261,7 +261,16 @@ def settled(config: CacheConfig, fitted: Fitted) -> CacheConfig:
         if getattr(config, name) != getattr(default, name)
     }
     options = {**known, **given}
-    if options["test"] == "conformal":
+    mask = config.steps_mask
+    if config.computed_steps is not None:
+        if config.computed_steps not in fitted.masks:
+            raise ValueError(
+                f"computed_steps={config.computed_steps}: the calibration has masks of "
+                f"{', '.join(map(str, sorted(fitted.masks))) or 'no'} steps"
+            )
+        mask = mask or fitted.masks[config.computed_steps]
+    # With a mask the gate is not asked, and what it was made for does not matter.
+    if options["test"] == "conformal" and mask is None:
         # 0 never skips, so it holds at any epsilon.
         if options["cache_ratio_threshold"] not in (epsilon, 0):
             raise ValueError(
@@ -274,12 +283,4 @@ def settled(config: CacheConfig, fitted: Fitted) -> CacheConfig:
                 f"significance_level={config.significance_level!r}: the calibration is for "
                 f"{', '.join(map(str, sorted(fitted.scales)))}"
             )
-    mask = config.steps_mask
-    if config.computed_steps is not None:
-        if config.computed_steps not in fitted.masks:
-            raise ValueError(
-                f"computed_steps={config.computed_steps}: the calibration has masks of "
-                f"{', '.join(map(str, sorted(fitted.masks))) or 'no'} steps"
-            )
-        mask = mask or fitted.masks[config.computed_steps]
     return replace(config, **options, steps_mask=mask, calibration=fitted.digest)

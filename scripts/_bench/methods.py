@@ -55,7 +55,7 @@ class Sweep:
 
 # Wide enough for a backend of which nothing is known.
 ANY = Sweep("cache_ratio_threshold", (0.02, 0.05, 0.1, 0.2, 0.4, 0.8))
-SWEEPS = {"Fast": Sweep("cache_ratio_threshold", (0.04, 0.07, 0.11, 0.17, 0.27, 0.45))}
+SWEEPS = {"Fast": Sweep("cache_ratio_threshold", (0.06, 0.1, 0.17, 0.3, 0.55, 1.1))}
 
 
 def fixed(*values: object) -> Callable[[int], list[str]]:

@@ -27,7 +27,7 @@ class CalibratedGate(Gate):
         fitted: what the calibration left.
         epsilon: largest relative error that does no harm, a ratio; 0 never skips.
         test: `"conformal"` or `"chi2"`.
-        significance_level: alpha; one of the calibration's with `"conformal"`.
+        significance_level: alpha; with `"conformal"` one that is not the calibration's never skips.
 
     Source: docs/methods/statistics.md.
     """
@@ -36,7 +36,8 @@ class CalibratedGate(Gate):
         self.fitted = fitted
         self.epsilon = epsilon
         if test == "conformal":
-            self.factors = np.full(fitted.slopes.shape, fitted.scales[significance_level] ** 2)
+            scale = fitted.scales.get(significance_level, 0.0)
+            self.factors = np.full(fitted.slopes.shape, scale**2)
         else:
             # A statistic that did not vary has an infinite number of degrees of freedom.
             degrees = np.minimum(fitted.degrees, 1e9)
