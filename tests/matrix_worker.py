@@ -32,8 +32,7 @@ THRESHOLD = 12.0
 VARIANTS: dict[str, dict[str, Any]] = {
     "stack": {},
     "three spans": {"granularity": 3},
-    "output": {"forecaster": "output"},
-    "mask": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
+    "output forecast": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
 }
 # Eight blocks: a stage of PipeFusion 4 must not be empty.
 SIZES = {"flux": {"num_layers": 4, "num_single_layers": 4}}

@@ -37,6 +37,10 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
+class BrokenOff(Exception):
+    """The user has had enough."""
+
+
 class Run:
     """Runs of one command: what was recorded in each, and what it printed."""
 
@@ -50,7 +54,7 @@ class Run:
 
         def recorder(*args: Any) -> Recorder:
             if self.recorded == most:
-                raise KeyboardInterrupt
+                raise BrokenOff
             self.recorded += 1
             return Recorder(*args)
 
@@ -65,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run broken off after two records, gone on with, then given masks to search as well."""
     run = Run(tmp_path_factory.mktemp("calibrate"))
     with torch.no_grad():
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(BrokenOff):
             run(most=2)
         found: dict[str, Any] = {"broken off": sorted(p.name for p in run.records.iterdir())}
         assert run() == 0

@@ -274,6 +274,16 @@ def test_a_generation_by_another_plan_is_refused_and_the_right_one_runs(
     assert torch.equal(cached(flux, path)(), wanted)
 
 
+@pytest.mark.parametrize(("apart", "differs"), [(5e-6, False), (2e-5, True)])
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_one_noise_level_apart_is_another_plan(step: int, apart: float, differs: bool) -> None:
+    levels = [1.0, 0.9, 0.5, 0.3, 0.1]
+    other = [level + apart * (index == step) for index, level in enumerate(levels)]
+    assert fitted_on(levels).differs_from(levels) is None
+    found = fitted_on(levels).differs_from(other)
+    assert (found or "").startswith(f"step {step} has the noise level") == differs
+
+
 def test_a_plan_that_is_not_known_is_refused(flux: Flux, tmp_path: Path) -> None:
     path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
     wanted = flux()

@@ -2,6 +2,7 @@
 
 One spawned world per layout runs all models that xDiT itself runs there uncached. What xDiT
 computes there is checked too, against one rank. Every registered adapter and backend is in it.
+Second versions of a family on four ranks are slow: `pytest -m slow tests/test_matrix.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,15 @@ def excluded(model: str, layout: str) -> bool:
     return any(ADAPTER_OF[model] == e.model and e.flag in flags for e in EXCLUDED)
 
 
+def is_slow(model: str, layout: str) -> bool:
+    """Whether a cell is left out unless asked for: second versions of a family on four ranks."""
+    families = list(ADAPTER_OF.values())
+    first = families.index(ADAPTER_OF[model]) == list(ADAPTER_OF).index(model)
+    return LAYOUTS[layout][0] > 2 and not first
+
+
 CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_PIPELINES if not excluded(m, layout)]
-_worlds: dict[str, list[dict[str, Any]]] = {}
+_worlds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True)
@@ -49,27 +57,30 @@ class Cell:
     references: dict[str, Any]
 
 
-def reports(layout: str) -> list[dict[str, Any]]:
-    """Run the layout's world once, and return what its ranks report, by rank."""
-    if layout not in _worlds:
+def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
+    """Run the world of a layout's slow or other cells once, and return its reports, by rank."""
+    if (layout, slow) not in _worlds:
         ranks, flags = LAYOUTS[layout]
-        models = [m for m, at in CELLS if at == layout]
+        models = [m for m, at in CELLS if at == layout and is_slow(m, at) == slow]
         batches = ("--reference_batch", "1", "2") if ranks == 1 else ()
         world = run_world("matrix_worker.py", ranks, "--model", *models, *batches, *flags)
-        _worlds[layout] = [world[rank] for rank in sorted(world)]
-    return _worlds[layout]
+        _worlds[layout, slow] = [world[rank] for rank in sorted(world)]
+    return _worlds[layout, slow]
 
 
-@pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]}, {cell[1]}")
+@pytest.fixture(
+    params=[pytest.param(c, marks=pytest.mark.slow if is_slow(*c) else ()) for c in CELLS],
+    ids=lambda cell: f"{cell[0]}, {cell[1]}",
+)
 def cell(request: pytest.FixtureRequest) -> Cell:
     model, layout = request.param
-    found = reports(layout)
+    found = reports(layout, is_slow(model, layout))
     return Cell(
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
         least_hits=0.15 if "pipefusion" in layout else 0.4,
-        references=reports("1 rank")[0]["models"][model]["references"],
+        references=reports("1 rank", slow=False)[0]["models"][model]["references"],
     )
 
 

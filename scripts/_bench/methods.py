@@ -30,6 +30,7 @@ class Method:
             changes of the call's arguments, and leaves the pipeline as it found it.
         variant: whether it is one of our forecasters under the gate of another method, and so not
             among `all`.
+        whole_plan: whether it runs with the reference's number of steps and no other.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     values: Callable[[int], list[str]]
     prepare: Callable[[Subject, str], AbstractContextManager[Changes]]
     variant: bool = False
+    whole_plan: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,9 @@ def all_methods() -> dict[str, Method]:
             "fast-calibrated",
             "xfuser-fastcache",
             "computed steps, found by search",
-            fixed(14, 10, 8, 7, 6, 5, 4),
+            fixed(14, 10, 8, 7, 6, 5),
             _calibrated,
+            whole_plan=True,
         ),
         Method("fewer-steps", "diffusers, own scheduler", "steps", steps, _fewer_steps),
         Method(

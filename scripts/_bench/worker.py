@@ -113,7 +113,8 @@ class Measurement:
             for value in values:
                 if (name, value) not in self.failed:
                     with self.listed(name, value):
-                        self.run([0], self.methods[name], value, **steps)
+                        method = self.methods[name]
+                        self.run([0], method, value, **({} if method.whole_plan else steps))
             after = self.run([0], None, "", **steps).images
             same = all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
             if not same or set(self.subject.model.state_dict()) != keys:
@@ -231,8 +232,9 @@ def main() -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     if sys.argv[3:4] == ["--try"]:
         name = sys.argv[4]
-        with all_methods()[name].prepare(subject, settings.methods[name][-1]) as changes:
-            steps = {"num_inference_steps": min(TRIED_STEPS, subject.steps)}
+        method = all_methods()[name]
+        with method.prepare(subject, settings.methods[name][-1]) as changes:
+            steps = {} if method.whole_plan else {"num_inference_steps": TRIED_STEPS}
             subject.generate(settings.prompts[:1], [settings.seed], **{**steps, **changes})
     else:
         before = read_records(directory)
