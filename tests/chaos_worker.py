@@ -118,7 +118,7 @@ def main(case: str) -> None:
     apply_cache_on_transformer(
         pipe.transformer,
         scheduler=pipe.scheduler,
-        cache_ratio_threshold=0.4,
+        cache_ratio_threshold=1.5,
         sync_timeout_s=TIMEOUT_S if hurries else 60.0,
     )
     cache = hook_on(pipe.transformer).engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -405,7 +406,7 @@ def test_the_classifier_is_small_and_reads_unseen_captions() -> None:
 def command(directory: Path, *flags: str) -> list[str]:
     return [
         sys.executable, "scripts/benchmark.py", "--model", "toys/flux", "--methods", "fast:0.9",
-        "fewer-steps", "--num_prompts", "8", "--num_inference_steps", "4", "--batch_size", "1",
+        "fewer-steps", "--num_prompts", "14", "--num_inference_steps", "4", "--batch_size", "1",
         "--converged", "2", "--workers", "1", "--at_psnr", "30,90", "--output_dir", str(directory),
         *flags,
     ]  # fmt: skip
@@ -417,13 +418,19 @@ def test_a_run_can_be_broken_off_and_goes_on(
     """A whole small comparison, interrupted after its first measurement and then resumed."""
     directory = tmp_path / "run"
     with subprocess.Popen(
-        command(directory), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(directory),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         limit = time.monotonic() + 200
         while '"fast"' not in "".join(map(Path.read_text, directory.glob("records.*"))):
             assert process.poll() is None and time.monotonic() < limit, process.stdout.read()
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        # As a terminal does: to the workers as well.
+        os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 130, output
     assert "--resume goes on" in output

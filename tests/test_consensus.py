@@ -139,7 +139,13 @@ def test_any_sharding_gives_the_same_decision(
         for slots in world[rank]["float32"].values():
             found = Moments.decode(slots, EXPONENT)
             evidence = Evidence(
-                found.change, found.change_squared, found.reference, found.tokens, dim=96
+                change=found.change,
+                change_squared=found.change_squared,
+                reference=found.reference,
+                tokens=found.tokens,
+                dim=96,
+                lag=1,
+                noise_levels=(0.8, 0.9, None),
             )
             decisions.add(gate.judge(evidence).may_skip)
     # The change is 10 %.

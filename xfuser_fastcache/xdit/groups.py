@@ -24,8 +24,11 @@ class XDiTLayout:
     def recognises(cls, transformer: nn.Module) -> bool:
         """Say whether xfuser's groups exist; xfuser is not imported to find out.
 
-        A separate VAE rank has its VAE group only.
+        A separate VAE rank has its VAE group only. Where torch.distributed was shut down, xfuser's
+        groups are still there, and dead.
         """
+        if not dist.is_initialized():
+            return False
         state = sys.modules.get("xfuser.core.distributed.parallel_state")
         return state is not None and (
             state.model_parallel_is_initialized() or state._VAE is not None
