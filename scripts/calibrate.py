@@ -21,8 +21,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +33,7 @@ import numpy as np
 import torch
 from _bench.settings import call_arguments, read_prompts
 from _bench.subject import DTYPES, known_arguments
+from _masks import MaskTrials, print_masks, saved
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,11 +43,9 @@ from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cac
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
-from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
 from xfuser_fastcache.fitted import Fitted, fingerprint, load_fitted
-
-# Generations that the impact of steps is measured on, and that candidate masks are tried on.
-IMPACT, TRIED = 2, 6
+from xfuser_fastcache.forecasters.output import OutputForecaster
+from xfuser_fastcache.hooks import hook_on
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -86,6 +83,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument(
         "--moves", type=int, default=16, help="masks tried around each best one (default 16)"
     )
+    flags.add_argument(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="pictures that masks are fitted and tried on at once, 2 or more (default 16)",
+    )
     flags.add_argument("--max_lag", type=int, default=10, help="largest gap looked at (default 10)")
     flags.add_argument("--max_tokens", type=int, default=4096, help="recorded of a picture")
     flags.add_argument("--output", type=Path, help="the file to write")
@@ -98,6 +101,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     wrong = [count for count in options.computed_steps if not 1 <= count <= steps]
     if wrong:
         flags.error(f"--computed_steps {wrong[0]}: give 1 to {steps}, the --num_inference_steps")
+    if options.batch_size < 2:
+        flags.error(f"--batch_size {options.batch_size}: give 2 or more, to fit on and to try on")
     return options
 
 
@@ -124,17 +129,28 @@ class Calibrator:
         self.call = known_arguments(self.pipe, call)
         self.adapter = adapter_of(self.pipe.transformer)
 
-    def latents(self, index: int, **cache: Any) -> torch.Tensor:
-        """Return the final latents of one generation; cached where options of a cache are given."""
+    def latents(
+        self, *indices: int, forecaster: OutputForecaster | None = None, **cache: Any
+    ) -> torch.Tensor:
+        """Return the final latents of a batch; cached where options of a cache are given.
+
+        Args:
+            *indices: of the generations in the batch.
+            forecaster: takes the place of the cache's own.
+            **cache: options.
+        """
         transformer = self.pipe.transformer
         if cache:
             config = CacheConfig(forecaster="output", **cache)
             apply_cache_on_transformer(transformer, config=config, scheduler=self.pipe.scheduler)
+        if forecaster is not None:
+            hook_on(transformer).engine.forecaster = forecaster
+        first = 1000 * self.options.seed
         try:
             return self.pipe(
-                self.prompts[index],
+                [self.prompts[index] for index in indices],
                 num_inference_steps=self.options.num_inference_steps,
-                generator=torch.Generator("cpu").manual_seed(1000 * self.options.seed + index),
+                generator=[torch.Generator("cpu").manual_seed(first + index) for index in indices],
                 output_type="latent",
                 **self.call,
             ).images
@@ -148,7 +164,7 @@ class Calibrator:
         if path is not None and path.exists():
             return _read(path)
         tokens = self.options.max_tokens
-        with Recorder(self.pipe.transformer, self.adapter.timestep_index, tokens) as recorder:
+        with Recorder(self.pipe.transformer, self.adapter, tokens) as recorder:
             self.latents(index, **cache)
         found = recorder.take()
         if path is not None:
@@ -229,157 +245,23 @@ def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any
     )
     report: dict[str, Any] = {}
     if options.computed_steps:
-        fitted, report["masks"] = search(runs, fitted, parts, console)
-    # The states that a cache visits are not those of a full run, so the scalar is chosen again on
-    # records with the cache on, at the loosest of the levels; the smaller one holds for both.
+        fitted, report["masks"] = MaskTrials(runs, fitted, parts, console).search()
+    # The states that a cache visits are not those of a full run, so each scalar is chosen again on
+    # records with the cache on at the first; the smaller one holds for both.
     first = build.conformal_scales(fitted, parts.calibrate, alphas)
+    second = {}
     kind = "corrected" if fitted.weights.any() else "plain"
-    name = f"cached-{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{first[alphas[-1]]}"
     with saved(replace(fitted, scales=first), options.output) as path:
-        cache = {"calibration": path, "significance_level": alphas[-1]}
-        tail = track(indices[-len(parts.calibrate) :], "cache on", console=console)
-        cached = [runs.record(i, name, **cache) for i in tail]
-    second = build.conformal_scales(fitted, cached, alphas)
+        for alpha in alphas:
+            name = f"{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{first[alpha]}"
+            cache = {"calibration": path, "significance_level": alpha}
+            tail = indices[-len(parts.calibrate) :]
+            tail = track(tail, f"cache on, alpha {alpha}", console=console)
+            cached = [runs.record(i, f"cached-{name}", **cache) for i in tail]
+            second |= build.conformal_scales(fitted, cached, [alpha])
     scales = {alpha: min(first[alpha], second[alpha]) for alpha in alphas}
     report |= {"scales_full": first, "scales_cached": second}
     return replace(fitted, scales=scales), report
-
-
-@contextmanager
-def saved(fitted: Fitted, output: Path) -> Iterator[str]:
-    """Lend a calibration that is not finished a file beside the output."""
-    path = output.with_suffix(".unfinished.safetensors")
-    # Where no scale is known yet, the gate never skips.
-    scales = fitted.scales or {CacheConfig.significance_level: 0.0}
-    replace(fitted, scales=scales).save(path)
-    try:
-        yield str(path)
-    finally:
-        path.unlink()
-
-
-def search(
-    runs: Calibrator, fitted: Fitted, parts: build.Split, console: Console
-) -> tuple[Fitted, dict[str, Any]]:
-    """Search masks, and try them on generations that were held out.
-
-    Tried are the masks found by search and evenly spaced ones, with the corrections of the forecast
-    and without: a smaller error of each forecast need not make a better picture. The corrections
-    stay if the best masks with them are better on average over the numbers of steps. From the best
-    masks on, single steps are moved as long as that helps.
-
-    Returns:
-        The calibration with its masks, without corrections where they lost; and what was tried.
-    """
-    options, steps = runs.options, len(fitted.noise_levels)
-    impact = measure_impact(runs, fitted, parts, console)
-    held_out = range(len(parts.fit), len(parts.fit) + min(TRIED, len(parts.held_out)))
-    references = {index: runs.latents(index) for index in held_out}
-    budgets = sorted(options.computed_steps, reverse=True)
-    kinds = {"corrected": fitted, "plain": build.without_corrections(fitted, parts)}
-    tried: dict[str, dict[int, dict[str, tuple[float, list[int]]]]] = {}
-    for kind, candidate in kinds.items():
-        seeker = MaskSearch(build.flat(parts.fit), fitted.noise_levels, candidate.weights, impact)
-        with saved(candidate, options.output) as path:
-            tried[kind] = {}
-            for budget in track(budgets, f"masks, {kind}", console=console):
-                masks = {
-                    "searched": seeker.best(budget),
-                    "even": even_mask(steps, budget),
-                    "even, last skipped": even_mask(steps, budget, last=False),
-                }
-                tried[kind][budget] = {
-                    name: (score(runs, references, path, mask), mask)
-                    for name, mask in masks.items()
-                }
-    means = {
-        kind: np.mean([max(found.values())[0] for found in by_budget.values()])
-        for kind, by_budget in tried.items()
-    }
-    chosen = max(means, key=lambda kind: means[kind])
-    masks = {}
-    with saved(kinds[chosen], options.output) as path:
-        for budget in track(budgets, "moving steps", console=console):
-            found = tried[chosen][budget]
-            found["moved"] = improved(
-                *max(found.values()), options.moves, lambda m: score(runs, references, path, m)
-            )
-            masks[budget] = found["moved"][1]
-    report = {
-        str(budget): {
-            f"{kind}, {name}": value
-            for kind in kinds
-            for name, (value, _) in tried[kind][budget].items()
-        }
-        for budget in budgets
-    }
-    return replace(kinds[chosen], masks=masks), {"chosen": chosen, "latent_snr_db": report}
-
-
-def score(
-    runs: Calibrator, references: dict[int, torch.Tensor], path: str, mask: list[int]
-) -> float:
-    """Return the mean signal-to-noise ratio of a mask's final latents, in dB."""
-    ratios = [
-        ratio_db(runs.latents(index, calibration=path, steps_mask=mask), reference)
-        for index, reference in references.items()
-    ]
-    return float(np.mean(ratios))
-
-
-def improved(
-    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float]
-) -> tuple[float, list[int]]:
-    """Move computed steps to free neighbours as long as the value rises, for so many tries."""
-    seen = [mask]
-    for _ in range(moves):
-        rest = [candidate for candidate in neighbours(mask) if candidate not in seen]
-        if not rest:
-            break
-        seen.append(rest[0])
-        found = of(rest[0])
-        if found > value:
-            value, mask = found, rest[0]
-    return value, mask
-
-
-def neighbours(mask: list[int]) -> list[list[int]]:
-    """Return the masks with one computed step but the first moved by one."""
-    found = []
-    for step in range(1, len(mask)):
-        for other in (step - 1, step + 1):
-            if mask[step] and 0 < other < len(mask) and not mask[other]:
-                moved = list(mask)
-                moved[step], moved[other] = 0, 1
-                found.append(moved)
-    return found
-
-
-def ratio_db(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Signal-to-noise ratio of final latents against those of full computation, in dB."""
-    error = (found.double() - wanted.double()).square().mean().clamp_min(1e-20)
-    return float(10 * torch.log10(wanted.double().square().mean() / error))
-
-
-def measure_impact(
-    runs: Calibrator, fitted: Fitted, parts: build.Split, console: Console
-) -> np.ndarray:
-    """Return by how much an error of the output at each step moves the final latents."""
-    steps = len(fitted.noise_levels)
-    cached = runs.folder / "impact.npy" if runs.folder else None
-    if cached is not None and cached.exists():
-        return np.load(cached)
-    references = [runs.latents(i) for i in range(IMPACT)]
-    moved = np.zeros((IMPACT, steps))
-    for step in track(range(1, steps), "impact of steps", console=console):
-        mask = [int(s != step) for s in range(steps)]
-        for i, reference in enumerate(references):
-            found = runs.latents(i, steps_mask=mask)
-            moved[i, step] = float((found - reference).double().norm())
-    impact = step_impact(moved, build.flat(parts.fit[:IMPACT]), fitted.noise_levels)
-    if cached is not None:
-        np.save(cached, impact)
-    return impact
 
 
 def audit(runs: Calibrator, console: Console) -> dict[str, Any]:
@@ -398,27 +280,6 @@ def audit(runs: Calibrator, console: Console) -> dict[str, Any]:
     for alpha in alphas:
         report["levels"][str(alpha)] = build.audit(fitted, records[alpha], epsilon)
     return report
-
-
-def print_masks(report: dict[str, Any], fitted: Fitted, console: Console) -> None:
-    """Print how the tried masks did, and which steps the chosen ones compute."""
-    table = Table(title=f"final latents against full computation, dB; kept: {report['chosen']}")
-    kinds = ("corrected", "plain")
-    for name in ("computed", *kinds, "steps moved"):
-        table.add_column(name, justify="right")
-    table.add_column("chosen steps")
-    for budget, found in report["latent_snr_db"].items():
-        best = {
-            kind: max(
-                db for name, db in found.items() if name.startswith(kind) and "moved" not in name
-            )
-            for kind in kinds
-        }
-        moved = found[f"{report['chosen']}, moved"]
-        steps = [step for step, flag in enumerate(fitted.masks[int(budget)]) if flag]
-        values = (*best.values(), moved)
-        table.add_row(budget, *(f"{db:.1f}" for db in values), " ".join(map(str, steps)))
-    console.print(table)
 
 
 def print_audit(report: dict[str, Any], console: Console) -> None:

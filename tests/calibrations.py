@@ -29,6 +29,8 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
         "degrees": np.full(cells, 10.0),
         "scales": {0.05: 1.0, 0.1: 2.0},
         "masks": {},
+        "steering": np.zeros((0, len(levels), 5), np.float32),
+        "steering_blind": np.zeros((0, len(levels), 3), np.float32),
         "metadata": {"cache_ratio_threshold": 0.3},
     }
     return Fitted(**{**tables, **changes})

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _masks
 import calibrate
 import numpy as np
 import pytest
@@ -120,9 +121,13 @@ def test_masks_are_added_and_nothing_else_changes(finished: dict[str, Any]) -> N
     shown = finished["report"]["masks"]["latent_snr_db"]
     for count in ("3", "5"):
         assert all(math.isfinite(value) for value in shown[count].values())
-        assert max(shown[count].values()) == shown[count]["corrected, moved"]
+        assert max(shown[count].values()) == shown[count]["steered, moved"]
     # More steps, fewer errors.
-    assert shown["5"]["corrected, moved"] > shown["3"]["corrected, moved"] + 3
+    assert shown["5"]["steered, moved"] > shown["3"]["steered, moved"] + 3
+    # The masks bring corrections of their own, for skipped steps alone.
+    for table in (fitted.steering, fitted.steering_blind):
+        for (count, mask), weights in zip(sorted(fitted.masks.items()), table, strict=True):
+            assert weights.any(axis=1).tolist() == [not computed for computed in mask], count
 
 
 def test_records_of_another_run_are_refused_by_what_differs(
@@ -169,7 +174,7 @@ def test_a_cache_with_the_file_computes_as_many_steps_as_asked(finished: dict[st
         flags = [flags for *_, flags in hook_on(transformer).engine.decisions.entries]
         assert flags == [1 - kept for kept in fitted.masks[computed]]
         remove_cache(transformer)
-    snr = {n: calibrate.ratio_db(found, uncached) for n, found in pictures.items()}
+    snr = {n: _masks.ratio_db(found, uncached) for n, found in pictures.items()}
     assert 0 < snr[3] < snr[5] < 80
     assert torch.equal(runs.latents(0), uncached)
 
@@ -181,6 +186,7 @@ def test_a_cache_with_the_file_computes_as_many_steps_as_asked(finished: dict[st
         (["--output", "a", "--audit", "b"], "give either --output FILE to calibrate, or --audit"),
         (["--output", "a", "--computed_steps", "7"], "--computed_steps 7: give 1 to 6, the --num"),
         (["--output", "a", "--computed_steps", "3", "0"], "--computed_steps 0: give 1 to 6"),
+        (["--output", "a", "--batch_size", "1"], "--batch_size 1: give 2 or more, to fit on"),
     ],
 )
 def test_wrong_flags_are_named(
@@ -227,7 +233,7 @@ def test_what_cannot_be_calibrated_is_said_before_anything_is_recorded(
     ],
 )
 def test_neighbours_have_one_step_moved_by_one(mask: list[int], wanted: list[list[int]]) -> None:
-    assert sorted(calibrate.neighbours(mask)) == sorted(wanted)
+    assert sorted(_masks.neighbours(mask)) == sorted(wanted)
 
 
 def closeness(wanted: list[int]) -> Callable[[list[int]], float]:
@@ -244,12 +250,12 @@ def test_steps_are_moved_as_long_as_that_helps_and_tries_last() -> None:
         tried.append(mask)
         return closeness(end)(mask)
 
-    assert calibrate.improved(of(begin), begin, 99, of) == (0.0, end)
+    assert _masks.improved(of(begin), begin, 99, of) == (0.0, end)
     assert len(tried) == len({tuple(mask) for mask in tried})
     tried.clear()
-    value, mask = calibrate.improved(of(begin), begin, 3, of)
+    value, mask = _masks.improved(of(begin), begin, 3, of)
     assert len(tried) == 1 + 3 and value == max(map(closeness(end), tried)) == closeness(end)(mask)
-    assert calibrate.improved(0.0, end, 99, of) == (0.0, end)
+    assert _masks.improved(0.0, end, 99, of) == (0.0, end)
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.fitted import VERSION, Fitted, load_fitted
 from xfuser_fastcache.hooks import hook_on
 
-TABLES = ("noise_levels", "weights", "weights_blind", "slopes", "degrees")
+TABLES = (
+    "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +61,10 @@ def random_tables(seed: int = 0) -> Fitted:
         table = getattr(fitted, name)
         table[:] = rng.normal(size=table.shape)
     fitted.slopes[0] = np.inf
+    steering = {"steering": 5, "steering_blind": 3}
     return dataclasses.replace(
         fitted,
+        **{name: rng.normal(size=(2, 5, n)).astype(np.float32) for name, n in steering.items()},
         scales={0.05: 0.1 + 0.2, 1e-5: 0.0},
         masks={2: [1, 0, 0, 1, 0], 5: [1] * 5},
         metadata={"cache_ratio_threshold": 0.1, "call": {"height": 8}, "model": "a"},
@@ -91,6 +95,18 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     lambda_apart = dataclasses.replace(random_tables(), scales={0.05: 0.3})
     assert load_fitted(saved(tmp_path / "d", lambda_apart)).digest != one.digest
     assert len(one.digest) == 64
+
+
+def test_a_mask_finds_the_corrections_that_were_made_for_it() -> None:
+    fitted = random_tables()
+    for row, mask in enumerate(([1, 0, 0, 1, 0], [1] * 5)):
+        for sees, table in ((True, fitted.steering), (False, fitted.steering_blind)):
+            found = fitted.steering_of(mask, sees)
+            assert found is not None and np.array_equal(found, table[row])
+    assert fitted.steering_of([1, 0, 1, 0, 0], True) is None
+    assert fitted.steering_of(None, True) is None
+    bare = fitted_on(fitted.noise_levels, lags=2, masks=fitted.masks)
+    assert bare.steering_of([1] * 5, True) is None
 
 
 def cut_off(count: int) -> Callable[[Path], None]:
@@ -140,11 +156,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bfloat16 weights": (
         lambda p: save_file({"a": torch.ones(2).bfloat16()}, p), "is no whole calibration file",
     ),
-    "older": (with_metadata(version=0), "holds version 0 .*; this release reads version 1"),
+    "older": (with_metadata(version=1), f"version 1 .*; this release reads version {VERSION}"),
     "newer": (with_metadata(version=VERSION + 1), f"holds version {VERSION + 1} with degrees, noi"),
     "no version": (with_metadata(version=None), "holds version None .* Make it anew with scripts"),
-    "no slopes": (with_tables(slopes=None), "holds version 1 with degrees, noise_levels, wei"),
-    "unknown table": (with_tables(more=np.ones(2)), "holds version 1 with degrees, more, noise"),
+    "no slopes": (with_tables(slopes=None), "holds version 2 with degrees, noise_levels, ste"),
+    "unknown table": (with_tables(more=np.ones(2)), "holds version 2 with degrees, more, noise"),
     "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),
     "scales of words": (with_metadata(scales={"much": 1.0}), "contradicts itself: could not conv"),
     "levels of another plan": (
@@ -154,6 +170,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         with_tables(weights=np.zeros((2, 4, 5, 4), np.float32)), r"weights has the shape \(2, 4, 5",
     ),
     "flat slopes": (with_tables(slopes=np.ones(6)), "contradicts itself: noise_levels has the sh"),
+    "steering without masks": (
+        with_tables(steering=np.zeros((1, 2, 5), np.float32)),
+        r"steering has the shape \(1, 2, 5\), for 0 masks of 2 steps",
+    ),
+    "steering of other terms": (
+        with_tables(steering_blind=np.zeros((0, 2, 2), np.float32)), "steering_blind has the shape",
+    ),
     "a mask too long": (with_metadata(masks={2: [1, 1, 0]}), "the mask of 2 steps is .1, 1, 0"),
     "a mask of another sum": (with_metadata(masks={2: [1, 0]}), "the mask of 2 steps is .1, 0., f"),
 }  # fmt: skip

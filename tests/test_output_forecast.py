@@ -65,9 +65,14 @@ def latents(seed: int, dtype: torch.dtype) -> Streams:
     return ForwardContract().read((x,), {})
 
 
-def remembered(steps: tuple[float, ...], picture: bool, dtype: torch.dtype) -> Memory:
+def remembered(
+    steps: tuple[float, ...],
+    picture: bool,
+    dtype: torch.dtype,
+    forecaster: OutputForecaster | None = None,
+) -> Memory:
     """Return the memory of random steps, in order; a picture's output also predicts variances."""
-    forecaster, memory = OutputForecaster(), Memory()
+    forecaster, memory = forecaster or OutputForecaster(), Memory()
     for seed, step in enumerate(steps):
         channels = 2 * CHANNELS if picture else CHANNELS
         output = random(1, channels, HEIGHT, WIDTH, seed=seed + 50, dtype=dtype)
@@ -132,6 +137,29 @@ def test_the_blind_form_does_not_look_at_the_latents() -> None:
     # What enters a pipeline's last stage is as wide as its blocks.
     narrow, wide = (forecaster.forecast(memory, Streams(random(1, 6, n)), at(5)) for n in (4, 9))
     assert torch.equal(narrow.hidden_states, wide.hidden_states)
+
+
+@pytest.mark.parametrize("sees_latents", [True, False])
+@pytest.mark.parametrize("steps", [(0, 1, 3), (1, 3), (3,)], ids=["three", "two", "one anchor"])
+def test_corrections_for_a_mask_look_at_three_anchors(
+    steps: tuple[int, ...], sees_latents: bool
+) -> None:
+    steering = np.zeros((STEPS, 5 if sees_latents else 3), np.float32)
+    steering[5] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
+    forecaster = OutputForecaster(corrected(), sees_latents, steering)
+    memory, x = remembered(steps, False, torch.float64, forecaster), latents(9, torch.float64)
+    found = forecaster.forecast(memory, x, at(5)).hidden_states
+    plain = OutputForecaster().forecast(memory, x, at(5)).hidden_states
+    outputs = [anchor.residual.hidden_states for anchor in memory.anchors]
+    assert len(outputs) == len(steps)
+    f0, f1, f2 = outputs + [outputs[-1]] * (3 - len(outputs))
+    if sees_latents:
+        x0, x1 = memory.anchors[0].inputs.hidden_states, x.hidden_states
+        wanted = plain + 0.3 * (f0 - f1) - 0.2 * (x1 - x0) + 0.05 * f0 + 0.1 * x1
+        wanted = wanted + 0.6 * (f1 - f2)
+    else:
+        wanted = plain + 0.7 * (f0 - f1) - 0.4 * f0 + 0.2 * (f1 - f2)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

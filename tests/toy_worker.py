@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from calibrations import fitted_on  # noqa: E402
@@ -174,8 +175,13 @@ def calibration(pipe: Any) -> Fitted:
     levels = [step.noise_level for step in FluxAdapter.plan(pipe.scheduler)]
     model = XDiTLayout().model_of(pipe.transformer)
     blocks = model.config.num_layers + model.config.num_single_layers
-    made = fitted_on(levels, lags=4, masks={sum(MASK): MASK})
-    made.weights[...] = made.weights_blind[...] = 0.01
+    made = fitted_on(
+        levels,
+        lags=4,
+        masks={sum(MASK): MASK},
+        steering=np.full((1, len(MASK), 5), 0.01, np.float32),
+        steering_blind=np.full((1, len(MASK), 3), 0.01, np.float32),
+    )
     metadata = fingerprint(model, FluxAdapter.model_class, FluxAdapter.embedder, blocks)
     return replace(made, metadata={**made.metadata, **metadata})
 

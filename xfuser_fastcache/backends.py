@@ -53,7 +53,9 @@ def _forecaster(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup
         return FORECASTERS[config.forecaster]()
     # A pipeline's stages but the last hand on what no calibration has seen.
     last = group.stage == group.stages - 1
-    return OutputForecaster(fitted if last else None, sees_latents=group.stages == 1)
+    sees_latents = group.stages == 1
+    steering = fitted.steering_of(config.steps_mask, sees_latents) if last else None
+    return OutputForecaster(fitted if last else None, sees_latents, steering)
 
 
 BACKENDS: dict[str, Backend] = {"Fast": Backend(_fast_gate, _forecaster)}

@@ -151,7 +151,8 @@ class CacheConfig:
         None,
         "list of 0 and 1 that begins with 1, or none",
         "which steps are computed (1) and which skipped (0), one a step of the scheduler's plan; "
-        "the gate is not asked then, and warm-up, last step and max_consecutive_skips do not count",
+        "the gate is not asked then: thresholds (0 too), warm-up, last step and "
+        "max_consecutive_skips do not count",
     )
 
     def __post_init__(self) -> None:

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from xfuser_fastcache.config import CacheConfig
 
 # Of the layout of the file.
-VERSION = 1
+VERSION = 2
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
-_TABLES = ("noise_levels", "weights", "weights_blind", "slopes", "degrees")
+_TABLES = (
+    "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
+)  # fmt: skip
 
 
 # What the metadata says of the model and of the test; a file for others is refused.
@@ -44,8 +46,8 @@ class Cell(NamedTuple):
 class Fitted:
     """Fitted corrections of the output forecast, thresholds, and searched masks of steps.
 
-    `T` is the number of steps, `G` the largest lag between anchors that was looked at. Tables go by
-    `Cell`, so their shape is `(T, G, G + 1, ...)`.
+    `T` is the number of steps, `G` the largest lag between anchors that was looked at, `M` the
+    number of masks. Tables go by `Cell`, so their shape is `(T, G, G + 1, ...)`.
 
     Attributes:
         noise_levels: of the plan, `(T,)`.
@@ -59,6 +61,10 @@ class Fitted:
         degrees: degrees of freedom of the relative change, same shape.
         scales: alpha -> lambda of the conformal test at it; 0 where it allows no skip.
         masks: number of computed steps -> which ones, 1 for computed, `T` entries each.
+        steering: corrections for the masks, in ascending order of their computed steps,
+            `(M, T, 5)`: weights as in `weights`, then one of the change between the two outputs
+            before the last; empty, `(0, T, 5)`, where the masks take the cells' corrections.
+        steering_blind: the first, third and fifth of them, fitted alone, `(M, T, 3)`.
         metadata: what the file was made of and for; see `scripts/calibrate.py`.
         digest: of the file's content, in hexadecimal.
     """
@@ -70,6 +76,8 @@ class Fitted:
     degrees: NDArray[np.float64]
     scales: dict[float, float]
     masks: dict[int, list[int]]
+    steering: NDArray[np.float32]
+    steering_blind: NDArray[np.float32]
     metadata: dict[str, Any]
     digest: str = field(default="", compare=False)
 
@@ -87,6 +95,12 @@ class Fitted:
             found = getattr(self, name).shape
             if found != shape or 0 in shape:
                 raise ValueError(f"{name} has the shape {found}, and the other tables want {shape}")
+        for name, terms in (("steering", 5), ("steering_blind", 3)):
+            found = getattr(self, name).shape
+            if found not in ((0, steps, terms), (len(self.masks), steps, terms)):
+                raise ValueError(
+                    f"{name} has the shape {found}, for {len(self.masks)} masks of {steps} steps"
+                )
         for count, mask in self.masks.items():
             if len(mask) != steps or sum(mask) != count:
                 raise ValueError(f"the mask of {count} steps is {mask}, for {steps} steps")
@@ -99,8 +113,8 @@ class Fitted:
             anchor: of the last computed step.
             older: of the computed step before that, or None.
         """
-        step, at = self._step(noise_level), self._step(anchor)
-        before = at if older is None else self._step(older)
+        step, at = self.step_at(noise_level), self.step_at(anchor)
+        before = at if older is None else self.step_at(older)
         if step is None or at is None or before is None:
             return None
         lag, spacing = step - at - 1, at - before
@@ -109,7 +123,16 @@ class Fitted:
             return None
         return Cell(step, lag, spacing)
 
-    def _step(self, noise_level: float) -> int | None:
+    def steering_of(self, mask: list[int] | None, sees_latents: bool) -> NDArray[np.float32] | None:
+        """Return the corrections made for a mask, `(T, 5)` or blind `(T, 3)`; None without any."""
+        table = self.steering if sees_latents else self.steering_blind
+        for row, count in zip(table, sorted(self.masks), strict=False):
+            if self.masks[count] == mask:
+                return row
+        return None
+
+    def step_at(self, noise_level: float) -> int | None:
+        """Return the step of the plan that has this noise level, or None."""
         nearest = int(np.abs(self.noise_levels - noise_level).argmin())
         return nearest if abs(self.noise_levels[nearest] - noise_level) < TOLERANCE else None
 

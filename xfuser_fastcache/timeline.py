@@ -185,9 +185,7 @@ class Timeline:
     @property
     def planned_steps(self) -> int | None:
         """Number of steps in the plan that the last forward pass belongs to; None if unknown."""
-        if self._index is not None and self._schedule is not None:
-            return len(self._schedule.steps)
-        return self.num_steps
+        return len(self.planned_levels) or self.num_steps
 
     @property
     def reached(self) -> float | None:

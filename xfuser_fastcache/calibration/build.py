@@ -93,6 +93,8 @@ def fit(
         degrees=degrees_of(tables),
         scales={},
         masks={},
+        steering=np.zeros((0, len(levels), 5), np.float32),
+        steering_blind=np.zeros((0, len(levels), 3), np.float32),
         metadata={**metadata, "cache_ratio_threshold": epsilon},
     )
 

@@ -29,18 +29,16 @@ def simulate(
     tables: Tables,
     epsilon: float,
     may_skip: Callable[[int, Cell], bool],
-    warmup: int = 1,
 ) -> Counts:
     """Play a gate through records of full computation.
 
-    The rules are the engine's: the first `warmup` steps and the last one are computed, as is every
-    step whose anchor lies further back than the tables reach.
+    The rules are the engine's with a calibration: the first step and the last one are computed, as
+    is every step whose anchor lies further back than the tables reach.
 
     Args:
         tables: of the records.
         epsilon: error from which on a skip does harm, a ratio.
         may_skip: (index of the trajectory, cell) -> the gate's answer.
-        warmup: first steps that are computed.
     """
     count, steps, lags = tables.changes.shape
     skips, harmful = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -49,7 +47,7 @@ def simulate(
         for step in range(1, steps):
             cell = Cell(step, step - last - 1, last - before)
             within = cell.lag < lags and cell.spacing <= lags
-            forced = step < warmup or step == steps - 1 or not within
+            forced = step == steps - 1 or not within
             if not forced and may_skip(index, cell):
                 skips[index] += 1
                 harmful[index] += tables.errors[index][cell] >= epsilon

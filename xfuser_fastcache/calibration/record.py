@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from xfuser_fastcache.block_contract import ModelAdapter
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import hook_on
 
@@ -49,13 +50,13 @@ class Recorder:
 
     Args:
         transformer: whose forward the pipeline calls.
-        timestep_index: position of `timestep` among its parameters.
+        adapter: of its family.
         max_tokens: tokens of a picture that are recorded (pixels where the latents are a picture).
     """
 
-    def __init__(self, transformer: nn.Module, timestep_index: int, max_tokens: int):
+    def __init__(self, transformer: nn.Module, adapter: type[ModelAdapter], max_tokens: int):
         self.transformer = transformer
-        self.timestep_index = timestep_index
+        self.adapter = adapter
         self.max_tokens = max_tokens
         self._contract = ForwardContract()
         self._branches: list[_Branch] = []
@@ -88,8 +89,7 @@ class Recorder:
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        given = args[self.timestep_index :] or (kwargs["timestep"],)
-        timestep = float(given[0].flatten()[0])
+        timestep = float(self.adapter.timestep(args, kwargs).flatten()[0])
         self._branch = self._branch + 1 if timestep == self._timestep else 0
         self._timestep = timestep
         if self._branch == len(self._branches):
@@ -101,23 +101,33 @@ class Recorder:
             with torch.no_grad():
                 truth = hook.fn_ref.original_forward(*args, **kwargs)
         latents = self._contract.read(args, kwargs).hidden_states
-        noise = self._noise(truth, latents)
+        noise = noise_tokens(self._contract.unpack(truth).hidden_states, latents)
         error = 0.0
         if skipped:
-            made = self._noise(output, latents).double()
+            put_out = self._contract.unpack(output).hidden_states
+            made = noise_tokens(put_out, latents).double()
             error = float((made - noise).norm() / noise.double().norm())
-        every = -(-latents.shape[1] // self.max_tokens)
-        rows = (noise[:, ::every], latents[:, ::every])
+        rows = (sample(noise, self.max_tokens), sample(latents, self.max_tokens))
         branch.rows.append(tuple(row.float().cpu().reshape(-1).clone() for row in rows))  # type: ignore[arg-type]
         branch.skipped.append(skipped)
         branch.errors.append(error)
 
-    def _noise(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Return the noise prediction in the layout of the latents, `(batch, tokens, channels)`."""
-        image = self._contract.unpack(output).hidden_states
-        if image.dim() == 4:
-            image = image.transpose(2, 3).flatten(1, 2)
-        return image[..., : latents.shape[-1]]
+
+def noise_tokens(image: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return the noise prediction in an output, in the layout of the latents.
+
+    Args:
+        image: the output as `ForwardContract` holds it.
+        latents: `(batch, tokens, channels)`.
+    """
+    if image.dim() == 4:
+        image = image.transpose(2, 3).flatten(1, 2)
+    return image[..., : latents.shape[-1]]
+
+
+def sample(tokens: torch.Tensor, most: int) -> torch.Tensor:
+    """Return an even selection of at most `most` tokens of `(batch, tokens, channels)`."""
+    return tokens[:, :: -(-tokens.shape[1] // most)]
 
 
 def _trajectory(branch: _Branch) -> Trajectory:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.fitted import Fitted
@@ -19,14 +23,16 @@ class OutputForecaster(Forecaster):
     pipeline's stage forecasts what it hands on, so shapes on the wire stay as they are. The noise
     level is the adapter's: sigma for FLUX and SD3, for PixArt the angle of its own noise schedule.
 
-    With a calibration, a linear correction is added, whose four weights belong to the step and to
-    the lags of its anchors: :math:`w_1 (f_0 - f_1) + w_2 (x - x_0) + w_3 f_0 + w_4 x`, x being the
-    latents. Its last two terms are absent where the latents are not at hand.
+    With a calibration a linear correction is added, :math:`w_1 (f_0 - f_1) + w_2 (x - x_0) +
+    w_3 f_0 + w_4 x`, x being the latents; its weights belong to the step and to its anchors' lags.
+    With a mask that the calibration has searched they belong to the mask and the step, and
+    :math:`w_5 (f_1 - f_2)` comes in. The terms with x are absent where the latents are not at hand.
 
     Args:
         fitted: the calibration; None for the extrapolation alone.
         sees_latents: whether this rank's forward pass is given the latents and puts out the noise
             prediction; False in a pipeline, whose last stage only puts it out.
+        steering: corrections for the mask that will run, `Fitted.steering_of`; None for the cells'.
 
     Source: TaylorSeer, arXiv 2503.06923, order 1, on the output of the model. Deviation:
     differences over the noise level and not over the step index, since computed steps are unevenly
@@ -37,9 +43,17 @@ class OutputForecaster(Forecaster):
     depth = 2
     whole_forward = True
 
-    def __init__(self, fitted: Fitted | None = None, sees_latents: bool = True):
+    def __init__(
+        self,
+        fitted: Fitted | None = None,
+        sees_latents: bool = True,
+        steering: NDArray[np.float32] | None = None,
+    ):
         self.fitted = fitted
         self.sees_latents = sees_latents
+        self.steering = steering
+        if steering is not None:
+            self.depth = 3
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
         """Return what an anchor remembers: the output itself."""
@@ -51,27 +65,40 @@ class OutputForecaster(Forecaster):
         weights = self._weights(memory, noise_level)
         if weights is None:
             return plain
-        image = plain.hidden_states
-        now, *before = memory.anchors
+        return self.corrected(plain, self.terms(memory, inputs), weights)
+
+    def terms(self, memory: Memory, inputs: Streams) -> list[torch.Tensor]:
+        """Return what corrections are made of, each in the output's layout, in float32.
+
+        In the order of the weights; changes that look back further than the anchors are 0.
+        """
+        image = memory.anchors[0].residual.hidden_states
         # A model that predicts its variance too puts out more channels than it is given.
         channels = inputs.hidden_states.shape[-1] if self.sees_latents else None
-        last = _noise(now.residual.hidden_states, channels).float()
-        change = torch.zeros_like(last)
-        if before:
-            change = last - _noise(before[0].residual.hidden_states, channels).float()
-        terms = [change, last]
-        if self.sees_latents:
-            x = _as(inputs.hidden_states, image).float()
-            terms = [change, x - _as(now.inputs.hidden_states, image).float(), last, x]
-        corrected = image.clone()
-        noise = _noise(corrected, channels)
+        outputs = [_noise(a.residual.hidden_states, channels).float() for a in memory.anchors]
+        last = outputs[0]
+        changes = [after - before for after, before in pairwise(outputs)]
+        changes += [torch.zeros_like(last)] * (self.depth - 1 - len(changes))
+        if not self.sees_latents:
+            return [changes[0], last, *changes[1:]]
+        given = (inputs, memory.anchors[0].inputs)
+        x, x0 = (_as(streams.hidden_states, image).float() for streams in given)
+        return [changes[0], x - x0, last, x, *changes[1:]]
+
+    def corrected(self, plain: Streams, terms: list[torch.Tensor], weights: list[float]) -> Streams:
+        """Return a forecast with the weighted terms added to its noise prediction."""
+        image = plain.hidden_states.clone()
+        noise = _noise(image, terms[0].shape[2] if image.dim() == 4 else None)
         noise += sum(weight * term for weight, term in zip(weights, terms, strict=True))
-        return Streams(corrected, plain.encoder_hidden_states)
+        return Streams(image, plain.encoder_hidden_states)
 
     def _weights(self, memory: Memory, noise_level: float) -> list[float] | None:
         """Return the weights of the corrections; None where there is nothing to correct."""
         if self.fitted is None:
             return None
+        if self.steering is not None:
+            step = self.fitted.step_at(noise_level)
+            return None if step is None else self.steering[step].tolist()
         levels = [anchor.noise_level for anchor in memory.anchors]
         cell = self.fitted.cell(noise_level, levels[0], levels[1] if levels[1:] else None)
         if cell is None:

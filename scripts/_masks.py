@@ -1,0 +1,226 @@
+"""Which steps to compute: masks proposed by a search, steered, and tried on whole generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.calibration import build
+from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
+from xfuser_fastcache.calibration.steering import FullRun, Observer, SteeringForecaster
+from xfuser_fastcache.fitted import Fitted
+
+if TYPE_CHECKING:
+    from calibrate import Calibrator
+
+# Generations that the impact of steps is measured on, and that corrections are tried on.
+IMPACT, TRIED = 2, 6
+# Share of a batch that a mask's corrections are fitted on; the others try it.
+FITTED = 0.6
+
+
+@contextmanager
+def saved(fitted: Fitted, output: Path) -> Iterator[str]:
+    """Lend a calibration that is not finished a file beside the output."""
+    path = output.with_suffix(".unfinished.safetensors")
+    # Where no scale is known yet, the gate never skips.
+    scales = fitted.scales or {CacheConfig.significance_level: 0.0}
+    replace(fitted, scales=scales).save(path)
+    try:
+        yield str(path)
+    finally:
+        path.unlink()
+
+
+class MaskTrials:
+    """Finds the masks of a calibration, and their corrections.
+
+    Masks are proposed by `MaskSearch` and evenly spaced; each is run on a batch of generations,
+    with corrections fitted on some of them (`SteeringForecaster`), and judged by the others: a
+    smaller error of each forecast need not make a better picture. From the best mask on, single
+    steps are moved as long as that helps.
+
+    Args:
+        runs: the pipeline.
+        fitted: the calibration so far.
+        parts: the records.
+        console: for progress.
+    """
+
+    def __init__(self, runs: Calibrator, fitted: Fitted, parts: build.Split, console: Console):
+        self.runs, self.fitted, self.parts, self.console = runs, fitted, parts, console
+        self.steps = len(fitted.noise_levels)
+        self.batch = list(range(min(runs.options.batch_size, len(runs.prompts))))
+        self.full, self.reference = self._full_run()
+        self._steered: dict[tuple[int, ...], NDArray[np.float32]] = {}
+
+    def search(self) -> tuple[Fitted, dict[str, Any]]:
+        """Return the calibration with masks, its cells without corrections where they lost."""
+        budgets = sorted(self.runs.options.computed_steps, reverse=True)
+        kinds = {
+            "corrected": self.fitted,
+            "plain": build.without_corrections(self.fitted, self.parts),
+        }
+        even = {kind: self._tried_evenly(candidate, budgets) for kind, candidate in kinds.items()}
+        chosen = max(kinds, key=lambda kind: np.mean(list(even[kind].values())))
+        seeker = MaskSearch(
+            build.flat(self.parts.fit),
+            self.fitted.noise_levels,
+            kinds[chosen].weights,
+            self._impact(),
+        )
+        masks: dict[int, list[int]] = {}
+        report: dict[str, Any] = {}
+        for budget in track(budgets, "masks", console=self.console):
+            proposed = {
+                "searched": seeker.best(budget),
+                "even": even_mask(self.steps, budget),
+                "even, last skipped": even_mask(self.steps, budget, last=False),
+            }
+            found = {name: (self.steered(mask), mask) for name, mask in proposed.items()}
+            best = max(found.values())
+            moved, masks[budget] = improved(*best, self.runs.options.moves, self.steered)
+            report[str(budget)] = {
+                **{f"{kind}, even": even[kind][budget] for kind in kinds},
+                **{f"steered, {name}": value for name, (value, _) in found.items()},
+                "steered, moved": moved,
+            }
+        ascending = [masks[count] for count in sorted(masks)]
+        seeing = np.stack([self._steered[tuple(mask)] for mask in ascending])
+        blind = np.stack([self._run(mask, sees_latents=False)[1] for mask in ascending])
+        fitted = replace(kinds[chosen], masks=masks, steering=seeing, steering_blind=blind)
+        return fitted, {"chosen": chosen, "latent_snr_db": report}
+
+    def steered(self, mask: list[int]) -> float:
+        """Fit corrections for a mask; return what it makes of the generations held out, in dB."""
+        value, self._steered[tuple(mask)] = self._run(mask, sees_latents=True)
+        return value
+
+    def _run(self, mask: list[int], sees_latents: bool) -> tuple[float, NDArray[np.float32]]:
+        with self._observer() as observer:
+            forecaster = SteeringForecaster(self.full, observer, sees_latents)
+            found = self.runs.latents(*self.batch, forecaster=forecaster, steps_mask=mask)
+        rows = range(self.full.fitted, len(self.batch))
+        return float(
+            np.mean([ratio_db(found[i], self.reference[i]) for i in rows])
+        ), forecaster.found
+
+    def _observer(self) -> Observer:
+        options = self.runs.options
+        return Observer(self.runs.pipe.transformer, len(self.batch), options.max_tokens)
+
+    def _full_run(self) -> tuple[FullRun, torch.Tensor]:
+        with self._observer() as observer:
+            final = self.runs.latents(*self.batch)
+        calls = len(observer.outputs)
+        if calls != self.steps:
+            raise ValueError(
+                f"{calls} calls of the transformer in {self.steps} steps: masks are searched where "
+                "guidance comes in one call a step; leave --computed_steps out"
+            )
+        count = len(self.batch)
+        fitted = min(max(1, round(FITTED * count)), count - 1)
+        return FullRun.of(observer, final, fitted), final
+
+    def _tried_evenly(self, candidate: Fitted, budgets: list[int]) -> dict[int, float]:
+        """Return how the corrections of cells do with even masks, by number of computed steps."""
+        first = len(self.parts.fit)
+        tried = range(first, first + min(TRIED, len(self.parts.held_out)))
+        references = {index: self.runs.latents(index) for index in tried}
+        found = {}
+        with saved(candidate, self.runs.options.output) as path:
+            for budget in budgets:
+                mask = even_mask(self.steps, budget)
+                cache = {"calibration": path, "steps_mask": mask}
+                ratios = [
+                    ratio_db(self.runs.latents(index, **cache), reference)
+                    for index, reference in references.items()
+                ]
+                found[budget] = float(np.mean(ratios))
+        return found
+
+    def _impact(self) -> np.ndarray:
+        """Return by how much an error of the output at each step moves the final latents."""
+        folder = self.runs.folder
+        cached = folder / "impact.npy" if folder else None
+        if cached is not None and cached.exists():
+            return np.load(cached)
+        references = [self.runs.latents(i) for i in range(IMPACT)]
+        moved = np.zeros((IMPACT, self.steps))
+        for step in track(range(1, self.steps), "impact of steps", console=self.console):
+            mask = [int(s != step) for s in range(self.steps)]
+            for i, reference in enumerate(references):
+                found = self.runs.latents(i, steps_mask=mask)
+                moved[i, step] = float((found - reference).double().norm())
+        records = build.flat(self.parts.fit[:IMPACT])
+        impact = step_impact(moved, records, self.fitted.noise_levels)
+        if cached is not None:
+            np.save(cached, impact)
+        return impact
+
+
+def improved(
+    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float]
+) -> tuple[float, list[int]]:
+    """Move computed steps to free neighbours as long as the value rises, for so many tries."""
+    seen = [mask]
+    for _ in range(moves):
+        rest = [candidate for candidate in neighbours(mask) if candidate not in seen]
+        if not rest:
+            break
+        seen.append(rest[0])
+        found = of(rest[0])
+        if found > value:
+            value, mask = found, rest[0]
+    return value, mask
+
+
+def neighbours(mask: list[int]) -> list[list[int]]:
+    """Return the masks with one computed step but the first moved by one."""
+    found = []
+    for step in range(1, len(mask)):
+        for other in (step - 1, step + 1):
+            if mask[step] and 0 < other < len(mask) and not mask[other]:
+                moved = list(mask)
+                moved[step], moved[other] = 0, 1
+                found.append(moved)
+    return found
+
+
+def ratio_db(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Signal-to-noise ratio of final latents against those of full computation, in dB."""
+    error = (found.double() - wanted.double()).square().mean().clamp_min(1e-20)
+    return float(10 * torch.log10(wanted.double().square().mean() / error))
+
+
+def print_masks(report: dict[str, Any], fitted: Fitted, console: Console) -> None:
+    """Print how the tried masks did, and which steps the chosen ones compute."""
+    table = Table(
+        title="final latents against full computation, dB; corrections of cells: "
+        + ("kept" if report["chosen"] == "corrected" else "dropped")
+    )
+    columns = ("corrected, even", "plain, even", "steered, best", "steps moved")
+    for name in ("computed", *columns, "chosen steps"):
+        table.add_column(name, justify="right")
+    for budget, found in report["latent_snr_db"].items():
+        proposed = [db for name, db in found.items() if name.startswith("steered")]
+        values = (
+            found["corrected, even"],
+            found["plain, even"],
+            max(proposed[:-1]),
+            found["steered, moved"],
+        )
+        steps = [step for step, flag in enumerate(fitted.masks[int(budget)]) if flag]
+        table.add_row(budget, *(f"{db:.1f}" for db in values), " ".join(map(str, steps)))
+    console.print(table)

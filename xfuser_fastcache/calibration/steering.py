@@ -1,0 +1,218 @@
+"""Corrections for one mask of steps, fitted so that each skipped step leads back to the full run.
+
+A forecast that is nearest to the model's output need not make the nearest picture: errors of
+several skipped steps add up, and the model answers to where they have led. So a batch of
+generations is run with the mask, and at each skipped step the weights are those with which the
+scheduler's next latents come nearest to what full computation had there. The next skipped step
+starts from where these weights have led, and mends what they left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.calibration.record import noise_tokens, sample
+from xfuser_fastcache.forecasters.base import extrapolated
+from xfuser_fastcache.forecasters.output import OutputForecaster
+from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.state import Memory
+
+# Ridge, as a share of each term's own energy.
+RIDGE = 1e-3
+# Largest relative residual of a scheduler that counts as linear.
+LINEAR = 1e-3
+
+
+class Observer:
+    """Keeps what the transformer is given and puts out while it is entered.
+
+    Args:
+        transformer: whose forward the pipeline calls, with all guidance of a step in one call.
+        generations: pictures of the batch, `n`; a call holds `k n` of them, those without guidance
+            first, as diffusers' pipelines do.
+        max_tokens: tokens of a picture that are kept, an even selection.
+
+    Attributes:
+        latents: of each step so far, `(n, tokens, channels)`, float32.
+        outputs: noise predictions of each step so far, `(k, n, tokens, channels)`, float32.
+    """
+
+    def __init__(self, transformer: nn.Module, generations: int, max_tokens: int):
+        self.transformer = transformer
+        self.generations = generations
+        self.max_tokens = max_tokens
+        self.latents: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+        self._handle: Any = None
+
+    def __enter__(self) -> Observer:
+        self._handle = self.transformer.register_forward_hook(self._observe, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return `(k n, tokens, channels)` as `(k, n, selected tokens, channels)`."""
+        return sample(tokens, self.max_tokens).unflatten(0, (-1, self.generations)).float()
+
+    def _observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        latents = ForwardContract().read(args, kwargs).hidden_states
+        self.latents.append(self.rows(latents)[0].clone())
+        image = ForwardContract().unpack(output).hidden_states
+        self.outputs.append(self.rows(noise_tokens(image, latents)).clone())
+
+
+@dataclass(frozen=True)
+class Update:
+    """A scheduler's step: next latents as a linear function of what it has seen.
+
+    Attributes:
+        latents: weight of the latents.
+        outputs: of the noise predictions, `(k,)`: guidance and step size.
+        latents_before: of the latents one step before.
+        outputs_before: of the noise predictions one step before, `(k,)`.
+    """
+
+    latents: float
+    outputs: torch.Tensor
+    latents_before: float
+    outputs_before: torch.Tensor
+
+    def guided(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return what the scheduler makes of `(k, ...)` predictions: one, in their own unit."""
+        return torch.tensordot(self.outputs / self.outputs.sum(), outputs, dims=1)
+
+
+def updates_of(latents: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> list[Update]:
+    """Read a scheduler's steps off generations.
+
+    Args:
+        latents: of all `T` steps and after the last, `(n, tokens, channels)` each.
+        outputs: noise predictions of all steps, `(k, n, tokens, channels)` each.
+
+    Raises:
+        ValueError: the scheduler is not linear in them, or looks back further than one step.
+    """
+    found = []
+    for step, made in enumerate(outputs):
+        seen = [latents[step], *made]
+        if step:
+            seen += [latents[step - 1], *outputs[step - 1]]
+        columns = torch.stack([x.flatten() for x in seen], dim=1).double().cpu().numpy()
+        sizes = np.linalg.norm(columns, axis=0)
+        wanted = latents[step + 1].flatten().double().cpu().numpy()
+        # Euler's latents follow from those before: of many solutions the smallest is taken.
+        weights = np.linalg.lstsq(columns / sizes, wanted, rcond=1e-6)[0] / sizes
+        missed = np.linalg.norm(columns @ weights - wanted) / np.linalg.norm(wanted)
+        if missed > LINEAR:
+            raise ValueError(
+                f"the scheduler's step {step} is not linear in latents and noise predictions "
+                f"({missed:.1e} of it is not explained), so masks cannot be steered"
+            )
+        count = len(made)
+        weights = np.concatenate((weights, np.zeros(2 * (1 + count) - len(weights))))
+        one, before = weights[: 1 + count], weights[1 + count :]
+        found.append(
+            Update(
+                float(one[0]), torch.from_numpy(one[1:]).to(made),
+                float(before[0]), torch.from_numpy(before[1:]).to(made),
+            )
+        )  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """A batch of generations with full computation.
+
+    Attributes:
+        latents: of all `T` steps and after the last, `(n, tokens, channels)` each.
+        outputs: noise predictions, `(k, n, tokens, channels)` each.
+        updates: the scheduler's steps.
+        fitted: how many of the generations weights are fitted on; the others are held out.
+    """
+
+    latents: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    updates: list[Update]
+    fitted: int
+
+    @classmethod
+    def of(cls, observer: Observer, final: torch.Tensor, fitted: int) -> FullRun:
+        """Return what an observer saw of a pipeline's run that ended in the latents `final`.
+
+        Raises:
+            ValueError: see `updates_of`.
+        """
+        tokens = observer.rows(ForwardContract().read((final,), {}).hidden_states)[0]
+        latents = [*observer.latents, tokens]
+        return cls(latents, observer.outputs, updates_of(latents, observer.outputs), fitted)
+
+
+class SteeringForecaster(OutputForecaster):
+    """Forecasts a batch of generations, and fits its weights on the first of them as it goes.
+
+    It runs in the engine's place of an `OutputForecaster`, on its very terms. With w the weights
+    and F the terms, a skipped step minimises the mean over generations of
+    ``|guided(target - plain - F w)|^2 / |guided(full output)|^2``, plus a ridge that shrinks to the
+    plain extrapolation. The target is the output that would take the scheduler from where it is to
+    the full run's next latents.
+
+    Args:
+        full: the same batch with full computation.
+        observer: of this run.
+        sees_latents: see `OutputForecaster`.
+
+    Attributes:
+        found: the weights, `(T, 5)`, blind `(T, 3)`; 0 at computed steps.
+    """
+
+    depth = 3
+
+    def __init__(self, full: FullRun, observer: Observer, sees_latents: bool = True):
+        super().__init__(sees_latents=sees_latents)
+        self.full = full
+        self.observer = observer
+        self.found = np.zeros((len(full.outputs), 5 if sees_latents else 3), np.float32)
+
+    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
+        """Fit this step's weights, and return the corrected forecast."""
+        step = len(self.observer.outputs)
+        plain, terms = extrapolated(memory, noise_level), self.terms(memory, inputs)
+        latents = inputs.hidden_states
+        rows = [self.observer.rows(noise_tokens(x, latents)) for x in (plain.hidden_states, *terms)]
+        self.found[step] = self._fit(step, self.observer.rows(latents)[0], rows[0], rows[1:])
+        return self.corrected(plain, terms, self.found[step].tolist())
+
+    def _fit(
+        self, step: int, latents: torch.Tensor, plain: torch.Tensor, terms: list[torch.Tensor]
+    ) -> NDArray[np.float32]:
+        full, update = self.full, self.full.updates[step]
+        astray = update.latents * (latents - full.latents[step])
+        if step:
+            seen, before = self.observer, step - 1
+            astray += update.latents_before * (seen.latents[before] - full.latents[before])
+            made = seen.outputs[before] - full.outputs[before]
+            astray += torch.tensordot(update.outputs_before, made, dims=1)
+        target = full.outputs[step] - astray / update.outputs.sum()
+        size = update.guided(full.outputs[step])[: full.fitted].flatten(1).norm(dim=1)
+
+        def relative(rows: torch.Tensor) -> NDArray[np.float64]:
+            guided = update.guided(rows)[: full.fitted].flatten(1) / size[:, None]
+            return guided.flatten().double().cpu().numpy()
+
+        columns = np.stack([relative(term) for term in terms], axis=1)
+        square = columns.T @ columns
+        square += RIDGE * np.diag(np.diag(square)) + 1e-12 * np.eye(len(terms))
+        return np.linalg.solve(square, columns.T @ relative(target - plain)).astype(np.float32)
