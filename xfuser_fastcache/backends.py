@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.fitted import Fitted
@@ -13,10 +13,15 @@ from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
 from xfuser_fastcache.forecasters.taylor import SecondOrderTaylorForecaster, TaylorForecaster
+from xfuser_fastcache.gates.accumulated import IDENTITY, AccumulatedGate
 from xfuser_fastcache.gates.base import Gate
 from xfuser_fastcache.gates.calibrated import CalibratedGate
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
+from xfuser_fastcache.gates.codebook import CodebookGate
+from xfuser_fastcache.gates.first_block import FirstBlockGate
+from xfuser_fastcache.gates.interval import IntervalGate
 from xfuser_fastcache.layout import DecisionGroup
+from xfuser_fastcache.probes import Probe
 
 FORECASTERS: dict[str, type[Forecaster]] = {
     "reuse": ReuseForecaster,
@@ -28,27 +33,76 @@ FORECASTERS: dict[str, type[Forecaster]] = {
 }
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A cache method: when to skip, and what stands in.
-
-    Attributes:
-        gate: from the options and, where one is given, a calibration.
-        forecaster: likewise, for a rank's place in the decision group.
-    """
-
-    gate: Callable[[CacheConfig, Fitted | None], Gate]
-    forecaster: Callable[[CacheConfig, Fitted | None, DecisionGroup], Forecaster]
-
-
-def _fast_gate(config: CacheConfig, fitted: Fitted | None) -> Gate:
+def _chi_square(config: CacheConfig, fitted: Fitted | None, polynomial: Any) -> Gate:
     if fitted is None:
         return ChiSquareGate.from_config(config)
     test = config.test or "conformal"
     return CalibratedGate(fitted, config.cache_ratio_threshold, test, config.significance_level)
 
 
-def _forecaster(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup) -> Forecaster:
+def _first_block(config: CacheConfig, fitted: Any, polynomial: Any) -> Gate:
+    return FirstBlockGate(config.cache_ratio_threshold)
+
+
+def _accumulated(config: CacheConfig, fitted: Any, polynomial: tuple[float, ...] | None) -> Gate:
+    coefficients = config.coefficients or polynomial or IDENTITY
+    return AccumulatedGate(config.cache_ratio_threshold, coefficients)
+
+
+def _interval(config: CacheConfig, fitted: Any, polynomial: Any) -> Gate:
+    return IntervalGate(config.cache_interval)
+
+
+def _codebook(config: CacheConfig, fitted: Any, polynomial: Any) -> Gate:
+    return CodebookGate(config.codebook)
+
+
+# A backend is a gate and, unless another is asked for, the forecaster in `published.DEFAULTS`. A
+# gate comes from the options, a calibration where one is given, and the polynomial from change of
+# input to change of output that is published for the model, where one is.
+BACKENDS: dict[str, Callable[..., Gate]] = {
+    "Fast": _chi_square,
+    "Fb": _first_block,
+    "Tea": _accumulated,
+    "TaylorSeer": _interval,
+    "Ada": _codebook,
+    "Custom": _accumulated,
+}
+
+
+def gate_of(
+    config: CacheConfig,
+    fitted: Fitted | None = None,
+    polynomial: tuple[float, ...] | None = None,
+) -> Gate:
+    """Return the gate that a config asks for.
+
+    Args:
+        config: validated options.
+        fitted: what a calibration left for the model, or None.
+        polynomial: published for the model, highest power first; None for none.
+
+    Raises:
+        ValueError: an unknown backend; the message lists the known ones. Or a gate that rests on
+            what blocks do, with a forecaster that stands in for the whole forward pass.
+    """
+    if config.use_cache not in BACKENDS:
+        raise ValueError(
+            f"unknown cache backend {config.use_cache!r}; known: {', '.join(BACKENDS)}"
+        )
+    gate = BACKENDS[config.use_cache](config, fitted, polynomial)
+    blind = [probe.value for probe in gate.probes if probe is not Probe.SPAN_INPUT]
+    if blind and FORECASTERS[config.forecaster].whole_forward:
+        raise ValueError(
+            f"the gate of use_cache={config.use_cache!r} rests on {' and '.join(blind)}, which a "
+            f"forward pass that forecaster={config.forecaster!r} stands in for does not reach; "
+            "choose another forecaster"
+        )
+    return gate
+
+
+def forecaster_of(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup) -> Forecaster:
+    """Return the forecaster that a config asks for, for a rank's place in the decision group."""
     if fitted is None:
         return FORECASTERS[config.forecaster]()
     # A pipeline's stages but the last hand on what no calibration has seen.
@@ -56,17 +110,3 @@ def _forecaster(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup
     sees_latents = group.stages == 1
     steering = fitted.steering_of(config.steps_mask, sees_latents) if last else None
     return OutputForecaster(fitted if last else None, sees_latents, steering)
-
-
-BACKENDS: dict[str, Backend] = {"Fast": Backend(_fast_gate, _forecaster)}
-
-
-def backend(name: str) -> Backend:
-    """Return a backend by name.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown cache backend {name!r}; known: {', '.join(BACKENDS)}")
-    return BACKENDS[name]

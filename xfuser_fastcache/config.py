@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
+from xfuser_fastcache import published
+from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
 FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
@@ -24,6 +24,14 @@ def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
 
 def _later(allowed: str, meaning: str, missing: str) -> Any:
     return _option(None, allowed, meaning, missing)
+
+
+def _published(allowed: str, meaning: str) -> Any:
+    """A field whose default is the backend's own; see `published.py`."""
+    return field(
+        default=None,
+        metadata={"allowed": allowed, "meaning": meaning, "later": "", "published": True},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +53,11 @@ class CacheConfig:
     """
 
     use_cache: str = _option("Fast", "a registered backend", "backend: gate x forecaster")
-    cache_ratio_threshold: float = _option(
-        0.05,
+    cache_ratio_threshold: float = _published(
         "number >= 0; 0 never skips",
-        "epsilon: relative change of a span's input below which the span may be skipped (ratio)",
+        "relative change below which may be skipped (ratio): of a span's input (Fast: epsilon), of "
+        "the first block's residual (Fb), accumulated, of its modulated input (Tea, Custom); "
+        "xDiT's `rel_l1_thresh`",
     )
     significance_level: float = _option(
         0.05, "0 < number < 1", "alpha of the test (ratio); smaller is safer with test='chi2'"
@@ -60,8 +69,7 @@ class CacheConfig:
         "needs a calibration and is the default with one (else chi2); paper: FastCache's literal "
         "rule, which accepts nearly any change below 100 %",
     )
-    forecaster: str = _option(
-        "taylor",
+    forecaster: str = _published(
         "reuse | linear | taylor | taylor2 | linear_taylor | output",
         "what stands in for a skipped span; output: for the whole forward pass",
     )
@@ -70,9 +78,21 @@ class CacheConfig:
         "'stack', 'block' or int >= 1",
         "spans decided together: the whole stack, every block, or that many cuts",
     )
-    num_warmup_steps: int = _option(2, "int >= 0", "first steps that are always computed")
-    max_consecutive_skips: int = _option(
-        4, "int >= 1", "a span is computed after so many skips in a row"
+    num_warmup_steps: int = _published("int >= 0", "first steps that are always computed")
+    max_consecutive_skips: int | None = _published(
+        "int >= 1", "a span is computed after so many skips in a row; without a limit where none"
+    )
+    coefficients: list[float] | None = _published(
+        "list of numbers, highest power first",
+        "Tea, Custom: polynomial from relative change of the modulated input to that of the "
+        "output; left out: the one published for the model, or the identity",
+    )
+    cache_interval: int = _published(
+        "int >= 1; 1 never skips", "TaylorSeer: steps from one computed step to the next"
+    )
+    codebook: dict[float, int] = _published(
+        "slow | fast, or mapping of numbers > 0 to ints >= 1",
+        "Ada: upper end of a rate of change (ratio a step) -> steps to the next computed step",
     )
     num_steps: int | None = _option(
         None,
@@ -156,6 +176,8 @@ class CacheConfig:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.use_cache, str):
+            self._refuse("use_cache", TypeError)
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             # A switch that is off asks for nothing, so it is no request for what is missing.
@@ -165,11 +187,14 @@ class CacheConfig:
                     f"{option.name}={value!r} needs {option.metadata['later']}, which this version "
                     f"does not have yet. Leave {option.name} out."
                 )
-        self._number("cache_ratio_threshold", lambda v: v >= 0)
+        self._published_options()
+        if self.cache_ratio_threshold is not None:
+            self._number("cache_ratio_threshold", lambda v: v >= 0)
         self._number("significance_level", lambda v: 0 < v < 1)
         self._number("sync_timeout_s", lambda v: 0 < v < math.inf)
         self._integer("num_warmup_steps", 0)
-        self._integer("max_consecutive_skips", 1)
+        if self.max_consecutive_skips is not None:
+            self._integer("max_consecutive_skips", 1)
         if self.num_steps is not None:
             self._integer("num_steps", 1)
         if self.test is not None:
@@ -191,8 +216,6 @@ class CacheConfig:
                 value is None and name == "return_hidden_states_first"
             ):
                 self._refuse(name, TypeError)
-        if not isinstance(self.use_cache, str):
-            self._refuse("use_cache", TypeError)
         if isinstance(self.granularity, str):
             self._choice("granularity", ("stack", "block"))
         else:
@@ -211,6 +234,52 @@ class CacheConfig:
             if not mask or any(m not in (0, 1) or isinstance(m, bool) for m in mask) or not mask[0]:
                 self._refuse("steps_mask", ValueError)
 
+    def _published_options(self) -> None:
+        """Fill options that were left out with the backend's own, and check those of some backends.
+
+        Raises:
+            ValueError: an option that the backend does not have.
+        """
+        defaults = published.DEFAULTS.get(self.use_cache, published.DEFAULTS["Fast"])
+        own = published.OWN.get(self.use_cache, {})
+        for name in ("cache_ratio_threshold", *published.OWNED):
+            known = name in own or defaults.get(name) is not None
+            if getattr(self, name) is not None and not known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is no option of use_cache={self.use_cache!r}; "
+                    "leave it out, or choose another backend"
+                )
+        for name, value in {**defaults, **own}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.cache_interval is not None:
+            self._integer("cache_interval", 1)
+        if self.coefficients is not None:
+            if not isinstance(self.coefficients, list) or not self.coefficients:
+                self._refuse("coefficients", TypeError)
+            if not all(_is_number(value) and math.isfinite(value) for value in self.coefficients):
+                self._refuse("coefficients", ValueError)
+        if self.codebook is not None:
+            object.__setattr__(self, "codebook", self._codebook())
+
+    def _codebook(self) -> dict[float, int]:
+        """Return the codebook by numbers: JSON has text for keys."""
+        given: Any = self.codebook
+        if isinstance(given, str) and given in published.CODEBOOKS:
+            return dict(published.CODEBOOKS[given])
+        if not isinstance(given, dict):
+            self._refuse("codebook", ValueError if isinstance(given, str) else TypeError)
+        try:
+            found = {float(end): interval for end, interval in given.items()}
+        except (TypeError, ValueError):
+            self._refuse("codebook", ValueError)
+        whole = all(
+            isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in found.values()
+        )
+        if not found or not whole or not all(0 < end < math.inf for end in found):
+            self._refuse("codebook", ValueError)
+        return found
+
     def _calibrated_options(self) -> None:
         """Refuse options that need a calibration where there is none, or that none fits."""
         if self.calibration is None:
@@ -220,21 +289,25 @@ class CacheConfig:
                         f"{name}={getattr(self, name)!r} needs a calibration; give "
                         "calibration='FILE', made by scripts/calibrate.py"
                     )
+        elif self.use_cache != "Fast":
+            raise ValueError(
+                f"use_cache={self.use_cache!r} takes no calibration, which is for use_cache='Fast'"
+            )
         elif self.test == "paper":
             raise ValueError("test='paper' takes no calibration; leave one of them out")
-        elif self.forecaster not in ("output", CacheConfig.forecaster):
+        elif self.forecaster not in ("output", published.DEFAULTS["Fast"]["forecaster"]):
             raise ValueError(
                 f"forecaster={self.forecaster!r} does not go with a calibration, which is for "
                 "forecaster='output'; leave forecaster out"
             )
 
-    def _refuse(self, name: str, error: type[Exception]) -> None:
+    def _refuse(self, name: str, error: type[Exception]) -> NoReturn:
         allowed = self.__dataclass_fields__[name].metadata["allowed"]
         raise error(f"{name}={getattr(self, name)!r} is not allowed; give {allowed}")
 
     def _number(self, name: str, within: Any) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             self._refuse(name, TypeError)
         if not within(value):
             self._refuse(name, ValueError)
@@ -304,42 +377,8 @@ class CacheConfig:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in JSON and in YAML 1.2; YAML 1.1 takes it for text."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds one mapping.
-
-    Raises:
-        ValueError: no such file, a file that does not parse, or one that holds something else.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            # Not all JSON is YAML: tabs are not.
-            loaded = json.loads(text)
-        except json.JSONDecodeError:
-            loaded = yaml.load(text, _Yaml)
-    except OSError as error:
-        raise ValueError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"the config file {str(path)!r} is not valid YAML or JSON: {error}"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(
-            f"the config file {str(path)!r} must hold a mapping of options, not "
-            f"{type(loaded).__name__}"
-        )
-    return loaded
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def options_table() -> str:
@@ -348,8 +387,24 @@ def options_table() -> str:
     for option in dataclasses.fields(CacheConfig):
         meta = option.metadata
         meaning = meta["meaning"] + (f" (raises: needs {meta['later']})" if meta["later"] else "")
-        cells = (f"`{option.name}`", f"`{option.type}`", f"`{option.default!r}`", meta["allowed"])
+        default = "the backend's" if meta.get("published") else f"`{option.default!r}`"
+        cells = (f"`{option.name}`", f"`{option.type}`", default, meta["allowed"])
         rows.append(
             " | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip()
         )
+    return "\n".join(rows) + "\n"
+
+
+def defaults_table() -> str:
+    """Return each backend's own defaults in Markdown, as docs/configuration.md holds them."""
+    names = [o.name for o in dataclasses.fields(CacheConfig) if o.metadata.get("published")]
+    rows = [
+        " | ".join(("| backend", *(f"`{name}`" for name in names))) + " |",
+        "| --- " * (1 + len(names)) + "|",
+    ]
+    for backend in published.DEFAULTS:
+        config = CacheConfig(use_cache=backend)
+        values = (getattr(config, name) for name in names)
+        cells = ("" if value is None else f"`{value!r}`" for value in values)
+        rows.append(" | ".join((f"| `{backend}`", *cells)) + " |")
     return "\n".join(rows) + "\n"

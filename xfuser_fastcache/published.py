@@ -1,0 +1,38 @@
+"""What the originals of the backends publish: defaults and tables, with their sources."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# AdaCache, arXiv 2411.02397: upper end of a rate of change -> interval in steps. As in LightX2V.
+CODEBOOKS: dict[str, dict[float, int]] = {
+    "slow": {0.03: 12, 0.05: 10, 0.07: 8, 0.09: 6, 0.11: 4, 1.0: 3},
+    "fast": {0.08: 6, 0.16: 5, 0.24: 4, 0.32: 3, 0.4: 2, 1.0: 1},
+}
+
+# Options that are left out take these. None: the rule knows no such thing.
+_PUBLISHED = {
+    # FastCache's threshold; the rest by measurement (docs/decisions.md).
+    "Fast": (0.05, "taylor", 2, 4),
+    # diffusers' FirstBlockCacheConfig; without a first computed step there is no reference.
+    "Fb": (0.05, "reuse", 1, None),
+    # TeaCache's code for FLUX.
+    "Tea": (0.6, "reuse", 1, None),
+    # diffusers' TaylorSeerCacheConfig.
+    "TaylorSeer": (None, "taylor", 3, None),
+    "Ada": (None, "reuse", 1, None),
+    # LightX2V's CustomCache: TeaCache's decisions, TaylorSeer's forecasts.
+    "Custom": (0.6, "taylor", 1, None),
+}
+_OPTIONS = ("cache_ratio_threshold", "forecaster", "num_warmup_steps", "max_consecutive_skips")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_OPTIONS, values, strict=True)) for name, values in _PUBLISHED.items()
+}
+# Options that belong to some backends alone, with their defaults there.
+OWN: dict[str, dict[str, Any]] = {
+    "Tea": {"coefficients": None},
+    "Custom": {"coefficients": None},
+    "TaylorSeer": {"cache_interval": 5},
+    "Ada": {"codebook": "slow"},
+}
+OWNED = tuple(dict.fromkeys(name for options in OWN.values() for name in options))
