@@ -38,7 +38,7 @@ CUSTOM = {
     [
         ("cache_ratio_treshold", "did you mean 'cache_ratio_threshold'"),
         ("num_step", "did you mean 'num_steps'"),
-        ("zzz", "known: use_cache, cache_ratio_threshold"),
+        ("zzz", "known: use_cache, gate, cache_ratio_threshold"),
         (7, "known: use_cache"),
     ],
 )

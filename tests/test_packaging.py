@@ -42,6 +42,8 @@ ROOMS = (
     "fitted",
     "moments",
     "config",
+    "composition",
+    "lightx2v",
     "published",
     "mappings",
     "linear_map",

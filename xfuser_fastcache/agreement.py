@@ -30,7 +30,7 @@ from xfuser_fastcache.decisions import (
     DecisionLog,
     Judgement,
 )
-from xfuser_fastcache.gates.base import Evidence, Evidences, Gate
+from xfuser_fastcache.gates.base import Evidence, Evidences, Rule
 from xfuser_fastcache.moments import Moments
 from xfuser_fastcache.probes import Group, Probe
 from xfuser_fastcache.state import (
@@ -73,7 +73,7 @@ class Agreement:
         self,
         config: CacheConfig,
         consensus: Consensus,
-        gate: Gate,
+        gate: Rule,
         spans: int,
         groups: list[Group],
         dim: int,

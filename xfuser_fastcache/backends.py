@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from xfuser_fastcache.composition import combination
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.fitted import Fitted
 from xfuser_fastcache.forecasters.base import Forecaster
@@ -14,13 +16,15 @@ from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
 from xfuser_fastcache.forecasters.taylor import SecondOrderTaylorForecaster, TaylorForecaster
 from xfuser_fastcache.gates.accumulated import IDENTITY, AccumulatedGate
-from xfuser_fastcache.gates.base import Gate
+from xfuser_fastcache.gates.base import Gate, Rule
 from xfuser_fastcache.gates.calibrated import CalibratedGate
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.gates.codebook import CodebookGate
+from xfuser_fastcache.gates.combined import AllOf, AnyOf
 from xfuser_fastcache.gates.first_block import FirstBlockGate
 from xfuser_fastcache.gates.interval import IntervalGate
 from xfuser_fastcache.layout import DecisionGroup
+from xfuser_fastcache.plugins import GATES, registered
 from xfuser_fastcache.probes import Probe
 
 FORECASTERS: dict[str, type[Forecaster]] = {
@@ -74,8 +78,8 @@ def gate_of(
     config: CacheConfig,
     fitted: Fitted | None = None,
     polynomial: tuple[float, ...] | None = None,
-) -> Gate:
-    """Return the gate that a config asks for.
+) -> Rule:
+    """Return the gate that a config asks for, or the gates that decide together.
 
     Args:
         config: validated options.
@@ -83,22 +87,56 @@ def gate_of(
         polynomial: published for the model, highest power first; None for none.
 
     Raises:
-        ValueError: an unknown backend; the message lists the known ones. Or a gate that rests on
-            what blocks do, with a forecaster that stands in for the whole forward pass.
+        ValueError: an unknown backend or gate; the message lists the known ones. Or a gate that
+            rests on what blocks do, with a forecaster that stands in for the whole forward pass.
     """
     if config.use_cache not in BACKENDS:
         raise ValueError(
             f"unknown cache backend {config.use_cache!r}; known: {', '.join(BACKENDS)}"
         )
-    gate = BACKENDS[config.use_cache](config, fitted, polynomial)
+    gate: Rule
+    if config.gate is None:
+        gate = BACKENDS[config.use_cache](config, fitted, polynomial)
+    else:
+        gate = _composed(config.gate, polynomial)
     blind = [probe.value for probe in gate.probes if probe is not Probe.SPAN_INPUT]
+    named = f"use_cache={config.use_cache!r}" if config.gate is None else f"gate={config.gate!r}"
     if blind and FORECASTERS[config.forecaster].whole_forward:
         raise ValueError(
-            f"the gate of use_cache={config.use_cache!r} rests on {' and '.join(blind)}, which a "
+            f"the gate of {named} rests on {' and '.join(blind)}, which a "
             f"forward pass that forecaster={config.forecaster!r} stands in for does not reach; "
             "choose another forecaster"
         )
     return gate
+
+
+def _composed(given: Any, polynomial: tuple[float, ...] | None) -> Rule:
+    """Return what `CacheConfig.gate` describes; see composition.py."""
+    if isinstance(given, str):
+        given = {"name": given}
+    key = combination(given)
+    if key is not None:
+        parts = [_composed(part, polynomial) for part in given[key]]
+        return AllOf(parts) if key == "all_of" else AnyOf(parts)
+    options = {option: value for option, value in given.items() if option != "name"}
+    name = given["name"]
+    if name in BACKENDS:
+        config = CacheConfig.from_dict({"use_cache": name, **options})
+        return BACKENDS[name](config, None, polynomial)
+    others = registered(GATES)
+    if name not in others:
+        raise ValueError(
+            f"unknown gate {name!r}; known: {', '.join((*BACKENDS, *others))}. A package adds one "
+            f"under the entry point group {GATES!r}"
+        )
+    make = others[name].load()
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"gate {name!r} with options {options!r}: {error}; it takes {inspect.signature(make)}"
+        ) from error
+    return make(**options)
 
 
 def forecaster_of(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup) -> Forecaster:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xfuser_fastcache import published
+from xfuser_fastcache import composition, lightx2v, published
 from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
@@ -53,6 +53,13 @@ class CacheConfig:
     """
 
     use_cache: str = _option("Fast", "a registered backend", "backend: gate x forecaster")
+    gate: Any = _option(
+        None,
+        "a gate's name, a mapping with `name` and its options, or `all_of` or `any_of` with a list "
+        "of these; or none",
+        "decides in place of the backend's gate: a backend's by its name, another package's, or "
+        "several together; its options, such as the threshold, stand inside it",
+    )
     cache_ratio_threshold: float = _published(
         "number >= 0; 0 never skips",
         "relative change below which may be skipped (ratio): of a span's input (Fast: epsilon), of "
@@ -240,15 +247,19 @@ class CacheConfig:
         Raises:
             ValueError: an option that the backend does not have.
         """
-        defaults = published.DEFAULTS.get(self.use_cache, published.DEFAULTS["Fast"])
+        defaults = dict(published.DEFAULTS.get(self.use_cache, published.DEFAULTS["Fast"]))
         own = published.OWN.get(self.use_cache, {})
+        place = (
+            f"no option of use_cache={self.use_cache!r}; leave it out, or choose another backend"
+        )
+        if self.gate is not None:
+            composition.check(self.gate)
+            defaults["cache_ratio_threshold"], own = None, {}
+            place = "an option of a gate; give it inside gate={'name': NAME, ...}"
         for name in ("cache_ratio_threshold", *published.OWNED):
             known = name in own or defaults.get(name) is not None
             if getattr(self, name) is not None and not known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is no option of use_cache={self.use_cache!r}; "
-                    "leave it out, or choose another backend"
-                )
+                raise ValueError(f"{name}={getattr(self, name)!r} is {place}")
         for name, value in {**defaults, **own}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -260,25 +271,10 @@ class CacheConfig:
             if not all(_is_number(value) and math.isfinite(value) for value in self.coefficients):
                 self._refuse("coefficients", ValueError)
         if self.codebook is not None:
-            object.__setattr__(self, "codebook", self._codebook())
-
-    def _codebook(self) -> dict[float, int]:
-        """Return the codebook by numbers: JSON has text for keys."""
-        given: Any = self.codebook
-        if isinstance(given, str) and given in published.CODEBOOKS:
-            return dict(published.CODEBOOKS[given])
-        if not isinstance(given, dict):
-            self._refuse("codebook", ValueError if isinstance(given, str) else TypeError)
-        try:
-            found = {float(end): interval for end, interval in given.items()}
-        except (TypeError, ValueError):
-            self._refuse("codebook", ValueError)
-        whole = all(
-            isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in found.values()
-        )
-        if not found or not whole or not all(0 < end < math.inf for end in found):
-            self._refuse("codebook", ValueError)
-        return found
+            book = published.read_codebook(self.codebook)
+            if book is None:
+                self._refuse("codebook", ValueError)
+            object.__setattr__(self, "codebook", book)
 
     def _calibrated_options(self) -> None:
         """Refuse options that need a calibration where there is none, or that none fits."""
@@ -289,6 +285,11 @@ class CacheConfig:
                         f"{name}={getattr(self, name)!r} needs a calibration; give "
                         "calibration='FILE', made by scripts/calibrate.py"
                     )
+        elif self.gate is not None:
+            raise ValueError(
+                f"gate={self.gate!r} takes no calibration, which is for use_cache='Fast' alone; "
+                "leave one of them out"
+            )
         elif self.use_cache != "Fast":
             raise ValueError(
                 f"use_cache={self.use_cache!r} takes no calibration, which is for use_cache='Fast'"
@@ -352,11 +353,14 @@ class CacheConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CacheConfig:
-        """Read a config from a YAML or JSON file: a mapping of options, or a config of generate.py.
+        """Read a config from a YAML or JSON file.
 
-        The latter holds the options under `cache_config`, with `use_cache` beside it.
+        It is a mapping of options; or a config of generate.py, which holds them under
+        `cache_config`, with `use_cache` beside it; or one of LightX2V, with `feature_caching`.
         """
         options = read_mapping(path)
+        if lightx2v.MARK in options:
+            return cls.from_dict(lightx2v.read(options, [o.name for o in dataclasses.fields(cls)]))
         if "cache_config" in options:
             nested = options["cache_config"]
             if not isinstance(nested, dict):
@@ -370,6 +374,10 @@ class CacheConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a mapping that `from_dict` reads back."""
         return dataclasses.asdict(self)
+
+    def to_lightx2v(self) -> dict[str, Any]:
+        """Return the options as LightX2V's JSON files have them, which `from_file` reads back."""
+        return lightx2v.write(self.to_dict())
 
     def digest(self) -> int:
         """Return 48 bits that are the same for equal options, on every rank and machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 # AdaCache, arXiv 2411.02397: upper end of a rate of change -> interval in steps. As in LightX2V.
@@ -36,3 +37,23 @@ OWN: dict[str, dict[str, Any]] = {
     "Ada": {"codebook": "slow"},
 }
 OWNED = tuple(dict.fromkeys(name for options in OWN.values() for name in options))
+
+
+def read_codebook(given: Any) -> dict[float, int] | None:
+    """Return a codebook by its name or its entries, or None where that is none.
+
+    Example:
+        >>> read_codebook({"0.1": 4, 1: 2}), read_codebook("slower"), read_codebook({0.1: 0})
+        ({0.1: 4, 1.0: 2}, None, None)
+    """
+    if isinstance(given, str):
+        return dict(CODEBOOKS[given]) if given in CODEBOOKS else None
+    if not isinstance(given, dict) or not given:
+        return None
+    try:
+        found = {float(end): interval for end, interval in given.items()}  # JSON has text for keys
+    except (TypeError, ValueError):
+        return None
+    intervals = [i for i in found.values() if isinstance(i, int) and not isinstance(i, bool)]
+    fine = len(intervals) == len(found) and min(intervals) >= 1
+    return found if fine and all(0 < end < math.inf for end in found) else None

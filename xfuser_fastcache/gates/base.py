@@ -65,13 +65,37 @@ class Verdict:
 Evidences = Mapping[Probe | None, Evidence]
 
 
-class Gate(ABC):
+class Rule(ABC):
+    """One gate, or several that decide together: what the engine asks.
+
+    It sees no tensor, and what it remembers from step to step is a value that `learn` returns: kept
+    for each branch and span, forgotten with the generation, and a function of evidence alone. Then
+    ranks that are given the same evidence cannot decide differently.
+    """
+
+    @property
+    @abstractmethod
+    def probes(self) -> tuple[Probe, ...]:
+        """What is measured for it, each once."""
+
+    def init(self) -> Any:
+        """Return what is remembered at the beginning of a generation; None for nothing ever."""
+        return None
+
+    @abstractmethod
+    def weigh(self, evidence: Evidences, state: Any) -> Verdict | None:
+        """Weigh the evidence of one span; None where it cannot, for want of any."""
+
+    @abstractmethod
+    def learn(self, state: Any, evidence: Evidences, skipped: bool) -> Any:
+        """Return what is remembered after a decision; see `Gate.update`."""
+
+
+class Gate(Rule):
     """Says whether a span may be skipped, as a pure function of evidence that all ranks share.
 
-    A gate sees no tensor, and what it remembers from step to step is a value that `update` returns:
-    kept for each branch and span, forgotten with the generation, and a function of evidence alone.
-    Then ranks that are given the same evidence cannot decide differently. Comparisons are strict,
-    so a threshold of 0 never skips.
+    A subclass has `judge` and, where it remembers something, `init` and `update`. Comparisons are
+    strict, so a threshold of 0 never skips.
 
     Attributes:
         probe: what is measured for it; None for a gate that needs no measurement.
@@ -80,10 +104,6 @@ class Gate(ABC):
 
     probe: ClassVar[Probe | None] = Probe.SPAN_INPUT
     asks_always: ClassVar[bool] = False
-
-    def init(self) -> Any:
-        """Return what is remembered at the beginning of a generation; None for nothing ever."""
-        return None
 
     @abstractmethod
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
@@ -99,15 +119,13 @@ class Gate(ABC):
         """
         return state
 
-    # ---- what the agreement calls; a combination of gates has its own -----------------------
-
     @property
     def probes(self) -> tuple[Probe, ...]:
-        """What is measured for it."""
+        """Its one probe, if any."""
         return () if self.probe is None else (self.probe,)
 
     def weigh(self, evidence: Evidences, state: Any) -> Verdict | None:
-        """Judge by the evidence of its probe; None where it is not asked for want of any."""
+        """Judge by the evidence of its probe."""
         found = evidence[self.probe]
         if found.tokens == 0 and not self.asks_always:
             return None
