@@ -9,6 +9,7 @@ from typing import Any
 from xfuser_fastcache.composition import combination
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.forecasters.adacorrection import AdaCorrection
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
@@ -142,7 +143,10 @@ def _composed(given: Any, polynomial: tuple[float, ...] | None) -> Rule:
 def forecaster_of(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup) -> Forecaster:
     """Return the forecaster that a config asks for, for a rank's place in the decision group."""
     if fitted is None:
-        return FORECASTERS[config.forecaster]()
+        chosen = FORECASTERS[config.forecaster]()
+        if config.enable_adacorrection:
+            return AdaCorrection(chosen, config.adacorr_gamma, config.adacorr_lambda)
+        return chosen
     # A pipeline's stages but the last hand on what no calibration has seen.
     last = group.stage == group.stages - 1
     sees_latents = group.stages == 1

@@ -155,11 +155,17 @@ class CacheConfig:
     merge_ratio: float | None = _later(
         "0 < number < 1, or none", "tokens kept per stage (ratio)", "token merging"
     )
-    enable_adacorrection: bool | None = _later(
-        "true | false | none", "correct forecasts", "AdaCorrection"
+    enable_adacorrection: bool = _option(
+        False,
+        "true | false",
+        "correct forecasts of spans by what the last one was wrong by (AdaCorrection)",
     )
-    adacorr_gamma: float | None = _later("number, or none", "gamma", "AdaCorrection")
-    adacorr_lambda: float | None = _later("number, or none", "lambda", "AdaCorrection")
+    adacorr_gamma: float = _option(
+        1.0, "number >= 0; 0 corrects nothing", "AdaCorrection: sensitivity (ratio)"
+    )
+    adacorr_lambda: float = _option(
+        1.0, "number >= 0", "AdaCorrection: weight of the spatial variation (ratio)"
+    )
     calibration: str | None = _option(
         None,
         "path, or none",
@@ -198,6 +204,8 @@ class CacheConfig:
         if self.cache_ratio_threshold is not None:
             self._number("cache_ratio_threshold", lambda v: v >= 0)
         self._number("significance_level", lambda v: 0 < v < 1)
+        self._number("adacorr_gamma", lambda v: 0 <= v < math.inf)
+        self._number("adacorr_lambda", lambda v: 0 <= v < math.inf)
         self._number("sync_timeout_s", lambda v: 0 < v < math.inf)
         self._integer("num_warmup_steps", 0)
         if self.max_consecutive_skips is not None:
@@ -216,6 +224,7 @@ class CacheConfig:
             "enable_block_approx",
             "stagger_stages",
             "verify_consensus",
+            "enable_adacorrection",
             "return_hidden_states_first",
         ):
             value = getattr(self, name)
@@ -232,6 +241,12 @@ class CacheConfig:
                 f"granularity={self.granularity!r} does not go with forecaster='output', which "
                 "stands in for the whole forward pass; leave granularity out, or choose another "
                 "forecaster"
+            )
+        if self.enable_adacorrection and (self.forecaster == "output" or self.calibration):
+            raise ValueError(
+                "enable_adacorrection corrects the tokens of spans, not the output of the whole "
+                "forward pass, which forecaster='output' and a calibration forecast; choose "
+                "another forecaster"
             )
         self._calibrated_options()
         mask = self.steps_mask

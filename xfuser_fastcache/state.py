@@ -64,26 +64,30 @@ class Memory:
     Attributes:
         anchors: newest first, as many as the forecaster looks back.
         slope: per-channel correction of the linear forecaster, `(dim,)` a stream; else None.
+        missed: what the forecast of the newest anchor's step would have been wrong by; None where
+            nobody asks for it.
         given_up: whether the span's output was not seen at the step at which it was last computed;
             there are no anchors then.
     """
 
     anchors: tuple[Anchor, ...] = ()
     slope: Streams | None = None
+    missed: Streams | None = None
     given_up: bool = False
 
     def split(self, lengths: tuple[int, ...]) -> list[Memory]:
         """Cut the memory of all tokens into the memories of consecutive patches."""
         cut = [anchor.split(lengths) for anchor in self.anchors]
+        missed = [None] * len(lengths) if self.missed is None else self.missed.split(lengths)
         return [
-            replace(self, anchors=tuple(parts[patch] for parts in cut))
+            replace(self, anchors=tuple(parts[patch] for parts in cut), missed=missed[patch])
             for patch in range(len(lengths))
         ]
 
     def nbytes(self) -> int:
         """Bytes held."""
         held = sum(anchor.nbytes() for anchor in self.anchors)
-        return held + (self.slope.nbytes() if self.slope is not None else 0)
+        return held + sum(x.nbytes() for x in (self.slope, self.missed) if x is not None)
 
 
 @dataclass(frozen=True)
