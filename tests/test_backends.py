@@ -139,6 +139,18 @@ def test_a_steps_mask_goes_before_every_gate(backend: str) -> None:
     assert skips == [False, False, True, False, True, True, False, True, False]
 
 
+@pytest.mark.parametrize(("backend", "references"), [("Fb", 1), ("Tea", 1), ("Ada", 1)])
+def test_cache_bytes_are_those_of_anchors_and_references(backend: str, references: int) -> None:
+    found = Pipeline("flux")
+    found.cache(backend, **OFTEN[backend])
+    found()
+    image, text, dim = 64, 8, 32
+    # Input and residual of both streams, for each span: Fb has two.
+    spans = 2 if backend == "Fb" else 1
+    held = spans * 2 * (image + text) * dim * 4 + references * image * (dim + 1) * 4
+    assert get_cache_statistics(found.transformer)["cache_bytes"] == held
+
+
 # ---- each backend's rule, step by step ----------------------------------------------------------
 
 

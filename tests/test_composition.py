@@ -180,7 +180,13 @@ def test_a_gate_of_another_form_is_refused(gate: Any, words: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache_ratio_threshold": 0.1}, {"coefficients": [1.0]}, {"cache_interval": 3}],
+    [
+        {"cache_ratio_threshold": 0.1},
+        {"coefficients": [1.0]},
+        {"cache_interval": 3},
+        {"test": "chi2"},
+        {"significance_level": 0.1},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_options_of_a_gate_stand_inside_it(options: dict[str, Any]) -> None:
@@ -188,9 +194,16 @@ def test_options_of_a_gate_stand_inside_it(options: dict[str, Any]) -> None:
         CacheConfig(use_cache="Tea", gate="Fast", **options)
 
 
+@pytest.mark.parametrize("option", ["forecaster", "calibration", "num_steps"])
+def test_options_that_are_no_gates_stand_beside_it(option: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option} in gate=.* is no option of a gate"):
+        gate_of(CacheConfig(gate={"any_of": [{"name": "Fast", option: "taylor"}]}))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"use_cache": "Tea", "significance_level": 0.1}, "no option of use_cache='Tea'"),
         (
             {"use_cache": "Fb", "cache_interval": 3},
             "cache_interval=3 is no option of use_cache='Fb'",

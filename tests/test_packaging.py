@@ -41,6 +41,7 @@ ROOMS = (
     "consensus",
     "fitted",
     "moments",
+    "option_tables",
     "config",
     "composition",
     "lightx2v",

@@ -174,8 +174,9 @@ def get_cache_trace(transformer: nn.Module) -> list[dict[str, Any]]:
 
     Keys: `generation, step, branch, noise_level, span, first_block, last_block`; `decision`:
     "skipped", "computed" where the gate refused, or "forced" where it was not asked; `reason`;
-    `statistic` (the squared relative change) and the `threshold` that it has to stay below, both
-    None where the gate was not asked (the statistic also where the anchor is all zero);
+    `statistic` (what the gate weighed: `Fast` the squared relative change, others as their
+    docstrings say) and the `threshold` that it has to stay below, both None where the gate was not
+    asked (the statistic also where there is nothing to compare with);
     `consensus_wait_s`, seconds that this rank waited at the step. All but the last are equal on all
     ranks of a decision group.
 

@@ -27,6 +27,7 @@ from xfuser_fastcache.gates.interval import IntervalGate
 from xfuser_fastcache.layout import DecisionGroup
 from xfuser_fastcache.plugins import GATES, registered
 from xfuser_fastcache.probes import Probe
+from xfuser_fastcache.published import OF_GATES
 
 FORECASTERS: dict[str, type[Forecaster]] = {
     "reuse": ReuseForecaster,
@@ -122,15 +123,21 @@ def _composed(given: Any, polynomial: tuple[float, ...] | None) -> Rule:
     options = {option: value for option, value in given.items() if option != "name"}
     name = given["name"]
     if name in BACKENDS:
+        others = sorted(set(options) - {*OF_GATES, "rel_l1_thresh"})
+        if others:
+            raise ValueError(
+                f"{', '.join(others)} in gate={given!r} is no option of a gate; give it beside "
+                f"gate, or one of {', '.join(OF_GATES)}"
+            )
         config = CacheConfig.from_dict({"use_cache": name, **options})
         return BACKENDS[name](config, None, polynomial)
-    others = registered(GATES)
-    if name not in others:
+    added = registered(GATES)
+    if name not in added:
         raise ValueError(
-            f"unknown gate {name!r}; known: {', '.join((*BACKENDS, *others))}. A package adds one "
+            f"unknown gate {name!r}; known: {', '.join((*BACKENDS, *added))}. A package adds one "
             f"under the entry point group {GATES!r}"
         )
-    make = others[name].load()
+    make = added[name].load()
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:

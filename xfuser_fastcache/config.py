@@ -66,15 +66,15 @@ class CacheConfig:
         "the first block's residual (Fb), accumulated, of its modulated input (Tea, Custom); "
         "xDiT's `rel_l1_thresh`",
     )
-    significance_level: float = _option(
-        0.05, "0 < number < 1", "alpha of the test (ratio); smaller is safer with test='chi2'"
+    significance_level: float = _published(
+        "0 < number < 1", "Fast: alpha of the test (ratio); smaller is safer with test='chi2'"
     )
     test: str | None = _option(
         None,
         "chi2 | conformal | paper, or none",
-        "chi2: equivalence test with a scale; conformal: alpha bounds the share of harmful skips, "
-        "needs a calibration and is the default with one (else chi2); paper: FastCache's literal "
-        "rule, which accepts nearly any change below 100 %",
+        "Fast's test. chi2: equivalence test with a scale; conformal: alpha bounds the share of "
+        "harmful skips, needs a calibration and is the default with one (else chi2); paper: "
+        "FastCache's literal rule, which accepts nearly any change below 100 %",
     )
     forecaster: str = _published(
         "reuse | linear | taylor | taylor2 | linear_taylor | output",
@@ -203,7 +203,8 @@ class CacheConfig:
         self._published_options()
         if self.cache_ratio_threshold is not None:
             self._number("cache_ratio_threshold", lambda v: v >= 0)
-        self._number("significance_level", lambda v: 0 < v < 1)
+        if self.significance_level is not None:
+            self._number("significance_level", lambda v: 0 < v < 1)
         self._number("adacorr_gamma", lambda v: 0 <= v < math.inf)
         self._number("adacorr_lambda", lambda v: 0 <= v < math.inf)
         self._number("sync_timeout_s", lambda v: 0 < v < math.inf)
@@ -271,7 +272,7 @@ class CacheConfig:
             composition.check(self.gate)
             defaults["cache_ratio_threshold"], own = None, {}
             place = "an option of a gate; give it inside gate={'name': NAME, ...}"
-        for name in ("cache_ratio_threshold", *published.OWNED):
+        for name in published.OF_GATES:
             known = name in own or defaults.get(name) is not None
             if getattr(self, name) is not None and not known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is {place}")
@@ -402,32 +403,3 @@ class CacheConfig:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def options_table() -> str:
-    """Return the table of all options in Markdown, as docs/configuration.md holds it."""
-    rows = ["| option | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
-    for option in dataclasses.fields(CacheConfig):
-        meta = option.metadata
-        meaning = meta["meaning"] + (f" (raises: needs {meta['later']})" if meta["later"] else "")
-        default = "the backend's" if meta.get("published") else f"`{option.default!r}`"
-        cells = (f"`{option.name}`", f"`{option.type}`", default, meta["allowed"])
-        rows.append(
-            " | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip()
-        )
-    return "\n".join(rows) + "\n"
-
-
-def defaults_table() -> str:
-    """Return each backend's own defaults in Markdown, as docs/configuration.md holds them."""
-    names = [o.name for o in dataclasses.fields(CacheConfig) if o.metadata.get("published")]
-    rows = [
-        " | ".join(("| backend", *(f"`{name}`" for name in names))) + " |",
-        "| --- " * (1 + len(names)) + "|",
-    ]
-    for backend in published.DEFAULTS:
-        config = CacheConfig(use_cache=backend)
-        values = (getattr(config, name) for name in names)
-        cells = ("" if value is None else f"`{value!r}`" for value in values)
-        rows.append(" | ".join((f"| `{backend}`", *cells)) + " |")
-    return "\n".join(rows) + "\n"

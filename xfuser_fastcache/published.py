@@ -31,12 +31,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Options that belong to some backends alone, with their defaults there.
 OWN: dict[str, dict[str, Any]] = {
+    "Fast": {"significance_level": 0.05, "test": None},
     "Tea": {"coefficients": None},
     "Custom": {"coefficients": None},
     "TaylorSeer": {"cache_interval": 5},
     "Ada": {"codebook": "slow"},
 }
 OWNED = tuple(dict.fromkeys(name for options in OWN.values() for name in options))
+# Options that belong to a gate, and so stand inside it where gates are named one by one.
+OF_GATES = ("cache_ratio_threshold", *OWNED)
 
 
 def read_codebook(given: Any) -> dict[float, int] | None:
