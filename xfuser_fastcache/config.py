@@ -306,7 +306,7 @@ class CacheConfig:
                 f"gate={self.gate!r} takes no calibration, which is for use_cache='Fast' alone; "
                 "leave one of them out"
             )
-        elif self.use_cache != "Fast":
+        elif self.use_cache in published.DEFAULTS and self.use_cache != "Fast":
             raise ValueError(
                 f"use_cache={self.use_cache!r} takes no calibration, which is for use_cache='Fast'"
             )

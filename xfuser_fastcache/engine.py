@@ -342,8 +342,10 @@ class CacheEngine:
         return self.forecaster.forecast(memory, self._entered, call.noise_level)
 
     def _leave(self, span: int, outputs: Streams) -> None:
-        """Remember a computed span."""
+        """Remember a computed span, unless it is one that is never skipped."""
         self._inside = None
+        if span < self.agreement.decides_at:
+            return
         call, local, _ = self._current()
         assert self._entered is not None
         anchor = Anchor(
