@@ -281,6 +281,18 @@ def test_fb_in_a_pipeline_goes_by_the_step_before() -> None:
     assert stack.flags == [0, 0, 2, 2, 2, 0, 2, 2]
 
 
+@pytest.mark.parametrize(("threshold", "flag"), [(0.29, 0), (0.31, 2)])
+def test_fb_in_a_pipeline_brings_its_change_to_the_gap_of_the_step(
+    threshold: float, flag: int
+) -> None:
+    """15 % over one step since the computed one stand for 30 % over two."""
+    stack = Stack(use_cache="Fb", cache_ratio_threshold=threshold, group=TWO_STAGES)
+    for index, level in enumerate(levels(4)):
+        stack.added = [1.15 if index > 1 else 1.0, 2.0, 4.0, 8.0]
+        pipelined_step(stack, ones(), level, patched=index > 0)
+    assert stack.flags == [0, 0, 2, flag]
+
+
 # ---- gates and options --------------------------------------------------------------------------
 
 
