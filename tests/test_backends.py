@@ -16,6 +16,7 @@ from test_engine import (
     TOKENS,
     TWO_STAGES,
     Stack,
+    left_out,
     ones,
     pipelined_step,
     without_gradients,  # noqa: F401
@@ -239,6 +240,18 @@ def test_a_nan_is_computed_through_and_forgotten(backend: str, at: int) -> None:
     assert stack.engine.statistics()["nonfinite_steps"] == 2
     assert stack.flags[2:4] == [0, 0]
     assert any(stack.flags[5:])
+
+
+@pytest.mark.parametrize("backend", ["Fb", "Tea", "TaylorSeer", "Ada"])
+def test_a_span_whose_output_was_not_seen_is_an_error_that_names_what_to_take(backend: str) -> None:
+    """The model leaves out the last block; these gates do not look at the span itself."""
+    stack = Stack(blocks=5, use_cache=backend, **{**OFTEN[backend], "num_warmup_steps": 2})
+    stack.added = [1.0] * 5
+    with pytest.raises(RuntimeError, match="^the gate skips span . at .* take use_cache='Fast'"):
+        for level in levels(4):
+            left_out(stack, 4, ones(), level)
+    stack.engine.abandon(RuntimeError())
+    assert torch.equal(stack(ones(), 1.0), ones(6.0))
 
 
 # ---- several pipeline stages: the same rules, from statistics that lag -------------------------

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.backends import gate_of
+from xfuser_fastcache.backends import BACKENDS, gate_of
 from xfuser_fastcache.plugins import GATES, registered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +91,12 @@ def test_options_that_a_registered_gate_does_not_take_are_named(on_path: Any) ->
     for options, words in (({"budget": 1, "bugdet": 1}, "unexpected"), ({}, "missing")):
         with pytest.raises(ValueError, match=rf"gate 'budget' .*{words}.* it takes \(budget"):
             gate_of(CacheConfig(gate={"name": "budget", **options}))
+
+
+def test_a_name_that_a_backend_has_is_refused(on_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(BACKENDS, "budget", BACKENDS["Fb"])
+    with pytest.raises(ValueError, match="'budget' is a backend's, and budget_gate:BudgetGate is"):
+        gate_of(CacheConfig(gate="budget"))
 
 
 def test_an_unknown_gate_lists_the_known_ones_and_the_entry_point(on_path: Any) -> None:

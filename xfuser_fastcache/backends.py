@@ -121,7 +121,12 @@ def _composed(given: Any, polynomial: tuple[float, ...] | None) -> Rule:
         parts = [_composed(part, polynomial) for part in given[key]]
         return AllOf(parts) if key == "all_of" else AnyOf(parts)
     options = {option: value for option, value in given.items() if option != "name"}
-    name = given["name"]
+    name, added = given["name"], registered(GATES)
+    if name in BACKENDS and name in added:
+        raise ValueError(
+            f"gate {name!r} is a backend's, and {added[name].value} is registered under the same "
+            "name: rename that entry point, or uninstall its package"
+        )
     if name in BACKENDS:
         others = sorted(set(options) - {*OF_GATES, "rel_l1_thresh"})
         if others:
@@ -131,7 +136,6 @@ def _composed(given: Any, polynomial: tuple[float, ...] | None) -> Rule:
             )
         config = CacheConfig.from_dict({"use_cache": name, **options})
         return BACKENDS[name](config, None, polynomial)
-    added = registered(GATES)
     if name not in added:
         raise ValueError(
             f"unknown gate {name!r}; known: {', '.join((*BACKENDS, *added))}. A package adds one "

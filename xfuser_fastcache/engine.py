@@ -305,10 +305,14 @@ class CacheEngine:
             self._take_consensus(call, local)
         self._skipping = decided and self._orders.skip[span]
         if self._skipping and memory.given_up:
+            # A gate that measures the span's input finds no tokens, and does not come here.
+            who, mend = "steps_mask", "leave out steps_mask"
+            if self.config.steps_mask is None:
+                who, mend = "the gate", "take use_cache='Fast', which computes such spans"
             raise RuntimeError(
-                f"steps_mask skips span {span} at {call.place}, whose last block the model left "
-                "out where it was computed, so that its output is not known. Call the transformer "
-                "without skip_layers, or leave out steps_mask."
+                f"{who} skips span {span} at {call.place}, whose last block the model left out "
+                "where it was computed, so that its output is not known. Call the transformer "
+                f"without skip_layers, or {mend}."
             )
         # A pipeline stage reads from a receive buffer that the next patch overwrites, and a
         # callback may write into the latents; nobody writes into what a block was given.
