@@ -1,6 +1,7 @@
 """Every layout of xDiT on the toy FLUX, as real processes: uncached control first, then cached.
 
-One spawned world per layout runs all cases (`toy_worker.py`); the tests read its report.
+One spawned world per layout runs all cases (`toy_worker.py`); the tests read its report. Worlds of
+four ranks are slow (`pytest -m slow tests/test_layouts.py`); the matrix has such worlds of tiny models.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ LAYOUTS = {
 pytestmark = pytest.mark.gloo
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if ranks > 2 else ())
+        for name, (ranks, _) in LAYOUTS.items()
+    ],
+)
 def world(request: pytest.FixtureRequest) -> dict[int, dict[str, Any]]:
     ranks, flags = LAYOUTS[request.param]
     return run_world("toy_worker.py", ranks, *flags, timeout_s=280)
