@@ -10,7 +10,7 @@ import torch
 
 from xfuser_fastcache.block_contract import HIDDEN, BlockContract, ModelAdapter, Step
 
-_BLOCK = BlockContract(parameters=(HIDDEN,), returns=(HIDDEN,))
+_BLOCK = BlockContract(parameters=(HIDDEN,), returns=(HIDDEN,), attention=("attn1",))
 # The noise schedule that PixArt was trained with: betas rise linearly.
 _BETAS = (0.0001, 0.02, 1000)
 
