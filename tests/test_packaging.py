@@ -26,6 +26,7 @@ ROOMS = (
     "apply",
     "hooks",
     "engine",
+    "token_plan",
     "backends",
     "agreement",
     "gates",

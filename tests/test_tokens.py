@@ -105,12 +105,11 @@ def test_each_item_takes_its_own_most_salient_tokens_in_order() -> None:
     assert torch.equal(every, torch.where(moved[..., None] > 0, x + 1, x))
 
 
-def test_a_static_token_is_measured_against_the_step_at_which_it_was_computed() -> None:
-    before, now = Reference.of(tokens(4, seed=1)), Reference.of(tokens(4, seed=2))
-    mixed = Split(torch.tensor([[0.0, 1.0, 0.0, 2.0]]), 2).reference(now, before)
+def test_a_mixture_is_new_where_computed_and_old_where_static() -> None:
+    now, before = tokens(4, seed=1), tokens(4, seed=2)
+    mixed = Split(torch.tensor([[0.0, 1.0, 0.0, 2.0]]), 2).mixed(now, before)
     for at, source in enumerate((before, now, before, now)):
-        assert torch.equal(mixed.hidden_states[:, at], source.hidden_states[:, at])
-        assert torch.equal(mixed.energy[:, at], source.energy[:, at])
+        assert torch.equal(mixed[:, at], source[:, at])
 
 
 # ---- merging ----------------------------------------------------------------------------------
@@ -164,6 +163,12 @@ def test_clusters_are_what_the_definition_says_token_by_token(size: int) -> None
     for item in range(2):
         for at, centre in enumerate(rows[item].tolist()):
             assert torch.allclose(gained[item, centre] - x[item, centre], torch.tensor(float(at)))
+
+
+def test_tokens_that_are_all_alike_are_merged_into_tokens_like_them() -> None:
+    x = torch.full((1, 21, DIM), 3.0)
+    few = clusters(x).narrow(x)
+    torch.testing.assert_close(few, torch.full_like(few, 3.0))
 
 
 def test_centres_are_the_most_important_tokens_of_each_window() -> None:

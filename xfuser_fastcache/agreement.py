@@ -34,6 +34,7 @@ from xfuser_fastcache.moments import Moments
 from xfuser_fastcache.state import Orders, SharedState, Sighting, SpanState, rescaled
 from xfuser_fastcache.statistics import Counters
 from xfuser_fastcache.timeline import Call
+from xfuser_fastcache.tokens.saliency import MotionRule
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -48,6 +49,7 @@ class Agreement:
         spans: number of spans of the whole model.
         dim: width of a token.
         lag: a decision rests on the vector of so many steps before; 0 for the step's own.
+        motion: turns the token counts of all ranks into one; None without a token split.
 
     Attributes:
         decisions: the log of flags.
@@ -62,15 +64,18 @@ class Agreement:
         spans: int,
         dim: int,
         lag: int,
+        motion: MotionRule | None = None,
     ):
         self.config = config
         self.consensus = consensus
         self.gate = gate
         self.dim = dim
         self.lag = lag
+        self.motion = motion
         self.decisions = DecisionLog(spans)
         self.counters = Counters(consensus, spans)
         self.branches: dict[int, SharedState] = {}
+        self._first_level = 1.0
         self._verifications: list[GatherTicket] = []
         self._warned = False
 
@@ -126,7 +131,7 @@ class Agreement:
 
         Args:
             call: the step that they are posted at.
-            pending: int64 `(spans, SLOTS)`; zeroed here.
+            pending: int64 `(spans, SLOTS)`, and more groups for token counts; zeroed here.
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
@@ -147,6 +152,8 @@ class Agreement:
         ticket, sightings = shared.tickets.pop(0)
         waited_s = self.consensus.wait_s
         groups = self.consensus.wait(ticket)
+        groups, counts = groups[: len(shared.spans)], groups[len(shared.spans) :]
+        shared.token_counts = [slot for group in counts for slot in group]
         shared.waited_s += self.consensus.wait_s - waited_s
         broken = 0
         for span, group, sighting in zip(shared.spans, groups, sightings, strict=True):
@@ -171,7 +178,7 @@ class Agreement:
         """Turn reduced numbers into one flag per span, and keep the books."""
         judgements, shared.forced = self._judgements(shared, call)
         skip = [judged.skip for judged in judgements]
-        shared.orders = Orders(skip, shared.poisoned)
+        shared.orders = Orders(skip, shared.poisoned, self._moving(shared, call))
         self.counters.record(call.step, call.branch, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
@@ -181,6 +188,19 @@ class Agreement:
                 # Anchors that are distrusted are forgotten; see `Orders`.
                 span.older_level = None if shared.poisoned else span.anchor_level
                 span.anchor_level, span.anchor_step = call.noise_level, call.step
+
+    def _moving(self, shared: SharedState, call: Call) -> int | None:
+        """Return how many tokens move on the rank where most do; None where all are computed."""
+        if call.starts_generation:
+            self._first_level = call.noise_level
+        warm_up = call.step < self.config.num_warmup_steps
+        if self.motion is None or warm_up or call.is_last_step or shared.poisoned:
+            return None
+        edges = len(self.motion.edges)
+        ranks = self.consensus.group.world_size
+        counts = [shared.token_counts[edges * r : edges * (r + 1)] for r in range(ranks)]
+        time = call.noise_level / self._first_level if self._first_level else 0.0
+        return self.motion.moving(counts, time)
 
     def _judgements(self, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
         """Return a judgement a span, and whether all are computed without asking the gate."""

@@ -107,6 +107,11 @@ class BlockContract:
         text = self._argument(ENCODER, args, kwargs) if ENCODER in self.returns else None
         return Streams(self._argument(HIDDEN, args, kwargs), text)
 
+    def attention_of(self, block: nn.Module) -> dict[str, nn.Module]:
+        """Return a block's modules that attend to image tokens, by name."""
+        found = {name: getattr(block, name, None) for name in self.attention}
+        return {name: module for name, module in found.items() if module is not None}
+
     def replaced(
         self,
         args: tuple[Any, ...],

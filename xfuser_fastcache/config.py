@@ -16,6 +16,8 @@ import yaml
 TESTS = ("chi2", "paper", "conformal")
 FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
 
+STATIC_KV = ("reuse", "drop")
+
 
 def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
     """A field with its documentation; `later` names what is missing until the option is built."""
@@ -105,17 +107,29 @@ class CacheConfig:
         "true | false | none",
         "as in xDiT: checked against the order in which the model's blocks return",
     )
-    enable_spatial_approx: bool | None = _later(
-        "true | false | none", "motion/static token split", "the token split"
+    enable_spatial_approx: bool | None = _option(
+        None,
+        "true | false | none",
+        "motion/static split: at computed steps only tokens that moved run through the blocks; "
+        "none: on where motion_threshold, adaptive_beta or static_kv is given",
     )
-    motion_threshold: float | None = _later(
-        "number >= 0, or none", "saliency above which a token moves (ratio)", "the token split"
+    motion_threshold: float | None = _option(
+        None,
+        "number >= 0, or none",
+        "a token moves when its squared relative change since it was last computed reaches it "
+        "(ratio); 0: every token; none: 0.01",
     )
-    adaptive_beta: list[float] | None = _later(
-        "four numbers, or none", "token threshold over saliency and time", "the token split"
+    adaptive_beta: list[float] | None = _option(
+        None,
+        "four finite numbers, or none",
+        "in place of motion_threshold: b0 + b1 * the largest saliency + b2 * t + b3 * t^2, with t "
+        "from 1 at the first step to 0",
     )
-    static_kv: str | None = _later(
-        "reuse | drop | none", "keys and values of static tokens", "the token split"
+    static_kv: str | None = _option(
+        None,
+        "reuse | drop, or none",
+        "keys and values of static tokens; reuse, which none means: the last ones stay in "
+        "attention; drop: none, FastCache to the letter",
     )
     enable_token_merge: bool | None = _later(
         "true | false | none", "merge redundant tokens", "token merging"
@@ -178,6 +192,7 @@ class CacheConfig:
             self._refuse("calibration", TypeError)
         if self.computed_steps is not None:
             self._integer("computed_steps", 1)
+        self._token_options()
         self._choice("forecaster", FORECASTERS)
         self._choice("sync_backend", ("gloo", "nccl"))
         for name in (
@@ -185,11 +200,11 @@ class CacheConfig:
             "stagger_stages",
             "verify_consensus",
             "return_hidden_states_first",
+            "enable_spatial_approx",
         ):
             value = getattr(self, name)
-            if not isinstance(value, bool) and not (
-                value is None and name == "return_hidden_states_first"
-            ):
+            may_be_none = self.__dataclass_fields__[name].type == "bool | None"
+            if not isinstance(value, bool) and not (value is None and may_be_none):
                 self._refuse(name, TypeError)
         if not isinstance(self.use_cache, str):
             self._refuse("use_cache", TypeError)
@@ -210,6 +225,30 @@ class CacheConfig:
                 self._refuse("steps_mask", TypeError)
             if not mask or any(m not in (0, 1) or isinstance(m, bool) for m in mask) or not mask[0]:
                 self._refuse("steps_mask", ValueError)
+
+    def _token_options(self) -> None:
+        """Check the options of token plans, and refuse them where blocks are out of their reach."""
+        if self.motion_threshold is not None:
+            self._number("motion_threshold", lambda v: 0 <= v < math.inf)
+        if self.adaptive_beta is not None:
+            self._four_numbers("adaptive_beta")
+        if self.static_kv is not None:
+            self._choice("static_kv", STATIC_KV)
+        if self.splits_tokens and (self.forecaster == "output" or self.calibration is not None):
+            cause = "a calibration" if self.calibration is not None else "forecaster='output'"
+            raise ValueError(
+                f"token plans do not go with {cause}, which stands in for the whole forward pass "
+                "and leaves single blocks alone; choose another forecaster, or leave out "
+                "enable_spatial_approx and its options"
+            )
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether static tokens are kept out of the blocks."""
+        if self.enable_spatial_approx is None:
+            given = (self.motion_threshold, self.adaptive_beta, self.static_kv)
+            return any(option is not None for option in given)
+        return self.enable_spatial_approx
 
     def _calibrated_options(self) -> None:
         """Refuse options that need a calibration where there is none, or that none fits."""
@@ -240,6 +279,16 @@ class CacheConfig:
             self._refuse(name, ValueError)
         # 1 and 1.0 are one option, so they must have one digest.
         object.__setattr__(self, name, float(value))
+
+    def _four_numbers(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            self._refuse(name, TypeError)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
+            self._refuse(name, TypeError)
+        if len(value) != 4 or not all(math.isfinite(v) for v in value):
+            self._refuse(name, ValueError)
+        object.__setattr__(self, name, [float(v) for v in value])
 
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from xfuser_fastcache.agreement import Agreement
 from xfuser_fastcache.backends import backend
@@ -39,9 +40,17 @@ from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import SLOTS, Reference, measure
 from xfuser_fastcache.ownership import Ownership
-from xfuser_fastcache.state import Anchor, LocalState, Memory, Orders, SharedState
+from xfuser_fastcache.state import (
+    Anchor,
+    LocalState,
+    Memory,
+    Orders,
+    SharedState,
+    count_groups,
+)
 from xfuser_fastcache.statistics import BlockInfo, Counters
 from xfuser_fastcache.timeline import Call, Schedule, Timeline
+from xfuser_fastcache.token_plan import TokenPlan
 from xfuser_fastcache.watchdog import Watchdog
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -100,6 +109,7 @@ class CacheEngine:
         first_block: index in `blocks` of the first one that this rank holds.
         dim: width of a token that is measured, `hidden_states.shape[-1]`.
         fitted: what a calibration left for this model, or None.
+        tokens: which tokens computed spans run on; None for all of them. For one stage only.
     """
 
     def __init__(
@@ -111,7 +121,9 @@ class CacheEngine:
         first_block: int,
         dim: int,
         fitted: Fitted | None = None,
+        tokens: TokenPlan | None = None,
     ):
+        assert tokens is None or consensus.group.stages == 1
         self.config = config
         self.fitted = fitted
         self.consensus = consensus
@@ -133,7 +145,9 @@ class CacheEngine:
         self._measures = any(piece.begins for piece in self.pieces)
         lag = _lag(spans, consensus)
         gate = chosen.gate(config, fitted)
-        self.agreement = Agreement(config, consensus, gate, span_count, dim, lag)
+        self.tokens = tokens
+        motion = tokens.motion if tokens is not None else None
+        self.agreement = Agreement(config, consensus, gate, span_count, dim, lag, motion)
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
@@ -178,10 +192,14 @@ class CacheEngine:
             self.agreement.begin_generation()
             self.branches.clear()
         if call.branch not in self.branches:
-            shape = (self.decisions.spans, SLOTS)
+            ranks = self.consensus.group.world_size
+            edges = len(self.tokens.motion.edges) if self.tokens is not None else 0
+            shape = (self.decisions.spans + count_groups(ranks, edges), SLOTS)
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
         self.call = call
+        if self.tokens is not None:
+            self.tokens.open_step(call.starts_generation)
         self.ownership.note(call)
         self.watchdog.expect(call.place)
         if call.opens_step and self.agreement.lag:
@@ -304,10 +322,34 @@ class CacheEngine:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
             return contract.pack(self._forecast(piece.span))
-        output = forward(*args, **kwargs)
-        if index == piece.last:
-            self._leave(piece.span, contract.unpack(output))
-        return output
+        if self.tokens is not None and isinstance(contract, BlockContract):
+            counters = self.agreement.counters
+            output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
+        else:
+            output = forward(*args, **kwargs)
+        if index < piece.last:
+            return output
+        outputs = self._leave(piece.span, contract.unpack(output))
+        return output if outputs is None else contract.pack(outputs)
+
+    def attention_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
+        """Return the modules of a block that are to run through `run_attention`, by name."""
+        contract = self.contracts[index]
+        if self.tokens is None or not isinstance(contract, BlockContract):
+            return {}
+        return contract.attention_of(block) if self.tokens.hooks_attention else {}
+
+    def run_attention(
+        self,
+        key: tuple[int, str],
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run an attention module of a computed block, by the block's index and its own name."""
+        if self.call is None or self.tokens is None:
+            return forward(*args, **kwargs)
+        return self.tokens.run_attention((self.call.branch, *key), forward, args, kwargs)
 
     def _enter(self, piece: Piece, inputs: Streams) -> None:
         """Measure what enters a span; at the step's first block, then decide."""
@@ -321,6 +363,10 @@ class CacheEngine:
             reference = memory.anchors[0].reference if memory.anchors else None
             exponent = shared.spans[span].exponent
             local.pending[span].add_(measure(inputs.hidden_states, reference, exponent))
+        if self.tokens is not None and span == 0 and memory.anchors:
+            slots = local.pending[self.decisions.spans :].view(-1)
+            place = self.consensus.group.ranks.index(self.consensus.group.rank)
+            self.tokens.measure(inputs.hidden_states, memory.anchors[0].reference, slots, place)
         if self._owes_consensus:
             self._take_consensus(call, local)
         self._skipping = self._orders.skip[span]
@@ -334,6 +380,8 @@ class CacheEngine:
         # callback may write into the latents; nobody writes into what a block was given.
         safe = self._skipping or not (self.agreement.lag or self.forecaster.whole_forward)
         self._entered = inputs if safe else inputs.map(torch.clone)
+        if self.tokens is not None and not self._skipping:
+            self.tokens.enter(self._orders, memory)
 
     def _give_up_span(self) -> None:
         """Forget a span whose last block was not called: what it put out is not known.
@@ -361,23 +409,30 @@ class CacheEngine:
         memory = local.memory(span, call.position)
         return self.forecaster.forecast(memory, self._entered, call.noise_level)
 
-    def _leave(self, span: int, outputs: Streams) -> None:
-        """Remember a computed span."""
+    def _leave(self, span: int, outputs: Streams) -> Streams | None:
+        """Remember a computed span; returns its output where that is not what its block put out."""
         self._inside = None
         call, local, _ = self._current()
         assert self._entered is not None
+        memory = local.memory(span, call.position)
+        tokens = self.tokens if self.tokens is not None and self.tokens.narrows else None
+        if tokens is not None:
+            outputs = tokens.leave(self._entered, outputs, memory)
         anchor = Anchor(
             noise_level=call.noise_level,
             inputs=self._entered,
             residual=self.forecaster.kept(self._entered, outputs),
             reference=Reference.of(self._entered.hidden_states),
         )
-        memory = local.memory(span, call.position)
+        if tokens is not None:
+            local.remember(span, call.position, tokens.remembered(memory, anchor, self.forecaster))
+            return outputs
         if self._orders.distrust or memory.given_up:
             # Its anchors may hold the NaN, which looking back would bring up again; a span that was
             # given up has none.
             memory = Memory()
         local.remember(span, call.position, self.forecaster.update(memory, anchor))
+        return None
 
     def _take_consensus(self, call: Call, local: LocalState) -> None:
         self._owes_consensus = False
@@ -407,6 +462,7 @@ class CacheEngine:
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""
         held = sum(local.nbytes() for local in self.branches.values())
+        held += self.tokens.nbytes() if self.tokens is not None else 0
         self.agreement.counters.saw_bytes(held)
 
     def statistics(self) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class Clusters(Narrowing):
         joined = distances.masked_fill(itself, -1.0).argmin(dim=3)
         self._cluster = (joined + starts * kept).flatten(1)[:, :tokens]
 
-        members = F.one_hot(joined, kept).masked_fill(filling[..., None], 0) * score[..., None]
+        # What fills the last window has no score, and so no share.
+        members = F.one_hot(joined, kept) * score[..., None]
         shares = members / members.sum(dim=2, keepdim=True).clamp(min=_SMALLEST)
         self._shares = shares.transpose(2, 3)
 

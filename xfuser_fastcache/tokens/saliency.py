@@ -138,10 +138,6 @@ class Split(Narrowing):
         """Return all tokens, the chosen ones as they left the block."""
         return x.scatter(1, self._index(x), left)
 
-    def reference(self, now: Reference, before: Reference) -> Reference:
-        """Return what the next step is measured against: each token when it was last computed."""
-        energy = now.energy[..., None]
-        return Reference(
-            self.widen(before.hidden_states, energy, self.narrow(now.hidden_states)),
-            self.widen(before.energy[..., None], energy, self.narrow(energy))[..., 0],
-        )
+    def mixed(self, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return `now` of the chosen tokens and `before` of the others, `(batch, tokens, any)`."""
+        return before.scatter(1, self._index(now), self.narrow(now))

@@ -1,0 +1,326 @@
+"""Token plans in the engine, on one process: on arithmetic blocks, then on tiny pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_engine import BARE, DIM, WHOLE, ones
+from test_engine import Stack as PlainStack
+from tiny_models import TINY_PIPELINES
+
+from xfuser_fastcache import (
+    CacheConfig,
+    apply_cache_on_transformer,
+    get_cache_statistics,
+    remove_cache,
+)
+from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.token_plan import TokenPlan, token_plan
+
+COUNT = 16  # image tokens
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Stack(PlainStack):
+    """Arithmetic blocks under a token plan; `seen` has the number of tokens of each block run."""
+
+    def __init__(self, blocks: int = 2, **options: Any):
+        options = {
+            "cache_ratio_threshold": 0, "num_warmup_steps": 1, "static_kv": "drop", **options,
+        }  # fmt: skip
+        super().__init__(blocks=blocks, **options)
+        plain = self.engine
+        plan = token_plan(plain.config, [BARE] * blocks, [0.0] * blocks)
+        assert isinstance(plan, TokenPlan)
+        self.engine = CacheEngine(
+            plain.config, plain.consensus, plain.blocks, [BARE] * blocks, 0, DIM, tokens=plan
+        )
+        self.seen: list[int] = []
+
+    def _block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            self.ran.append(index)
+            self.seen.append(x.shape[1])
+            return x + self.added[index]
+
+        return forward
+
+    def step(self, x: torch.Tensor, level: float) -> tuple[torch.Tensor, list[int]]:
+        self.seen = []
+        return self(x, level), self.seen
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        return self.engine.statistics()
+
+
+def plane(batch: int = 1, tokens: int = COUNT) -> torch.Tensor:
+    return torch.ones(batch, tokens, DIM)
+
+
+def moved(x: torch.Tensor, *rows: int, item: int = 0) -> torch.Tensor:
+    x = x.clone()
+    x[item, list(rows)] *= 2
+    return x
+
+
+def test_tokens_that_moved_are_computed_and_static_ones_get_their_last_residual() -> None:
+    stack = Stack(motion_threshold=0.1)
+    stack.added = [1.0, 2.0]
+    x = plane()
+    out, seen = stack.step(x, 1.0)
+    assert torch.equal(out, x + 3) and seen == [COUNT, COUNT]
+    stack.added = [10.0, 20.0]
+    second = moved(x, 3, 8)
+    out, seen = stack.step(second, 0.9)
+    assert seen == [2, 2]
+    wanted = second + 3
+    wanted[0, [3, 8]] = second[0, [3, 8]] + 30
+    assert torch.equal(out, wanted)
+    # Each token is measured against the step at which it was computed, and moves as it did then.
+    stack.added = [100.0, 200.0]
+    third = moved(second, 5)
+    out, seen = stack.step(third, 0.8)
+    assert seen == [2, 2]
+    chosen = 5
+    assert out[0, chosen, 0] == third[0, chosen, 0] + 300
+    static = [i for i in (3, 8) if out[0, i, 0] != third[0, i, 0] + 300]
+    assert static and all(out[0, i, 0] == third[0, i, 0] + 30 for i in static)
+
+
+def test_slow_drift_adds_up_until_a_token_counts_as_moving() -> None:
+    stack = Stack(motion_threshold=0.1)
+    stack.added = [1.0, 1.0]
+    seen = []
+    for step in range(5):
+        x = plane()
+        x[0, 4:] += 0.09 * step
+        seen.append(stack.step(x, 1 - step / 10)[1][0])
+    # The square of 4 * 0.09 reaches 0.1; two tokens are computed at each step anyway.
+    assert seen == [16, 2, 2, 2, 12 - 3 * 2]
+
+
+def test_identity_blocks_return_their_input_exactly() -> None:
+    stack = Stack(motion_threshold=0.5, forecaster="taylor")
+    x = torch.randn(2, COUNT, DIM)
+    for step in range(5):
+        x = torch.where(torch.rand(2, COUNT, 1) < 0.3, torch.randn_like(x), x)
+        assert torch.equal(stack.step(x, 1 - step / 10)[0], x)
+    assert stack.statistics["spatial_approx_ratio"] > 0.2
+
+
+def test_a_threshold_of_zero_computes_all_tokens_even_where_nothing_moves() -> None:
+    stack = Stack(motion_threshold=0)
+    for level in (1.0, 0.9, 0.8):
+        assert stack.step(plane(), level)[1] == [COUNT, COUNT]
+    assert stack.statistics["spatial_approx_ratio"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [((), 2), ((1,), 2), ((1, 2, 3), 4), (tuple(range(15)), 16)]
+)
+def test_what_moves_is_rounded_up_to_a_bucket(rows: tuple[int, ...], size: int) -> None:
+    stack = Stack(motion_threshold=0.1)
+    stack.step(plane(), 1.0)
+    assert stack.step(moved(plane(), *rows), 0.9)[1] == [size, size]
+
+
+def test_the_item_that_moves_most_sets_the_count_and_each_takes_its_own() -> None:
+    stack = Stack(motion_threshold=0.1)
+    x = plane(batch=2)
+    stack.step(x, 1.0)
+    stack.added = [1.0, 0.0]
+    x = moved(moved(x, 1, item=0), 2, 4, 6, 8, item=1)
+    out, seen = stack.step(x, 0.9)
+    assert seen == [4, 4]
+    computed = (out - x)[..., 0].bool()
+    assert computed.sum(1).tolist() == [4, 4]
+    assert computed[0, 1] and computed[1, [2, 4, 6, 8]].all()
+
+
+def test_a_single_token_is_computed() -> None:
+    stack = Stack(motion_threshold=1e9)
+    for level in (1.0, 0.9, 0.8):
+        assert stack.step(plane(tokens=1), level)[1] == [1, 1]
+
+
+def test_warm_up_the_last_step_and_what_follows_a_nan_run_on_all_tokens() -> None:
+    stack = Stack(motion_threshold=1e9, num_warmup_steps=2, num_steps=7)
+    sizes = []
+    for step in range(7):
+        x = plane()
+        if step == 3:
+            x[0, 0, 0] = float("nan")
+        sizes.append(stack.step(x, 1 - step / 10)[1][0])
+    # At the step with the NaN, and at the next, whose anchors may hold it.
+    assert sizes == [16, 16, 2, 16, 16, 2, 16]
+
+
+def test_each_computed_span_runs_on_the_tokens_that_moved_before_the_first_one() -> None:
+    stack = Stack(blocks=4, motion_threshold=0.1, granularity=2)
+    stack.step(plane(), 1.0)
+    assert stack.step(moved(plane(), 7), 0.9)[1] == [2] * 4
+
+
+def test_what_is_skipped_counts_once() -> None:
+    stack = Stack(blocks=4, motion_threshold=0.1, cache_ratio_threshold=0.5, num_warmup_steps=1)
+    stack.step(plane(), 1.0)
+    stack.step(plane(), 0.9)
+    stack.step(moved(plane(), *range(8)), 0.8)
+    statistics = stack.statistics
+    assert stack.flags == [0, 1, 0]
+    # One step in three skipped whole, one on half of the tokens.
+    assert statistics["block_approx_ratio"] == pytest.approx(1 / 3)
+    assert statistics["spatial_approx_ratio"] == pytest.approx(1 / 6)
+    assert statistics["estimated_flops_saved_ratio"] == pytest.approx(1 / 2)
+
+
+def test_an_adaptive_threshold_tightens_as_noise_falls() -> None:
+    stack = Stack(adaptive_beta=[0.0, 0.0, 1.0, 0.0])
+    stack.step(plane(), 1.0)
+    x = moved(plane(), 1, 2, 3, 4)
+    x[0, 8:] *= 1.5  # squared relative change 0.25; four tokens have 1.0
+    assert stack.step(x, 0.9)[1] == [4, 4]
+    stack = Stack(adaptive_beta=[0.0, 0.0, 1.0, 0.0])
+    stack.step(plane(), 1.0)
+    assert stack.step(x, 0.25)[1] == [12, 12]
+
+
+# ---- tiny pipelines -----------------------------------------------------------------------------
+
+every_model = pytest.mark.parametrize("model", ["flux", "sd3", "sd3.5", "pixart"])
+every_static_kv = pytest.mark.parametrize("static_kv", ["reuse", "drop"])
+
+
+def generation(model: str, batch: int = 2) -> tuple[Any, Callable[[], torch.Tensor]]:
+    pipe, call = TINY_PIPELINES[model](batch=batch)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate() -> torch.Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+        return pipe(**{**call, "num_inference_steps": STEPS, "generator": noise}).images
+
+    return pipe, generate
+
+
+def cached(pipe: Any, run: Callable[[], Any], **options: Any) -> tuple[Any, dict[str, Any]]:
+    apply_cache_on_transformer(pipe.transformer, scheduler=pipe.scheduler, **options)
+    try:
+        return run(), get_cache_statistics(pipe.transformer)
+    finally:
+        remove_cache(pipe.transformer)
+
+
+@every_model
+@every_static_kv
+def test_a_model_runs_on_fewer_tokens_and_is_itself_again(model: str, static_kv: str) -> None:
+    pipe, generate = generation(model)
+    before, control = list(pipe.transformer.state_dict()), generate()
+    forwards = [module.__dict__.get("forward") for module in pipe.transformer.modules()]
+    images, statistics = cached(
+        pipe, generate, enable_block_approx=False, motion_threshold=1e6, static_kv=static_kv
+    )
+    assert images.isfinite().all() and not torch.equal(images, control)
+    # Five of eight steps on an eighth of the tokens.
+    assert statistics["spatial_approx_ratio"] == pytest.approx(5 / 8 * 7 / 8)
+    assert 0 < statistics["estimated_flops_saved_ratio"] < statistics["spatial_approx_ratio"] + 1e-6
+    exact, statistics = cached(
+        pipe, generate, enable_block_approx=False, motion_threshold=0, static_kv=static_kv
+    )
+    assert torch.equal(exact, control) and statistics["spatial_approx_ratio"] == 0
+    assert torch.equal(generate(), control)
+    assert list(pipe.transformer.state_dict()) == before
+    assert forwards == [module.__dict__.get("forward") for module in pipe.transformer.modules()]
+
+
+@every_model
+def test_tokens_that_stay_in_attention_leave_the_moving_ones_as_they_would_be(model: str) -> None:
+    """In the first block nothing is approximate: what stands still has the keys that it had."""
+    pipe, _ = generation(model)
+    transformer = pipe.transformer
+    del transformer.transformer_blocks[1:]
+    if model == "flux":
+        del transformer.single_transformer_blocks[:]
+    arguments = recorded(pipe, model)
+
+    def steps() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(5)
+        x = arguments["hidden_states"]
+        for level in (1.0, 0.999999, 0.999998):
+            out = transformer(**{**arguments, "hidden_states": x}, timestep=at(level, model, x))
+            x = x.clone()
+            shift = torch.randn(x.shape, generator=noise)
+            if x.dim() == 3:
+                x[:, 3:6] += shift[:, 3:6]
+            else:
+                x[:, :, :2, :4] += shift[:, :, :2, :4]
+        return out[0]
+
+    exact = steps()
+    errors = {}
+    for static_kv in ("reuse", "drop"):
+        options = {"motion_threshold": 0.05, "enable_block_approx": False, "num_warmup_steps": 1}
+        out, statistics = cached(
+            pipe, steps, static_kv=static_kv, num_steps=9, forecaster="reuse", **options
+        )
+        assert statistics["spatial_approx_ratio"] > 0.3
+        if out.dim() == 3:
+            errors[static_kv] = float((out - exact)[:, 3:6].norm() / exact[:, 3:6].norm())
+        else:
+            errors[static_kv] = float((out - exact)[:, :, :2, :4].norm())
+    assert errors["reuse"] < 2e-5 and errors["drop"] > 20 * errors["reuse"]
+
+
+def recorded(pipe: Any, model: str) -> dict[str, Any]:
+    """The keyword arguments of a pipeline's first call of its transformer, but for the timestep."""
+    found: list[dict[str, Any]] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = ("hidden_states",)
+        found.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+    handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    _, call = TINY_PIPELINES[model](batch=2)
+    pipe(**{**call, "num_inference_steps": 2})
+    handle.remove()
+    arguments = found[0]
+    arguments.pop("timestep")
+    arguments["return_dict"] = False
+    return arguments
+
+
+def at(level: float, model: str, x: torch.Tensor) -> torch.Tensor:
+    scale = 1.0 if model == "flux" else 1000.0
+    return torch.full((len(x),), level * scale)
+
+
+# ---- what does not go together ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [{"motion_threshold": 0.1}, {"adaptive_beta": [0.1, 0, 0, 0]}, {"static_kv": "drop"}]
+)
+def test_the_split_is_on_where_it_is_asked_for(option: dict[str, Any]) -> None:
+    assert CacheConfig(**option).splits_tokens
+    assert not CacheConfig(enable_spatial_approx=False, **option).splits_tokens
+    assert CacheConfig(enable_spatial_approx=True).splits_tokens and not CacheConfig().splits_tokens
+    with pytest.raises(ValueError, match="token plans do not go with forecaster='output'"):
+        CacheConfig(forecaster="output", **option)
+    with pytest.raises(ValueError, match="token plans do not go with a calibration"):
+        CacheConfig(calibration="x", **option)
+
+
+def test_a_plan_of_one_rank_has_its_counts_in_the_one_vector_of_a_step() -> None:
+    stack = Stack(adaptive_beta=[0.1, 0.0, 0.0, 0.0])
+    stack(ones(), 1.0, WHOLE)
+    stack(ones(), 0.9, WHOLE)
+    assert stack.engine.consensus.collectives == 2
