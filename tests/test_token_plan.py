@@ -195,6 +195,47 @@ def test_an_adaptive_threshold_tightens_as_noise_falls() -> None:
     assert stack.step(x, 0.25)[1] == [12, 12]
 
 
+def test_the_stages_of_a_pyramid_see_ever_fewer_tokens() -> None:
+    stack = Stack(blocks=6, num_stages=3, merge_ratio=0.5, static_kv=None)
+    assert stack.step(plane(), 1.0)[1] == [16] * 6
+    assert stack.step(plane(), 0.9)[1] == [16, 16, 8, 8, 4, 4]
+    # Two steps of six blocks, of which four left out a half and three quarters.
+    wanted = (2 * 1 / 2 + 2 * 3 / 4) / 12
+    assert stack.statistics["spatial_approx_ratio"] == pytest.approx(wanted)
+
+
+def test_each_token_gains_what_its_cluster_gains_stage_by_stage() -> None:
+    stack = Stack(blocks=3, num_stages=3, static_kv=None)
+    stack.added = [1.0, 2.0, 4.0]
+    x = torch.randn(2, 37, DIM)
+    for level in (1.0, 0.9, 0.8):
+        torch.testing.assert_close(stack.step(x, level)[0], x + 7)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 37])
+@pytest.mark.parametrize("granularity", ["stack", 2, "block"])
+def test_merging_around_identity_blocks_is_exact(tokens: int, granularity: Any) -> None:
+    stack = Stack(blocks=4, enable_token_merge=True, motion_threshold=0.5, granularity=granularity)
+    x = torch.randn(2, tokens, DIM)
+    for step in range(5):
+        x = torch.where(torch.rand(2, tokens, 1) < 0.6, torch.randn_like(x), x)
+        assert torch.equal(stack.step(x, 1 - step / 10)[0], x)
+    assert tokens == 1 or stack.statistics["spatial_approx_ratio"] > 0.1
+
+
+def test_what_moves_is_merged_and_what_stands_still_is_left_out() -> None:
+    stack = Stack(blocks=2, num_stages=2, motion_threshold=0.1)
+    stack.added = [1.0, 1.0]
+    stack.step(plane(), 1.0)
+    stack.added = [10.0, 10.0]
+    x = moved(plane(), *range(8))
+    out, seen = stack.step(x, 0.9)
+    assert seen == [8, 4]
+    wanted = x + 2
+    wanted[:, :8] = x[:, :8] + 20
+    torch.testing.assert_close(out, wanted)
+
+
 # ---- tiny pipelines -----------------------------------------------------------------------------
 
 every_model = pytest.mark.parametrize("model", ["flux", "sd3", "sd3.5", "pixart"])
@@ -237,6 +278,11 @@ def test_a_model_runs_on_fewer_tokens_and_is_itself_again(model: str, static_kv:
         pipe, generate, enable_block_approx=False, motion_threshold=0, static_kv=static_kv
     )
     assert torch.equal(exact, control) and statistics["spatial_approx_ratio"] == 0
+    merged, statistics = cached(
+        pipe, generate, motion_threshold=1e-6, static_kv=static_kv, enable_token_merge=True
+    )
+    assert merged.isfinite().all() and not torch.equal(merged, control)
+    assert statistics["spatial_approx_ratio"] > 0.1
     assert torch.equal(generate(), control)
     assert list(pipe.transformer.state_dict()) == before
     assert forwards == [module.__dict__.get("forward") for module in pipe.transformer.modules()]
@@ -304,6 +350,16 @@ def at(level: float, model: str, x: torch.Tensor) -> torch.Tensor:
 
 
 # ---- what does not go together ------------------------------------------------------------------
+
+
+def test_merging_is_on_where_it_is_asked_for() -> None:
+    options = {"token_merge_k": 3, "token_merge_lambda": 0, "num_stages": 2, "merge_ratio": 0.3}
+    for name, value in options.items():
+        assert CacheConfig(**{name: value}).merges_tokens
+    assert not CacheConfig(enable_token_merge=False, **options).merges_tokens
+    assert CacheConfig(enable_token_merge=True).merges_tokens and not CacheConfig().merges_tokens
+    with pytest.raises(ValueError, match="token plans do not go with forecaster='output'"):
+        CacheConfig(forecaster="output", enable_token_merge=True)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ class Agreement:
         """Turn reduced numbers into one flag per span, and keep the books."""
         judgements, shared.forced = self._judgements(shared, call)
         skip = [judged.skip for judged in judgements]
-        shared.orders = Orders(skip, shared.poisoned, self._moving(shared, call))
+        warm_up = call.step < self.config.num_warmup_steps
+        all_tokens = warm_up or call.is_last_step or shared.poisoned
+        shared.orders = Orders(skip, shared.poisoned, all_tokens, self._moving(shared, call))
         self.counters.record(call.step, call.branch, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
@@ -189,13 +191,12 @@ class Agreement:
                 span.older_level = None if shared.poisoned else span.anchor_level
                 span.anchor_level, span.anchor_step = call.noise_level, call.step
 
-    def _moving(self, shared: SharedState, call: Call) -> int | None:
-        """Return how many tokens move on the rank where most do; None where all are computed."""
+    def _moving(self, shared: SharedState, call: Call) -> int:
+        """Return how many tokens move on the rank where most do."""
         if call.starts_generation:
             self._first_level = call.noise_level
-        warm_up = call.step < self.config.num_warmup_steps
-        if self.motion is None or warm_up or call.is_last_step or shared.poisoned:
-            return None
+        if self.motion is None:
+            return 0
         edges = len(self.motion.edges)
         ranks = self.consensus.group.world_size
         counts = [shared.token_counts[edges * r : edges * (r + 1)] for r in range(ranks)]

@@ -131,16 +131,27 @@ class CacheConfig:
         "keys and values of static tokens; reuse, which none means: the last ones stay in "
         "attention; drop: none, FastCache to the letter",
     )
-    enable_token_merge: bool | None = _later(
-        "true | false | none", "merge redundant tokens", "token merging"
+    enable_token_merge: bool | None = _option(
+        None,
+        "true | false | none",
+        "at computed steps the later blocks run on clusters of tokens; none: on where one of the "
+        "next four is given",
     )
-    token_merge_k: int | None = _later("int >= 1, or none", "neighbours", "token merging")
-    token_merge_lambda: float | None = _later(
-        "number >= 0, or none", "weight of temporal saliency", "token merging"
+    token_merge_k: int | None = _option(
+        None, "int >= 1, or none", "neighbours that tell how dense a token stands; none: 5"
     )
-    num_stages: int | None = _later("int >= 1, or none", "pyramid stages", "token merging")
-    merge_ratio: float | None = _later(
-        "0 < number < 1, or none", "tokens kept per stage (ratio)", "token merging"
+    token_merge_lambda: float | None = _option(
+        None,
+        "finite number >= 0, or none",
+        "weight of a token's relative change beside its density; none: 1.0",
+    )
+    num_stages: int | None = _option(
+        None,
+        "int >= 1, or none",
+        "equal parts of the blocks; each but the first merges once more; none: 3",
+    )
+    merge_ratio: float | None = _option(
+        None, "0 < number < 1, or none", "tokens that a merge leaves (ratio); none: 0.5"
     )
     enable_adacorrection: bool | None = _later(
         "true | false | none", "correct forecasts", "AdaCorrection"
@@ -201,6 +212,7 @@ class CacheConfig:
             "verify_consensus",
             "return_hidden_states_first",
             "enable_spatial_approx",
+            "enable_token_merge",
         ):
             value = getattr(self, name)
             may_be_none = self.__dataclass_fields__[name].type == "bool | None"
@@ -234,21 +246,39 @@ class CacheConfig:
             self._four_numbers("adaptive_beta")
         if self.static_kv is not None:
             self._choice("static_kv", STATIC_KV)
-        if self.splits_tokens and (self.forecaster == "output" or self.calibration is not None):
+        for name in ("token_merge_k", "num_stages"):
+            if getattr(self, name) is not None:
+                self._integer(name, 1)
+        if self.token_merge_lambda is not None:
+            self._number("token_merge_lambda", lambda v: 0 <= v < math.inf)
+        if self.merge_ratio is not None:
+            self._number("merge_ratio", lambda v: 0 < v < 1)
+        plans = self.splits_tokens or self.merges_tokens
+        if plans and (self.forecaster == "output" or self.calibration is not None):
             cause = "a calibration" if self.calibration is not None else "forecaster='output'"
             raise ValueError(
                 f"token plans do not go with {cause}, which stands in for the whole forward pass "
                 "and leaves single blocks alone; choose another forecaster, or leave out "
-                "enable_spatial_approx and its options"
+                "enable_spatial_approx, enable_token_merge and their options"
             )
 
     @property
     def splits_tokens(self) -> bool:
         """Whether static tokens are kept out of the blocks."""
-        if self.enable_spatial_approx is None:
-            given = (self.motion_threshold, self.adaptive_beta, self.static_kv)
-            return any(option is not None for option in given)
-        return self.enable_spatial_approx
+        return self._asked_for(
+            self.enable_spatial_approx, "motion_threshold", "adaptive_beta", "static_kv"
+        )
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether tokens are merged."""
+        names = ("token_merge_k", "token_merge_lambda", "num_stages", "merge_ratio")
+        return self._asked_for(self.enable_token_merge, *names)
+
+    def _asked_for(self, switch: bool | None, *options: str) -> bool:
+        if switch is None:
+            return any(getattr(self, name) is not None for name in options)
+        return switch
 
     def _calibrated_options(self) -> None:
         """Refuse options that need a calibration where there is none, or that none fits."""

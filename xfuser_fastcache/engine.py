@@ -193,7 +193,7 @@ class CacheEngine:
             self.branches.clear()
         if call.branch not in self.branches:
             ranks = self.consensus.group.world_size
-            edges = len(self.tokens.motion.edges) if self.tokens is not None else 0
+            edges = self.tokens.edges if self.tokens is not None else 0
             shape = (self.decisions.spans + count_groups(ranks, edges), SLOTS)
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
@@ -415,7 +415,7 @@ class CacheEngine:
         call, local, _ = self._current()
         assert self._entered is not None
         memory = local.memory(span, call.position)
-        tokens = self.tokens if self.tokens is not None and self.tokens.narrows else None
+        tokens = self.tokens if self.tokens is not None and self.tokens.splits else None
         if tokens is not None:
             outputs = tokens.leave(self._entered, outputs, memory)
         anchor = Anchor(

@@ -125,13 +125,14 @@ class Orders:
     Attributes:
         skip: a flag a span, True where it is skipped.
         distrust: whether anchors may hold a NaN and are to be forgotten.
-        moving: tokens that move in the shard and batch item in which most do; None where all tokens
-            run through the blocks.
+        all_tokens: whether computed spans run on all tokens, whatever the token plan.
+        moving: tokens that move in the shard and batch item in which most do.
     """
 
     skip: list[bool]
     distrust: bool = False
-    moving: int | None = None
+    all_tokens: bool = True
+    moving: int = 0
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from xfuser_fastcache.moments import Reference
 from xfuser_fastcache.state import Anchor, Memory, Orders
 from xfuser_fastcache.statistics import Counters
 from xfuser_fastcache.tokens.attention import StaticTokens
-from xfuser_fastcache.tokens.base import run_narrowed
+from xfuser_fastcache.tokens.base import Chain, Narrowing, run_narrowed
+from xfuser_fastcache.tokens.merging import Clusters, importance
 from xfuser_fastcache.tokens.saliency import (
     MotionRule,
     Split,
@@ -28,15 +29,34 @@ from xfuser_fastcache.tokens.saliency import (
 MOTION_THRESHOLD = 0.01
 
 
+@dataclass(frozen=True)
+class Pyramid:
+    """How tokens are merged on their way through the blocks.
+
+    Attributes:
+        stages: equal parts of the blocks; all tokens run through the first one.
+        ratio: of tokens that each later stage leaves of those before it.
+        neighbours: K of `importance`.
+        weight: lambda of `importance`.
+    """
+
+    stages: int = 3
+    ratio: float = 0.5
+    neighbours: int = 5
+    weight: float = 1.0
+
+
 class TokenPlan:
     """Chooses the tokens of each computed span, and puts all of them together again behind it.
 
-    What entered the first span says which tokens moved; all ranks agree on how many run, and each
-    takes its own that moved most. A static token gets the residual of when it was last computed.
-    Text always runs.
+    Split: what entered the first span says which tokens moved; all ranks agree on how many run, and
+    each takes its own that moved most. A static token gets the residual of when it was last
+    computed. Merging: of the tokens that run, the later stages see clusters, in fixed numbers, so
+    that ranks agree without a word. Text always runs.
 
     Args:
-        motion: how motion is told from stillness.
+        motion: how motion is told from stillness; None without a split.
+        pyramid: how tokens are merged; None where they are not.
         contracts: of all blocks, in order.
         attention_costs: share of each block's cost that its attention modules have, 0 to 1, where
             static tokens stay in attention; None where they do not.
@@ -44,19 +64,31 @@ class TokenPlan:
 
     def __init__(
         self,
-        motion: MotionRule,
+        motion: MotionRule | None,
+        pyramid: Pyramid | None,
         contracts: Sequence[BlockContract],
         attention_costs: Sequence[float] | None = None,
     ):
         self.motion = motion
+        self._pyramid = pyramid
+        self._blocks = len(contracts)
         self._attention_costs = attention_costs
         self._static = StaticTokens() if attention_costs is not None else None
-        self._tokens = 0
         # A table's row is one for the whole batch, and so is then the choice.
         self._same_rows = any(contract.tables for contract in contracts)
-        self._edges = torch.tensor(motion.edges)
+        self._edges = torch.tensor(() if motion is None else motion.edges)
+        self._tokens = 0
         self._saliency: torch.Tensor | None = None
+        # Of the span that is being computed.
+        self._narrows = False
         self._split: Split | None = None
+        self._clusters: list[Clusters] = []
+        self._narrowing: Narrowing | None = None
+
+    @property
+    def edges(self) -> int:
+        """Number of saliencies at which tokens are counted."""
+        return len(self._edges)
 
     @property
     def hooks_attention(self) -> bool:
@@ -65,7 +97,7 @@ class TokenPlan:
 
     def open_step(self, starts_generation: bool) -> None:
         """Forget the step before, or the whole generation."""
-        self._saliency = self._split = None
+        self._saliency = self._split = self._narrowing = None
         if starts_generation and self._static is not None:
             self._static.forget()
 
@@ -84,13 +116,14 @@ class TokenPlan:
             slots: of all ranks' token counts, int64.
             rank: this one's place in the group.
         """
-        saliency = token_saliency(hidden_states, reference)
-        if self._same_rows:
-            saliency = saliency.amax(dim=0, keepdim=True)
-        self._saliency = saliency
-        self._edges = self._edges.to(saliency.device)
-        own = slots[rank * len(self._edges) :][: len(self._edges)]
-        own.add_(counts_above(saliency, self._edges))
+        self._saliency = token_saliency(hidden_states, reference)
+        self._edges = self._edges.to(hidden_states.device)
+        own = slots[rank * self.edges :][: self.edges]
+        own.add_(counts_above(self._common(self._saliency), self._edges))
+
+    def _common(self, saliency: torch.Tensor) -> torch.Tensor:
+        """Return the largest saliency of any item, where all items take the same tokens."""
+        return saliency.amax(dim=0, keepdim=True) if self._same_rows else saliency
 
     def enter(self, orders: Orders, memory: Memory) -> None:
         """Choose the tokens of a span that is about to be computed.
@@ -99,19 +132,42 @@ class TokenPlan:
             orders: of this step.
             memory: of the span.
         """
-        self._split = None
+        self._split, self._clusters, self._narrowing = None, [], None
         # A span whose output was not seen has nothing that static tokens could take.
-        if orders.moving is None or self._saliency is None or not memory.anchors:
-            return
-        tokens = self._saliency.shape[1]
-        count = bucket(orders.moving, tokens)
-        if count < tokens:
-            self._split = Split(self._saliency, count)
+        known = self._saliency is not None and bool(memory.anchors)
+        self._narrows = known and not orders.all_tokens
+        if self._narrows and self.motion is not None:
+            assert self._saliency is not None
+            tokens = self._saliency.shape[1]
+            count = bucket(orders.moving, tokens)
+            if count < tokens:
+                self._split = Split(self._common(self._saliency), count)
 
     @property
-    def narrows(self) -> bool:
-        """Whether the span that is being computed runs on fewer tokens."""
+    def splits(self) -> bool:
+        """Whether static tokens are left out of the span that is being computed."""
         return self._split is not None
+
+    def _choose(self, index: int, x: torch.Tensor) -> Narrowing | None:
+        """Return the tokens that a block runs on; None for all.
+
+        Args:
+            index: of the block.
+            x: what enters it, `(batch, tokens, dim)`.
+        """
+        links: list[Narrowing] = [] if self._split is None else [self._split]
+        links += self._clusters
+        merges = self._pyramid
+        if self._narrows and merges is not None:
+            assert self._saliency is not None
+            while len(self._clusters) < index * merges.stages // self._blocks:
+                few, temporal = x, self._saliency.sqrt()[..., None].expand(len(x), -1, -1)
+                for link in links:
+                    few, temporal = link.narrow(few), link.narrow(temporal)
+                score = importance(few, temporal[..., 0], merges.neighbours, merges.weight)
+                self._clusters.append(Clusters(few, score, merges.ratio, self._same_rows))
+                links.append(self._clusters[-1])
+        return Chain(links) if links else None
 
     def run_block(
         self,
@@ -125,16 +181,17 @@ class TokenPlan:
         """Run a block of a computed span; arguments as of `CacheEngine.run_block`."""
         inputs = contract.read(args, kwargs)
         self._tokens, text = inputs.hidden_states.shape[1], inputs.encoder_hidden_states
-        if self._split is None:
+        self._narrowing = self._choose(index, inputs.hidden_states)
+        if self._narrowing is None:
             return forward(*args, **kwargs)
-        left_out = 1 - self._split.rows.shape[1] / self._tokens
+        left_out = 1 - self._narrowing.rows.shape[1] / self._tokens
         # Tokens are taken to cost alike.
         saved = left_out * self._tokens / (self._tokens + (0 if text is None else text.shape[1]))
         if self._attention_costs is not None:
             saved *= 1 - self._attention_costs[index]
         counters.record_narrowed(index, left_out, saved)
         slice_tables = self._static is None
-        return run_narrowed(self._split, contract, forward, args, kwargs, slice_tables)
+        return run_narrowed(self._narrowing, contract, forward, args, kwargs, slice_tables)
 
     def run_attention(
         self,
@@ -145,7 +202,7 @@ class TokenPlan:
     ) -> Any:
         """Run an attention module of a block; `key` names it and the branch."""
         assert self._static is not None
-        return self._static.attend(key, self._split, self._tokens, forward, args, kwargs)
+        return self._static.attend(key, self._narrowing, self._tokens, forward, args, kwargs)
 
     def leave(self, inputs: Streams, outputs: Streams, memory: Memory) -> Streams:
         """Return a span's output: computed tokens as they left it, static ones moved as before.
@@ -213,12 +270,21 @@ def token_plan(
         contracts: of all blocks, in order.
         attention_costs: share of each block's cost that its attention modules have, 0 to 1.
     """
-    if not config.splits_tokens:
+    if not config.splits_tokens and not config.merges_tokens:
         return None
-    if config.adaptive_beta is not None:
-        b0, b1, b2, b3 = config.adaptive_beta
-        rule = MotionRule(0.0, (b0, b1, b2, b3))
-    else:
-        given = config.motion_threshold
-        rule = MotionRule(MOTION_THRESHOLD if given is None else given)
-    return TokenPlan(rule, contracts, None if config.static_kv == "drop" else attention_costs)
+    pyramid, rule, kept_in_attention = None, None, None
+    if config.merges_tokens:
+        given: dict[str, Any] = {
+            "stages": config.num_stages,
+            "ratio": config.merge_ratio,
+            "neighbours": config.token_merge_k,
+            "weight": config.token_merge_lambda,
+        }
+        pyramid = Pyramid(**{name: value for name, value in given.items() if value is not None})
+    if config.splits_tokens:
+        threshold = config.motion_threshold
+        rule = MotionRule(
+            MOTION_THRESHOLD if threshold is None else threshold, config.adaptive_beta
+        )
+        kept_in_attention = None if config.static_kv == "drop" else attention_costs
+    return TokenPlan(rule, pyramid, contracts, kept_in_attention)

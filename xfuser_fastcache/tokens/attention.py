@@ -64,8 +64,8 @@ class StaticTokens:
                 "tokens. Call the transformer with the same skip_layers at all steps of a branch, "
                 "or leave out static_kv='reuse'."
             )
-        image = narrowing.widen(self._inputs[key], image, image)
-        self._inputs[key] = image
+        last = self._inputs[key]
+        image = self._inputs[key] = narrowing.widen(last, narrowing.narrow(last), image)
         every = torch.cat((text, image), dim=1)
         if args:
             args = (every, *args[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,14 +82,14 @@ class MotionRule:
 
     Attributes:
         threshold: ratio; the only edge where there is no `beta`.
-        beta: four coefficients, or None.
+        beta: four coefficients, which replace it, or None.
 
     Source: FastCache's adaptive threshold. Deviations: `S_var` is the saliency of this module, and
     t is the noise level over that of the generation's first step, 1 to 0, for every model.
     """
 
     threshold: float
-    beta: tuple[float, float, float, float] | None = None
+    beta: Sequence[float] | None = None
 
     @property
     def edges(self) -> tuple[float, ...]:
