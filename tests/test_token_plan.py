@@ -10,6 +10,7 @@ import torch
 from test_engine import BARE, DIM, WHOLE, ones
 from test_engine import Stack as PlainStack
 from tiny_models import TINY_PIPELINES
+from torch._dynamo.testing import CompileCounter
 
 from xfuser_fastcache import (
     CacheConfig,
@@ -19,6 +20,7 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.token_plan import TokenPlan, token_plan
+from xfuser_fastcache.tokens.saliency import BUCKETS
 
 COUNT = 16  # image tokens
 STEPS = 8
@@ -347,6 +349,36 @@ def recorded(pipe: Any, model: str) -> dict[str, Any]:
 def at(level: float, model: str, x: torch.Tensor) -> torch.Tensor:
     scale = 1.0 if model == "flux" else 1000.0
     return torch.full((len(x),), level * scale)
+
+
+@pytest.mark.parametrize(("static_kv", "graphs"), [("drop", 1), ("reuse", 2)])
+def test_compiled_blocks_are_compiled_at_most_once_a_bucket(static_kv: str, graphs: int) -> None:
+    """Each kind of block meets `BUCKETS` token counts; attention hooks cut its graph in two."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    pipe, generate = generation("flux", batch=1)
+    transformer = pipe.transformer
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.forward = torch.compile(block.forward, backend=counter, dynamic=False)
+    control = generate()
+    sizes = set()
+    norm = transformer.transformer_blocks[0].norm2
+    handle = norm.register_forward_pre_hook(lambda module, args: sizes.add(args[0].shape[1]))
+
+    def sweep() -> int:
+        for threshold in torch.logspace(-4, 1, 12).tolist():
+            options = {"motion_threshold": threshold, "enable_block_approx": False}
+            cached(pipe, generate, static_kv=static_kv, **options)
+        return counter.frame_count
+
+    with torch._dynamo.config.patch(recompile_limit=64):
+        uncached = counter.frame_count
+        once, again = sweep(), sweep()
+    handle.remove()
+    assert 3 <= len(sizes) <= BUCKETS
+    assert uncached < once <= graphs * uncached * BUCKETS
+    assert again == once
+    assert torch.equal(generate(), control)
 
 
 # ---- what does not go together ------------------------------------------------------------------

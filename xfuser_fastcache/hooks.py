@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
@@ -106,6 +107,8 @@ class AttentionHook(ModelHook):
         self.engine = engine
         self.key = key
 
+    # In a compiled block, what is remembered of each module would be compiled for each of them.
+    @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the module through the engine."""
         return self.engine.run_attention(self.key, self.fn_ref.original_forward, args, kwargs)
