@@ -26,12 +26,13 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, Step
 from xfuser_fastcache.consensus import BlockList, Consensus
-from xfuser_fastcache.engine import CacheEngine, span_of_blocks
+from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.layout import DecisionGroup, Position
 from xfuser_fastcache.moments import FRACTION as MOMENTS_FRACTION
 from xfuser_fastcache.moments import TOKENS as TOKENS_SLOT
 from xfuser_fastcache.moments import Moments
+from xfuser_fastcache.spans import span_of_blocks
 from xfuser_fastcache.state import Sighting, rescaled
 from xfuser_fastcache.statistics import BlockInfo
 from xfuser_fastcache.timeline import Schedule

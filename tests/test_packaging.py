@@ -46,6 +46,7 @@ ROOMS = (
     "forward_contract",
     "block_contract",
     "layout",
+    "spans",
     "plugins",
 )
 # Each file in these folders is understood alone: it shares nothing with its neighbours but base.

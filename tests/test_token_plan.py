@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import BARE, DIM, WHOLE, ones
+from test_engine import BARE, DIM, WHOLE, left_out, ones
 from test_engine import Stack as PlainStack
 from tiny_models import TINY_PIPELINES
 from torch._dynamo.testing import CompileCounter
@@ -184,6 +184,13 @@ def test_what_is_skipped_counts_once() -> None:
     assert statistics["block_approx_ratio"] == pytest.approx(1 / 3)
     assert statistics["spatial_approx_ratio"] == pytest.approx(1 / 6)
     assert statistics["estimated_flops_saved_ratio"] == pytest.approx(1 / 2)
+
+
+def test_a_last_block_left_out_while_tokens_stand_still_is_an_error_not_a_wrong_picture() -> None:
+    stack = Stack(blocks=3, motion_threshold=0.1)
+    stack.step(plane(), 1.0)
+    with pytest.raises(RuntimeError, match="left out the last block of span 0 at .* step 1"):
+        left_out(stack, 2, plane(), 0.9)
 
 
 def test_an_adaptive_threshold_tightens_as_noise_falls() -> None:

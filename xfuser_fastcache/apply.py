@@ -13,12 +13,13 @@ from xfuser_fastcache.backends import backend
 from xfuser_fastcache.block_contract import ENCODER, BlockContract, ModelAdapter
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import BlockList, Consensus
-from xfuser_fastcache.engine import CacheEngine, span_of_blocks
+from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.fitted import check_model, fingerprint, load_fitted, settled
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on
 from xfuser_fastcache.layout import DecisionGroup, PlainLayout
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
+from xfuser_fastcache.spans import span_of_blocks
 from xfuser_fastcache.statistics import BlockInfo
 from xfuser_fastcache.timeline import Schedule
 from xfuser_fastcache.token_plan import TokenPlan, token_plan

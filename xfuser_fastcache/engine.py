@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.moments import SLOTS, Reference, measure
 from xfuser_fastcache.ownership import Ownership
+from xfuser_fastcache.spans import Piece, pieces_of
 from xfuser_fastcache.state import (
     Anchor,
     LocalState,
@@ -54,34 +54,6 @@ from xfuser_fastcache.token_plan import TokenPlan
 from xfuser_fastcache.watchdog import Watchdog
 
 logger = logging.getLogger("xfuser_fastcache")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The consecutive blocks of one span that this rank holds.
-
-    Attributes:
-        span: index of the span in the whole model.
-        last: local index of its last block on this rank.
-        begins: whether the span's first block is among them, before which the span is measured: in
-            a pipeline one stage measures it, as a single rank would.
-    """
-
-    span: int
-    last: int
-    begins: bool
-
-
-def span_of_blocks(blocks: int, granularity: int | str) -> list[int]:
-    """Return the span of each block of the whole model; no more spans than blocks.
-
-    Example:
-        >>> span_of_blocks(5, 2), span_of_blocks(3, "stack"), span_of_blocks(3, "block")
-        ([0, 0, 0, 1, 1], [0, 0, 0], [0, 1, 2])
-    """
-    named = {"stack": 1, "block": blocks}
-    spans = named[granularity] if isinstance(granularity, str) else min(granularity, blocks)
-    return [index * spans // blocks for index in range(blocks)]
 
 
 def _lag(spans: list[int], consensus: Consensus) -> int:
@@ -133,15 +105,7 @@ class CacheEngine:
         self.forecaster = chosen.forecaster(config, fitted, consensus.group)
         span_count = 1 + max(block.span for block in blocks)
         spans = [block.span for block in blocks]
-        held = spans[first_block : first_block + len(contracts)]
-        self.pieces = [
-            Piece(
-                span,
-                last=len(held) - 1 - held[::-1].index(span),
-                begins=spans.index(span) >= first_block,
-            )
-            for span in held
-        ]
+        self.pieces = pieces_of(spans, first_block, len(contracts))
         self._measures = any(piece.begins for piece in self.pieces)
         lag = _lag(spans, consensus)
         gate = chosen.gate(config, fitted)
@@ -387,12 +351,14 @@ class CacheEngine:
         """Forget a span whose last block was not called: what it put out is not known.
 
         Raises:
-            RuntimeError: it was to be skipped, and its forecast had no place.
+            RuntimeError: it was to be skipped, or some of its tokens, and what stands in for them
+                had no place.
         """
         if self._inside is None:
             return
         call, local, _ = self._current()
-        if self._skipping:
+        static = self.tokens is not None and self.tokens.splits
+        if self._skipping or static:
             raise RuntimeError(
                 f"the model left out the last block of span {self._inside} at {call.place}, where "
                 "it had run at the last computed step of this branch. Call the transformer with "
