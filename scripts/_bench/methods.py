@@ -62,7 +62,7 @@ SWEEPS = {"Fast": Sweep("cache_ratio_threshold", (0.06, 0.1, 0.17, 0.3, 0.55, 1.
 # Thresholds of the gate under which token plans are measured; 0 never skips a block.
 GATED = (0.0, 0.06, 0.1, 0.3)
 # Settings of motion_threshold and of merge_ratio.
-STILL, LEFT = (0.003, 0.01, 0.03), (0.95, 0.75, 0.5)
+STILL, LEFT = (0.003, 0.01, 0.03), (0.9, 0.75, 0.5)
 
 
 def fixed(*values: object) -> Callable[[int], list[str]]:
