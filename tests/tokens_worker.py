@@ -111,9 +111,12 @@ def main() -> None:
                 "collectives": statistics["collectives_per_step"],
             }
         if flags["ulysses_degree"] * flags["ring_degree"] > 1:
-            with only_some_move(pipe.transformer, moving=dist.get_rank() == 0):
-                *_, statistics = cached(generate, motion_threshold=1e-3, enable_block_approx=False)
-            found["uneven"] = statistics["spatial_approx_ratio"]
+            found["uneven"] = []
+            for kept in ("reuse", "drop"):
+                options = {"motion_threshold": 1e-3, "static_kv": kept}
+                with only_some_move(pipe.transformer, moving=dist.get_rank() == 0):
+                    *_, statistics = cached(generate, **options)
+                found["uneven"].append(statistics["spatial_approx_ratio"])
         found["restored"] = same(generate(), control)
         return found
 
