@@ -247,6 +247,15 @@ def test_merging_around_identity_blocks_is_exact(tokens: int, granularity: Any) 
     assert tokens == 1 or stack.statistics["spatial_approx_ratio"] > 0.1
 
 
+def test_a_token_that_was_all_zero_is_merged_like_any_other() -> None:
+    stack = Stack(blocks=3, enable_token_merge=True)
+    x = plane()
+    x[0, 3] = 0
+    stack.step(x, 1.0)
+    out, seen = stack.step(2 * plane(), 0.9)
+    assert seen == [16, 8, 4] and out.isfinite().all()
+
+
 def test_what_moves_is_merged_and_what_stands_still_is_left_out() -> None:
     stack = Stack(blocks=2, num_stages=2, motion_threshold=0.1)
     stack.added = [1.0, 1.0]

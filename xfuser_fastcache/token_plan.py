@@ -161,7 +161,8 @@ class TokenPlan:
         if self._narrows and merges is not None:
             assert self._saliency is not None
             while len(self._clusters) < index * merges.stages // self._blocks:
-                few, temporal = x, self._saliency.sqrt()[..., None].expand(len(x), -1, -1)
+                # Of a token that was all zero it may be infinite.
+                few, temporal = x, self._saliency.sqrt().clamp(max=1e6)[..., None]
                 for link in links:
                     few, temporal = link.narrow(few), link.narrow(temporal)
                 score = importance(few, temporal[..., 0], merges.neighbours, merges.weight)
