@@ -15,7 +15,6 @@ import yaml
 
 TESTS = ("chi2", "paper", "conformal")
 FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
-
 STATIC_KV = ("reuse", "drop")
 
 

@@ -2,7 +2,7 @@
 
 Order of a step: the transformer's hook opens it, the consensus is taken, the gate's answers
 become one flag a span, each span is computed or forecast while its moments are summed on the
-device, the transformer's hook closes it.
+device, the transformer's hook closes it. A computed span runs on the tokens of the token plan.
 
 With one pipeline stage decisions are "current": the vector is posted and awaited where the first
 block is entered, and holds the first span's moments of this step and the other spans' of the
