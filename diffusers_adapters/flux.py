@@ -25,6 +25,8 @@ class FluxAdapter(ModelAdapter):
     timestep_index = 3
     embedder = "time_text_embed"
     block_lists = {"transformer_blocks": _BLOCK, "single_transformer_blocks": _BLOCK}
+    # TeaCache's code for FLUX.1-dev; xDiT's teacache takes the same.
+    tea_polynomial = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
     @classmethod
     def noise_level(cls, timestep: float) -> float:

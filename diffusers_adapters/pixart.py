@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-from xfuser_fastcache.block_contract import HIDDEN, BlockContract, ModelAdapter, Step
+from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
 
-_BLOCK = BlockContract(parameters=(HIDDEN,), returns=(HIDDEN,), attention=("attn1",))
+_BLOCK = BlockContract(
+    parameters=(HIDDEN, "attention_mask", ENCODER, "encoder_attention_mask", "timestep"),
+    returns=(HIDDEN,),
+    attention=("attn1",),
+)
 # The noise schedule that PixArt was trained with: betas rise linearly.
 _BETAS = (0.0001, 0.02, 1000)
 
@@ -46,6 +51,17 @@ class PixArtAdapter(ModelAdapter):
     def noise_level(cls, timestep: float) -> float:
         """The angle by the published schedule, where no scheduler is at hand."""
         return _level(_alphas_cumprod(), timestep)
+
+    @classmethod
+    def modulated_input(
+        cls, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """The block's first norm, shifted and scaled by its own table and the timestep's."""
+        x = _BLOCK.argument(HIDDEN, args, kwargs)
+        timestep = _BLOCK.argument("timestep", args, kwargs)
+        table = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+        shift, scale = table[:, :1], table[:, 1:2]
+        return block.norm1(x) * (1 + scale) + shift
 
     @classmethod
     def plan(cls, scheduler: Any) -> list[Step]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.utils.benchmark import Timer
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
-from xfuser_fastcache.backends import FORECASTERS, backend
+from xfuser_fastcache.backends import FORECASTERS, gate_of
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import Consensus, Header
@@ -274,7 +274,7 @@ def time_parts(
         lag=1,
         noise_levels=LEVELS,
     )
-    gate = backend(config.use_cache).gate(config, None)
+    gate = gate_of(config)
     change_us = median_us(lambda: measure(hidden_states, reference, exponent))
     reference_us = median_us(lambda: Reference.of(hidden_states))
     gate_us = median_us(lambda: gate.judge(evidence))

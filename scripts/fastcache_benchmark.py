@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from _bench.methods import Changes, all_methods
+from _bench.methods import Changes
 from _bench.settings import ROOT, call_arguments
 from _bench.subject import DTYPES, Sample, Subject, known_arguments
 from _bench.worker import environment, tell
@@ -44,14 +44,10 @@ from xfuser_fastcache import (
     get_cache_statistics,
     remove_cache,
 )
-from xfuser_fastcache.backends import BACKENDS
 
-# Title -> our backend, the peer that stands in for it, threshold: TeaCache's is the default of
-# xDiT's class, First-Block-Cache's of its call.
-THRESHOLDS = {
-    "TeaCache": ("Tea", "xdit-teacache", 0.6),
-    "First-Block-Cache": ("Fb", "xdit-fbcache", 0.12),
-}
+# Title -> our backend and its threshold: TeaCache's is the default of xDiT's class,
+# First-Block-Cache's of its call.
+THRESHOLDS = {"TeaCache": ("Tea", 0.6), "First-Block-Cache": ("Fb", 0.12)}
 Prepare = Callable[[], AbstractContextManager[Changes]]
 
 
@@ -163,24 +159,16 @@ def fast_config(options: argparse.Namespace) -> CacheConfig:
 
 
 def columns_of(subject: Subject, config: CacheConfig) -> list[Column]:
-    """The methods of the table, ours where they are built."""
+    """The methods of the table, all of them ours."""
     fast = Column(
         "FastCache", f"xfuser-fastcache, threshold {config.cache_ratio_threshold:g}", prepare=None
     )
     fast.prepare = ours(subject, config, fast)
     found = [Column("Baseline", "uncached", None), fast]
-    for title, (backend, peer, threshold) in THRESHOLDS.items():
-        if backend in BACKENDS:
-            column = Column(title, f"xfuser-fastcache, threshold {threshold:g}", None)
-            own = CacheConfig.from_dict({"use_cache": backend, "cache_ratio_threshold": threshold})
-            column.prepare = ours(subject, own, column)
-        else:
-            method = all_methods()[peer]
-            column = Column(
-                title,
-                f"{method.source}'s own, threshold {threshold:g} (not built here yet)",
-                lambda method=method, value=str(threshold): method.prepare(subject, value),
-            )
+    for title, (backend, threshold) in THRESHOLDS.items():
+        column = Column(title, f"xfuser-fastcache, threshold {threshold:g}", None)
+        own = CacheConfig(use_cache=backend, cache_ratio_threshold=threshold)
+        column.prepare = ours(subject, own, column)
         found.append(column)
     return found
 

@@ -21,8 +21,8 @@ from worlds import report  # noqa: E402
 from xfuser_fastcache import (  # noqa: E402
     ConsensusError,
     apply_cache_on_transformer,
-    engine,
     get_cache_statistics,
+    probes,
     remove_cache,
 )
 from xfuser_fastcache.hooks import hook_on  # noqa: E402
@@ -34,15 +34,15 @@ TIMEOUT_S = 6.0
 
 def disagree(cache: Any) -> None:
     """Rank 1 measures a change that forbids skipping, at every odd step."""
-    measure = engine.measure
+    measure = probes.measure
 
-    def inflated(hidden_states: Any, reference: Any, exponent: int) -> Any:
-        moments = measure(hidden_states, reference, exponent)
+    def inflated(hidden_states: Any, reference: Any, exponent: int, *norm: int) -> Any:
+        moments = measure(hidden_states, reference, exponent, *norm)
         if dist.get_rank() == 1 and cache.call.step % 2:
             moments[0] += moments[2]  # CHANGE grows by REFERENCE: a change of 100 %
         return moments
 
-    engine.measure = inflated
+    probes.measure = inflated
 
 
 def decide_alone(cache: Any) -> None:
@@ -53,14 +53,14 @@ def decide_alone(cache: Any) -> None:
 
 def see_nan(cache: Any) -> None:
     """Rank 1 measures NaN at one step."""
-    measure = engine.measure
+    measure = probes.measure
 
-    def broken(hidden_states: Any, reference: Any, exponent: int) -> Any:
+    def broken(hidden_states: Any, reference: Any, exponent: int, *norm: int) -> Any:
         if dist.get_rank() == 1 and cache.call.step == BAD_STEP:
             hidden_states = hidden_states * float("nan")
-        return measure(hidden_states, reference, exponent)
+        return measure(hidden_states, reference, exponent, *norm)
 
-    engine.measure = broken
+    probes.measure = broken
 
 
 def stay_away(cache: Any) -> None:

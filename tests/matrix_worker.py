@@ -1,4 +1,4 @@
-"""One rank of one layout: every model that runs there, uncached and under every backend.
+"""One rank of one layout: models that run there, uncached and under the backends asked for.
 
 Tiny pipelines with random weights: what is tested is that ranks agree and that nothing hangs.
 """
@@ -16,24 +16,34 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from backend_options import NEVER, OFTEN  # noqa: E402
 from tiny_models import TINY_PIPELINES  # noqa: E402
 from worlds import report  # noqa: E402
 from xdit_control import describe, own_share, wrap  # noqa: E402
 
-from xfuser_fastcache.backends import BACKENDS  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
 
 STEPS = 10
-# Far above what random weights change from step to step.
-THRESHOLD = 12.0
-# Each backend runs like this in every cell.
+# How a backend runs in a cell: `Fast` in all ways, the others in the first one, or in all that
+# they can where `--all_variants` asks for that.
 VARIANTS: dict[str, dict[str, Any]] = {
     "stack": {},
     "three spans": {"granularity": 3},
     "output forecast": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
 }
+FORECASTS_ALL = ("Fast", "TaylorSeer")
+
+
+def variants(backend: str, all_variants: bool) -> dict[str, dict[str, Any]]:
+    """Return the ways in which a backend runs in a cell."""
+    if backend == "Fast" or all_variants:
+        found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
+        return VARIANTS if backend in FORECASTS_ALL else found
+    return {"stack": {}}
+
+
 # Eight blocks: a stage of PipeFusion 4 must not be empty.
 SIZES = {"flux": {"num_layers": 4, "num_single_layers": 4}}
 
@@ -63,8 +73,10 @@ def synchronous(generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
         runtime.warmup_steps = before
 
 
-def cases(model: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Run one model in this world's layout."""
+def cases(
+    model: str, backends: list[str], all_variants: bool, flags: dict[str, Any]
+) -> dict[str, Any]:
+    """Run one model under some backends in this world's layout."""
     from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 
     replicas = flags["data_parallel_degree"]
@@ -88,12 +100,12 @@ def cases(model: str, flags: dict[str, Any]) -> dict[str, Any]:
     found["has_output"] = control is not None
     found["control_repeats"] = same(control, generate())
     found["backends"] = {}
-    for name in BACKENDS:
-        apply(use_cache=name, cache_ratio_threshold=0)
+    for name in backends:
+        apply(use_cache=name, **NEVER[name])
         found["backends"][name] = {"threshold_0_exact": same(control, generate())}
         remove_cache(pipe.transformer)
-        for variant, options in VARIANTS.items():
-            apply(use_cache=name, cache_ratio_threshold=THRESHOLD, **options)
+        for variant, options in variants(name, all_variants).items():
+            apply(use_cache=name, **OFTEN[name], **options)
             cached = generate()
             repeats = same(cached, generate())
             statistics = get_cache_statistics(pipe.transformer)
@@ -121,18 +133,21 @@ def references(model: str, batches: list[int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the models named on the command line and report."""
+    """Run the cases named on the command line and report."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", nargs="+", required=True)
+    parser.add_argument("--case", nargs="+", required=True, help="MODEL:BACKEND,BACKEND...")
+    parser.add_argument("--all_variants", action="store_true")
     parser.add_argument("--use_cfg_parallel", action="store_true")
     parser.add_argument("--reference_batch", type=int, nargs="+", default=[], help="on one rank")
     for name in ("ulysses", "ring", "pipefusion_parallel", "data_parallel"):
         parser.add_argument(f"--{name}_degree", type=int, default=1)
     flags = vars(parser.parse_args())
-    models, batches = flags.pop("model"), flags.pop("reference_batch")
+    named, batches = flags.pop("case"), flags.pop("reference_batch")
+    all_variants = flags.pop("all_variants")
+    models = {model: names.split(",") for model, names in (case.split(":") for case in named)}
     cpu_platform.enable_cpu_platform()
     mend_xfuser()
-    found = {model: cases(model, flags) for model in models}
+    found = {m: cases(m, backends, all_variants, flags) for m, backends in models.items()}
     for model in models:
         found[model]["references"] = references(model, batches)
     report(dist.get_rank(), group=XDiTLayout().decision_group().ranks, models=found)

@@ -217,6 +217,7 @@ def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -
     assert set(methods.choose(["all"], 28)) == ours | set(ISSUE)
     assert set(methods.choose(["forecasters"], 28)) == variants
     assert set(methods.choose(["fast", "tokens"], 28)) == {"fast"} | plans
+    assert set(methods.choose(["backends"], 28)) == {name.lower() for name in BACKENDS}
     monkeypatch.setitem(BACKENDS, "Dream", BACKENDS["Fast"])
     assert "dream" in methods.all_methods()
     monkeypatch.setitem(BACKENDS, "FAST", BACKENDS["Fast"])
@@ -230,6 +231,29 @@ def test_every_method_has_five_settings_or_more() -> None:
     assert {v[:2] for v in methods.choose(["cache-dit-dbcache"], 28)["cache-dit-dbcache"]} == {
         "F1", "F4",
     }  # fmt: skip
+
+
+def test_every_backend_of_ours_runs_at_its_last_setting(subject: Subject) -> None:
+    """The widest of its settings skips, and each of ours takes the option that it is swept by."""
+    chosen = {n: [v[-1]] for n, v in methods.choose(["backends"], 28).items()}
+    records, run = measured(subject, settings_of(subject, 1, **chosen), methods.all_methods())
+    assert not run.failed
+    points = curves.points_of(records, None)
+    for name, (value,) in chosen.items():
+        assert not points[name][value]["identical"], name
+
+
+def test_the_polynomial_beside_a_model_is_used() -> None:
+    from diffusers import DiffusionPipeline
+
+    from xfuser_fastcache import CacheConfig
+    from xfuser_fastcache.hooks import hook_on
+
+    pipe = DiffusionPipeline.from_pretrained("toys/sd3", torch_dtype=torch.float32)
+    with methods.all_methods()["tea"].prepare(Subject(pipe, 4, {}), "0.5"):
+        gate = hook_on(pipe.transformer).engine.agreement.gate
+        fitted = CacheConfig.from_file("toys/sd3/teacache.yaml").coefficients
+        assert (gate.threshold, list(gate.coefficients)) == (0.5, fitted)
 
 
 def test_settings_can_be_given() -> None:

@@ -24,7 +24,7 @@ from xfuser_fastcache import (
     get_cache_trace,
     remove_cache,
 )
-from xfuser_fastcache.backends import backend
+from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.fitted import Cell, Fitted, load_fitted, settled
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.gates.base import Evidence
@@ -183,7 +183,7 @@ def test_with_a_mask_alpha_and_epsilon_need_not_be_the_files(given: dict[str, An
     other = {"significance_level": 0.37, "cache_ratio_threshold": 0.2}
     config = settled(CacheConfig(calibration="x", **given, **other), FILE)
     assert (config.steps_mask, config.significance_level) == (MASK, 0.37)
-    assert not backend("Fast").gate(config, FILE).judge(evidence(0.0)).may_skip
+    assert not gate_of(config, FILE).judge(evidence(0.0)).may_skip
 
 
 def test_files_of_other_content_give_other_config_digests(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_files_of_other_content_give_other_config_digests(tmp_path: Path) -> Non
 
 def test_the_backend_makes_gate_and_forecaster_from_the_file() -> None:
     config = settled(CacheConfig(calibration="x"), FILE)
-    gate = backend("Fast").gate(config, FILE)
+    gate = gate_of(config, FILE)
     assert isinstance(gate, CalibratedGate) and gate.epsilon == 0.3
-    assert isinstance(backend("Fast").gate(CacheConfig(), None), ChiSquareGate)
+    assert isinstance(gate_of(CacheConfig()), ChiSquareGate)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_of_a_pipeline_the_last_stage_alone_corrects_and_without_the_latents(
     stage: int, stages: int, fitted: Fitted | None, sees: bool
 ) -> None:
     config = settled(CacheConfig(calibration="x"), FILE)
-    made = backend("Fast").forecaster(config, FILE, DecisionGroup(stage=stage, stages=stages))
+    made = forecaster_of(config, FILE, DecisionGroup(stage=stage, stages=stages))
     assert isinstance(made, OutputForecaster)
     assert (made.fitted, made.sees_latents) == (fitted, sees)
 

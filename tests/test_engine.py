@@ -24,6 +24,7 @@ from xfuser_fastcache import (
     reset_cache_statistics,
     state,
 )
+from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, Step
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
@@ -32,6 +33,7 @@ from xfuser_fastcache.layout import DecisionGroup, Position
 from xfuser_fastcache.moments import FRACTION as MOMENTS_FRACTION
 from xfuser_fastcache.moments import TOKENS as TOKENS_SLOT
 from xfuser_fastcache.moments import Moments
+from xfuser_fastcache.probes import Probe
 from xfuser_fastcache.spans import span_of_blocks
 from xfuser_fastcache.state import Sighting, rescaled
 from xfuser_fastcache.statistics import BlockInfo
@@ -54,7 +56,9 @@ class Stack:
     """Blocks that add one number each, run by an engine as a transformer's hooks would."""
 
     def __init__(self, blocks: int = 4, group: DecisionGroup | None = None, **options: Any):
-        options = {"forecaster": "reuse", "cache_ratio_threshold": EVER, **options}
+        if options.get("use_cache", "Fast") == "Fast":
+            options = {"cache_ratio_threshold": EVER, **options}
+        options = {"forecaster": "reuse", **options}
         config = CacheConfig(**options)
         consensus = Consensus(
             group or DecisionGroup(),
@@ -63,9 +67,18 @@ class Stack:
             config_digest=config.digest(),
             block_lists=(BlockList(blocks, 1),),
         )
-        spans = span_of_blocks(blocks, config.granularity)
+        apart = Probe.FIRST_RESIDUAL in gate_of(config).probes
+        spans = span_of_blocks(blocks, config.granularity, apart)
         infos = [BlockInfo(f"blocks.{i}", span, 1 / blocks) for i, span in enumerate(spans)]
-        self.engine = CacheEngine(config, consensus, infos, [BARE] * blocks, 0, DIM)
+        self.engine = CacheEngine(
+            config,
+            consensus,
+            infos,
+            [BARE] * blocks,
+            0,
+            DIM,
+            modulated=lambda args, kwargs: args[0],
+        )
         self.added = [0.0] * blocks
         self.ran: list[int] = []
 

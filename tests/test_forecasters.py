@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.backends import FORECASTERS, backend
+from xfuser_fastcache.backends import FORECASTERS, forecaster_of
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
@@ -291,5 +291,5 @@ def test_only_as_many_anchors_are_kept_as_are_looked_at(name: str, depth: int) -
 
 @pytest.mark.parametrize(("name", "make"), FORECASTERS.items())
 def test_the_option_selects_the_forecaster(name: str, make: Callable[[], Forecaster]) -> None:
-    chosen = backend("Fast").forecaster(CacheConfig(forecaster=name), None, DecisionGroup())
+    chosen = forecaster_of(CacheConfig(forecaster=name), None, DecisionGroup())
     assert type(chosen) is make

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import chi2
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.backends import backend
+from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import MAX_DEGREES_OF_FREEDOM, ChiSquareGate
 
@@ -140,10 +140,10 @@ def test_the_comparison_is_strict() -> None:
 @pytest.mark.parametrize(("given", "test"), [("chi2", "chi2"), ("paper", "paper"), (None, "chi2")])
 def test_the_backend_hands_its_options_to_the_gate(given: str | None, test: str) -> None:
     config = CacheConfig(cache_ratio_threshold=0.3, significance_level=0.2, test=given)
-    gate = backend("Fast").gate(config, None)
+    gate = gate_of(config)
     assert critical_ratio(gate) == critical_ratio(ChiSquareGate(0.3, 0.2, test))
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown cache backend 'Fastest'; known: Fast"):
-        backend("Fastest")
+        gate_of(CacheConfig(use_cache="Fastest"))

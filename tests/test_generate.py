@@ -69,10 +69,10 @@ def test_a_bare_use_cache_keeps_its_meaning(generate: Any) -> None:
     ],
 )
 def test_wrong_cache_flags_say_what_is_wrong(generate: Any, flags: list[str], message: str) -> None:
-    from xfuser_fastcache.backends import backend
+    from xfuser_fastcache.backends import gate_of
 
     with pytest.raises((ValueError, TypeError), match=message.replace("'", ".")):
-        backend(configured(generate, *flags).use_cache)
+        gate_of(configured(generate, *flags))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Every tiny pipeline x every layout of xDiT x every backend, as real processes.
 
 One spawned world per layout runs all models that xDiT itself runs there uncached. What xDiT
-computes there is checked too, against one rank. Every registered adapter and backend is in it.
-Second versions of a family on four ranks are slow: `pytest -m slow tests/test_matrix.py`.
+computes there is checked too, against one rank. Every registered adapter and backend is in it:
+`Fast` in each cell, the others in turn, so that every model meets each of them. All of them in
+each cell, and second versions of a family on four ranks, are slow: `pytest -m slow
+tests/test_matrix.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 from layouts import EXCLUDED, LAYOUTS, Exclusion
-from matrix_worker import STEPS, VARIANTS
+from matrix_worker import STEPS, variants
 from tiny_models import ADAPTER_OF, TINY_PIPELINES
 from worlds import WorldFailed, launch, run_world
 
@@ -26,22 +28,35 @@ def excluded(model: str, layout: str) -> bool:
     return any(ADAPTER_OF[model] == e.model and e.flag in flags for e in EXCLUDED)
 
 
-def is_slow(model: str, layout: str) -> bool:
-    """Whether a cell is left out unless asked for: second versions of a family on four ranks."""
+CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_PIPELINES if not excluded(m, layout)]
+OTHERS = [name for name in BACKENDS if name != "Fast"]
+
+
+def is_slow(model: str, layout: str, backend: str) -> bool:
+    """Whether a case is left out unless asked for.
+
+    Second versions of a family on four ranks are, and in each cell all backends but `Fast` and one
+    other: the next model has the next one, and so has the next layout.
+    """
     families = list(ADAPTER_OF.values())
     first = families.index(ADAPTER_OF[model]) == list(ADAPTER_OF).index(model)
-    return LAYOUTS[layout][0] > 2 and not first
+    turn = list(TINY_PIPELINES).index(model) + list(LAYOUTS).index(layout)
+    in_turn = backend in ("Fast", OTHERS[turn % len(OTHERS)])
+    return not in_turn or (LAYOUTS[layout][0] > 2 and not first)
 
 
-CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_PIPELINES if not excluded(m, layout)]
+CASES = [(model, layout, backend) for model, layout in CELLS for backend in BACKENDS]
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1500))
 _worlds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What every rank reports of one model in one layout.
+class Case:
+    """What every rank reports of one model in one layout under one backend.
 
     Attributes:
+        backend: its name.
+        all_variants: whether it ran in all the ways that it can.
         ranks: the reports, by rank.
         groups: the decision group of every rank.
         replicas: degree of data parallelism.
@@ -50,6 +65,8 @@ class Cell:
         references: what one rank computes, for each size of the batch.
     """
 
+    backend: str
+    all_variants: bool
     ranks: list[dict[str, Any]]
     groups: list[tuple[int, ...]]
     replicas: int
@@ -58,28 +75,39 @@ class Cell:
 
 
 def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
-    """Run the world of a layout's slow or other cells once, and return its reports, by rank."""
+    """Run the world of a layout's slow or other cases once, and return its reports, by rank."""
     if (layout, slow) not in _worlds:
         ranks, flags = LAYOUTS[layout]
-        models = [m for m, at in CELLS if at == layout and is_slow(m, at) == slow]
+        backends: dict[str, list[str]] = {}
+        for model, at, backend in CASES:
+            if at == layout and is_slow(model, at, backend) == slow:
+                backends.setdefault(model, []).append(backend)
+        cases = [f"{model}:{','.join(names)}" for model, names in backends.items()]
         batches = ("--reference_batch", "1", "2") if ranks == 1 else ()
-        world = run_world("matrix_worker.py", ranks, "--model", *models, *batches, *flags)
+        more = ("--all_variants",) if slow else ()
+        world = run_world(
+            "matrix_worker.py", ranks, "--case", *cases, *more, *batches, *flags, timeout_s=1200
+        )
         _worlds[layout, slow] = [world[rank] for rank in sorted(world)]
     return _worlds[layout, slow]
 
 
 @pytest.fixture(
-    params=[pytest.param(c, marks=pytest.mark.slow if is_slow(*c) else ()) for c in CELLS],
-    ids=lambda cell: f"{cell[0]}, {cell[1]}",
+    params=[pytest.param(c, marks=SLOW if is_slow(*c) else ()) for c in CASES],
+    ids=", ".join,
 )
-def cell(request: pytest.FixtureRequest) -> Cell:
-    model, layout = request.param
-    found = reports(layout, is_slow(model, layout))
-    return Cell(
+def case(request: pytest.FixtureRequest) -> Case:
+    model, layout, backend = request.param
+    slow = is_slow(model, layout, backend)
+    found = reports(layout, slow)
+    least = 0.15 if "pipefusion" in layout else 0.4
+    return Case(
+        backend=backend,
+        all_variants=slow,
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
-        least_hits=0.15 if "pipefusion" in layout else 0.4,
+        least_hits=least if backend == "Fast" else least / 2,
         references=reports("1 rank", slow=False)[0]["models"][model]["references"],
     )
 
@@ -92,36 +120,48 @@ def test_every_registered_adapter_is_in_the_matrix() -> None:
         assert adapters()[adapter].supports(pipeline.transformer)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_registered_backend_is_in_every_layout_and_several_of_them_in_ci(layout: str) -> None:
+    quick = {b for m, at, b in CASES if at == layout and not is_slow(m, at, b)}
+    assert {b for _, at, b in CASES if at == layout} == set(BACKENDS)
+    assert len(quick) >= min(len(BACKENDS), 1 + sum(at == layout for _, at in CELLS) // 2)
+
+
+def test_every_registered_backend_meets_every_model_in_ci() -> None:
+    for model in TINY_PIPELINES:
+        met = {b for m, at, b in CASES if m == model and not is_slow(m, at, b)}
+        assert met == set(BACKENDS), model
+
+
 @pytest.mark.gloo
-def test_a_cell_computes_what_one_rank_computes(cell: Cell) -> None:
+def test_a_cell_computes_what_one_rank_computes(case: Case) -> None:
     """Uncached, with PipeFusion's steps synchronous: no keys and values are stale."""
-    expected = cell.references[str(cell.replicas)]
-    held = [rank["synchronous"] for rank in cell.ranks if rank["has_output"]]
-    assert len(held) == cell.replicas
+    expected = case.references[str(case.replicas)]
+    held = [rank["synchronous"] for rank in case.ranks if rank["has_output"]]
+    assert len(held) == case.replicas
     norms = [norm for described in held for norm in described["sample_norms"]]
     assert norms == pytest.approx(expected["sample_norms"], rel=1e-6)
-    if cell.replicas == 1:
+    if case.replicas == 1:
         assert held[0]["values"] == pytest.approx(expected["values"], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cell_runs_cached_and_all_its_ranks_agree(cell: Cell, backend: str) -> None:
-    assert all(rank["control_repeats"] for rank in cell.ranks)
+def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
+    assert all(rank["control_repeats"] for rank in case.ranks)
     # All ranks of a replica decide together: both of CFG parallel, though they see different text.
-    assert {len(group) for group in cell.groups} == {len(cell.ranks) // cell.replicas}
-    found = [rank["backends"][backend] for rank in cell.ranks]
+    assert {len(group) for group in case.groups} == {len(case.ranks) // case.replicas}
+    found = [rank["backends"][case.backend] for rank in case.ranks]
     assert all(f["threshold_0_exact"] and f["restored_exact"] for f in found)
-    for variant in VARIANTS:
+    for variant in variants(case.backend, case.all_variants):
         cached = [f[variant] for f in found]
         assert all(c["repeats"] and c["changed"] and c["finite"] for c in cached)
-        assert all(c["hits"] >= cell.least_hits for c in cached)
+        assert all(c["hits"] >= case.least_hits for c in cached)
         assert all(c["collectives_per_step"] == 1 for c in cached)
         assert all(c["steps"] == 2 * STEPS for c in cached)
         by_group: dict[tuple[int, ...], set[str]] = {}
-        for group, c in zip(cell.groups, cached, strict=True):
+        for group, c in zip(case.groups, cached, strict=True):
             by_group.setdefault(group, set()).add(c["digest"])
-        assert len(by_group) == cell.replicas
+        assert len(by_group) == case.replicas
         assert all(len(digests) == 1 for digests in by_group.values())
 
 

@@ -138,7 +138,7 @@ def test_after_a_nan_the_gate_knows_of_no_anchor_before_the_newest() -> None:
     stack = Stack(forecaster="taylor", num_warmup_steps=2, max_consecutive_skips=2)
     asked = []
     judge = stack.engine.agreement.gate.judge
-    stack.engine.agreement.gate.judge = lambda e: asked.append(e.noise_levels) or judge(e)
+    stack.engine.agreement.gate.judge = lambda e, _: asked.append(e.noise_levels) or judge(e)
     held = []
     levels = [1 - step / 10 for step in range(9)]
     for step, level in enumerate(levels):

@@ -18,6 +18,7 @@ from xfuser_fastcache import (
     get_cache_statistics,
     remove_cache,
 )
+from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.token_plan import TokenPlan, token_plan
 from xfuser_fastcache.tokens.saliency import BUCKETS
@@ -186,6 +187,35 @@ def test_each_computed_span_runs_on_the_tokens_that_moved_before_the_first_one()
     stack = Stack(blocks=4, motion_threshold=0.1, granularity=2)
     stack.step(plane(), 1.0)
     assert stack.step(moved(plane(), 7), 0.9)[1] == [2] * 4
+
+
+def test_under_fb_motion_is_measured_behind_the_first_block() -> None:
+    stack = Stack(
+        blocks=4, use_cache="Fb", cache_ratio_threshold=0.01, forecaster="reuse",
+        motion_threshold=0.1,
+    )  # fmt: skip
+    stack.added = [1.0, 2.0, 4.0, 8.0]
+    assert stack.step(plane(), 1.0)[1] == [COUNT] * 4
+    # What the first block adds changes, so that the gate has the others computed.
+    stack.added = [1.5, 20.0, 40.0, 80.0]
+    x = plane()
+    x[0, [3, 8]] *= 4
+    out, seen = stack.step(x, 0.9)
+    assert seen == [COUNT, 2, 2, 2] and stack.flags == [0, 0]
+    wanted = x + 1.5 + 14
+    wanted[0, [3, 8]] = x[0, [3, 8]] + 1.5 + 140
+    assert torch.equal(out, wanted)
+    assert stack.engine.consensus.collectives == 2
+
+
+@pytest.mark.parametrize("backend", ["Fast", "Tea", "TaylorSeer", "Custom"])
+def test_the_plan_acts_under_every_gate_that_measures_before_the_blocks(backend: str) -> None:
+    never: dict[str, Any] = {"cache_ratio_threshold": 0.0}
+    if backend == "TaylorSeer":
+        never = {"cache_ratio_threshold": None, "cache_interval": 1}
+    stack = Stack(use_cache=backend, motion_threshold=0.1, **never)
+    assert stack.step(plane(), 1.0)[1] == [COUNT] * 2
+    assert stack.step(moved(plane(), 3, 8), 0.9)[1] == [2] * 2
 
 
 def test_what_is_skipped_counts_once() -> None:
@@ -436,6 +466,17 @@ def test_the_split_is_on_where_it_is_asked_for(option: dict[str, Any]) -> None:
         CacheConfig(forecaster="output", **option)
     with pytest.raises(ValueError, match="token plans do not go with a calibration"):
         CacheConfig(calibration="x", **option)
+
+
+@pytest.mark.parametrize("option", [{"motion_threshold": 0.1}, {"enable_token_merge": True}])
+def test_plans_are_refused_where_what_they_leave_out_would_be_missed(
+    option: dict[str, Any],
+) -> None:
+    with pytest.raises(ValueError, match="enable_adacorrection does not go with token plans"):
+        CacheConfig(enable_adacorrection=True, **option)
+    for options in ({"use_cache": "Ada"}, {"gate": {"any_of": ["Fast", "Ada"]}}):
+        with pytest.raises(ValueError, match="rests on the residual of the middle block, which to"):
+            gate_of(CacheConfig(**options, **option))
 
 
 def test_a_plan_of_one_rank_has_its_counts_in_the_one_vector_of_a_step() -> None:

@@ -15,6 +15,7 @@ from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import DIGEST_BITS, Consensus, GatherTicket, Header
 from xfuser_fastcache.decisions import (
     CHANGED,
+    FIRST_BLOCK,
     LAST_STEP,
     NO_ANCHOR,
     NOT_FINITE,
@@ -29,14 +30,25 @@ from xfuser_fastcache.decisions import (
     DecisionLog,
     Judgement,
 )
-from xfuser_fastcache.gates.base import Evidence, Gate
+from xfuser_fastcache.gates.base import Evidence, Evidences, Rule
 from xfuser_fastcache.moments import Moments
-from xfuser_fastcache.state import Orders, SharedState, Sighting, SpanState, rescaled
+from xfuser_fastcache.probes import Group, Probe
+from xfuser_fastcache.state import (
+    GroupState,
+    Mark,
+    Orders,
+    SharedState,
+    Sighting,
+    SpanState,
+    rescaled,
+)
 from xfuser_fastcache.statistics import Counters
 from xfuser_fastcache.timeline import Call
 from xfuser_fastcache.tokens.saliency import MotionRule
 
 logger = logging.getLogger("xfuser_fastcache")
+
+_NOTHING = Moments(0.0, 0.0, 0.0, tokens=0, nonfinite=0, overflow=0)
 
 
 class Agreement:
@@ -47,11 +59,14 @@ class Agreement:
         consensus: of the decision group.
         gate: of the backend.
         spans: number of spans of the whole model.
+        groups: of moments in the vector, as the gate's probes ask for them.
         dim: width of a token.
         lag: a decision rests on the vector of so many steps before; 0 for the step's own.
         motion: turns the token counts of all ranks into one; None without a token split.
 
     Attributes:
+        decides_at: index of the first span that is decided: 1 where the gate has to see the first
+            block's output, which is then always computed; else 0.
         decisions: the log of flags.
         counters: for the statistics.
     """
@@ -60,8 +75,9 @@ class Agreement:
         self,
         config: CacheConfig,
         consensus: Consensus,
-        gate: Gate,
+        gate: Rule,
         spans: int,
+        groups: list[Group],
         dim: int,
         lag: int,
         motion: MotionRule | None = None,
@@ -69,9 +85,27 @@ class Agreement:
         self.config = config
         self.consensus = consensus
         self.gate = gate
+        self.groups = groups
         self.dim = dim
         self.lag = lag
         self.motion = motion
+        self.decides_at = int(Probe.FIRST_RESIDUAL in gate.probes)
+        # Measured before a step is decided, where nothing lags; the other groups after it.
+        self._current = [
+            index
+            for index, group in enumerate(groups)
+            if (group.span or 0) <= self.decides_at and group.probe is not Probe.MIDDLE_RESIDUAL
+        ]
+        # Of each span, the groups that its decision rests on.
+        self._weighed = [
+            [
+                index
+                for index, group in enumerate(groups)
+                if group.probe is not Probe.SPAN_INPUT or group.span == span
+            ]
+            for span in range(spans)
+        ]
+        self._learns = gate.init() is not None
         self.decisions = DecisionLog(spans)
         self.counters = Counters(consensus, spans)
         self.branches: dict[int, SharedState] = {}
@@ -92,15 +126,17 @@ class Agreement:
     def branch(self, index: int) -> SharedState:
         """Return the shared state of a CFG branch of this generation."""
         if index not in self.branches:
-            self.branches[index] = SharedState([SpanState() for _ in range(self.decisions.spans)])
+            spans = [SpanState(gate_state=self.gate.init()) for _ in range(self.decisions.spans)]
+            self.branches[index] = SharedState(spans, [GroupState() for _ in self.groups])
         return self.branches[index]
 
     # ---- the two timings ---------------------------------------------------------------------
 
     def decide_now(self, call: Call, pending: torch.Tensor) -> None:
-        """Post, await and decide at once; the first span's moments are this step's."""
+        """Post, await and decide at once; moments of the first span are this step's."""
         shared = self.branch(call.branch)
-        shared.sightings[0] = _sighting(shared.spans[0], call)
+        for index in self._current:
+            shared.sightings[index] = self._sighting(shared, index, call)
         self.post(call, pending)
         self._receive(shared)
         self._decide(shared, call)
@@ -131,13 +167,13 @@ class Agreement:
 
         Args:
             call: the step that they are posted at.
-            pending: int64 `(spans, SLOTS)`, and more groups for token counts; zeroed here.
+            pending: int64 `(groups, SLOTS)`, and more groups for token counts; zeroed here.
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
         header = Header(call.generation, call.step, call.branch, digest)
         shared.tickets.append((self.consensus.post(header, pending), shared.sightings))
-        shared.sightings = [None] * len(shared.spans)
+        shared.sightings = [None] * len(shared.groups)
         pending.zero_()
 
     # ---- from a vector to flags --------------------------------------------------------------
@@ -151,18 +187,18 @@ class Agreement:
         """Take in the oldest posted vector."""
         ticket, sightings = shared.tickets.pop(0)
         waited_s = self.consensus.wait_s
-        groups = self.consensus.wait(ticket)
-        groups, counts = groups[: len(shared.spans)], groups[len(shared.spans) :]
+        reduced = self.consensus.wait(ticket)
+        reduced, counts = reduced[: len(shared.groups)], reduced[len(shared.groups) :]
         shared.token_counts = [slot for group in counts for slot in group]
         shared.waited_s += self.consensus.wait_s - waited_s
         broken = 0
-        for span, group, sighting in zip(shared.spans, groups, sightings, strict=True):
+        for group, numbers, sighting in zip(shared.groups, reduced, sightings, strict=True):
             if sighting is None:
-                span.moments = None
+                group.moments = None
                 continue
-            moments = Moments.decode(group, sighting.exponent)
-            span.moments = (moments, sighting)
-            span.exponent = moments.next_exponent(sighting.exponent)
+            moments = Moments.decode(numbers, sighting.exponent)
+            group.moments = (moments, sighting)
+            group.exponent = moments.next_exponent(sighting.exponent)
             broken += moments.nonfinite + moments.overflow
         shared.poisoned = broken > 0
         if broken:
@@ -184,12 +220,24 @@ class Agreement:
         self.counters.record(call.step, call.branch, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
-        shared.sightings = [_sighting(span, call) for span in shared.spans]
+        shared.sightings = [
+            self._sighting(shared, index, call) for index in range(len(shared.groups))
+        ]
+        if self._learns:
+            for index, span in enumerate(shared.spans):
+                if span.anchor is not None:
+                    evidence = self._evidence(shared, index, call, span.anchor)
+                    span.gate_state = self.gate.learn(span.gate_state, evidence, skip[index])
+        now = Mark(call.noise_level, call.step)
         for span, skipped in zip(shared.spans, skip, strict=True):
             if not skipped:
                 # Anchors that are distrusted are forgotten; see `Orders`.
-                span.older_level = None if shared.poisoned else span.anchor_level
-                span.anchor_level, span.anchor_step = call.noise_level, call.step
+                older = None if shared.poisoned else span.anchor
+                span.older_level = None if older is None else older.noise_level
+                span.anchor = now
+        shared.previous = now
+        if not any(skip):
+            shared.computed = now
 
     def _moving(self, shared: SharedState, call: Call) -> int:
         """Return how many tokens move on the rank where most do."""
@@ -208,7 +256,7 @@ class Agreement:
         forced = self._reason_to_compute(shared, call)
         if forced:
             return [Judgement(False, forced)] * len(shared.spans), True
-        return [self._judge(span, call) for span in shared.spans], False
+        return [self._judge(shared, index, call) for index in range(len(shared.spans))], False
 
     def _reason_to_compute(self, shared: SharedState, call: Call) -> str | None:
         """Return why all spans are computed at this step, or None."""
@@ -225,34 +273,76 @@ class Agreement:
             return NOT_FINITE
         return SYNCHRONOUS if self.lag and not call.position.patched else None
 
-    def _judge(self, span: SpanState, call: Call) -> Judgement:
+    def _judge(self, shared: SharedState, index: int, call: Call) -> Judgement:
         """Ask the gate about one span, where there is anything to ask."""
-        if span.anchor_level is None or span.anchor_step is None:
+        anchor = shared.spans[index].anchor
+        if index < self.decides_at:
+            return Judgement(False, FIRST_BLOCK)
+        if anchor is None:
             return Judgement(False, NO_ANCHOR)
         if self.config.steps_mask is not None:
             return Judgement(True, STEPS_MASK)
         # Steps that the branch was left out at make its anchor older as skipped ones do.
-        if call.step - span.anchor_step > self.config.max_consecutive_skips:
+        limit = self.config.max_consecutive_skips
+        if limit is not None and call.step - anchor.step > limit:
             return Judgement(False, TOO_OLD)
-        if span.moments is None:
+        evidence = self._evidence(shared, index, call, anchor)
+        verdict = self.gate.weigh(evidence, shared.spans[index].gate_state)
+        if verdict is None:
             return Judgement(False, NOT_MEASURED)
-        moments, sighting = span.moments
-        if sighting.anchor_level is None or moments.tokens == 0:
-            return Judgement(False, NOT_MEASURED)
-        moments = rescaled(moments, sighting, call.noise_level, span.anchor_level)
-        verdict = self.gate.judge(
-            Evidence(
+        reason = UNCHANGED if verdict.may_skip else CHANGED
+        return Judgement(verdict.may_skip, reason, verdict.statistic, verdict.threshold)
+
+    def _evidence(self, shared: SharedState, index: int, call: Call, anchor: Mark) -> Evidences:
+        """Return what is known for the decision of one span, by probe."""
+        levels = (call.noise_level, anchor.noise_level, shared.spans[index].older_level)
+
+        def weighed(moments: Moments, gap: int) -> Evidence:
+            return Evidence(
                 change=moments.change,
                 change_squared=moments.change_squared,
                 reference=moments.reference,
                 tokens=moments.tokens,
                 dim=self.dim,
-                lag=call.step - span.anchor_step,
-                noise_levels=(call.noise_level, span.anchor_level, span.older_level),
+                lag=call.step - anchor.step,
+                noise_levels=levels,
+                gap=gap,
             )
+
+        found: dict[Probe | None, Evidence] = {None: weighed(_NOTHING, 1)}
+        for group in self._weighed[index]:
+            found[self.groups[group].probe] = weighed(*self._brought(shared, group, call))
+        return found
+
+    def _brought(self, shared: SharedState, index: int, call: Call) -> tuple[Moments, int]:
+        """Return a group's moments, brought to a step, and the gap that they were measured over."""
+        found, group = shared.groups[index].moments, self.groups[index]
+        if found is None or found[1].anchor_level is None:
+            return _NOTHING, 1
+        moments, sighting = found
+        # What the middle block adds is known of computed steps alone, and tells their rate.
+        reference = self._reference(shared, group)
+        if group.probe is not Probe.MIDDLE_RESIDUAL and reference is not None:
+            level, norm = reference.noise_level, group.probe.norm
+            moments = rescaled(moments, sighting, call.noise_level, level, norm)
+        return moments, sighting.gap
+
+    def _sighting(self, shared: SharedState, index: int, call: Call) -> Sighting:
+        """Return where a group is measured in this step."""
+        exponent, reference = (
+            shared.groups[index].exponent,
+            self._reference(shared, self.groups[index]),
         )
-        reason = UNCHANGED if verdict.may_skip else CHANGED
-        return Judgement(verdict.may_skip, reason, verdict.statistic, verdict.threshold)
+        if reference is None:
+            return Sighting(exponent, call.noise_level, None)
+        gap = call.step - reference.step
+        return Sighting(exponent, call.noise_level, reference.noise_level, gap)
+
+    def _reference(self, shared: SharedState, group: Group) -> Mark | None:
+        """Return the step that a group is measured against, as `Prober.renew` keeps it."""
+        if group.span is not None:
+            return shared.spans[group.span].anchor
+        return shared.computed if group.probe is Probe.FIRST_RESIDUAL else shared.previous
 
     # ---- the end of a generation -------------------------------------------------------------
 
@@ -290,7 +380,3 @@ class Agreement:
         """
         while self._verifications:
             self.decisions.compare(self.consensus.wait_gather(self._verifications.pop(0)))
-
-
-def _sighting(span: SpanState, call: Call) -> Sighting:
-    return Sighting(span.exponent, call.noise_level, span.anchor_level)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
-from xfuser_fastcache.backends import backend
+from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.block_contract import ENCODER, BlockContract, ModelAdapter
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import BlockList, Consensus
@@ -19,6 +19,7 @@ from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on
 from xfuser_fastcache.layout import DecisionGroup, PlainLayout
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
+from xfuser_fastcache.probes import Probe
 from xfuser_fastcache.spans import span_of_blocks
 from xfuser_fastcache.statistics import BlockInfo
 from xfuser_fastcache.timeline import Schedule
@@ -97,6 +98,7 @@ def apply_cache_on_transformer(
             )
         fitted = load_fitted(path)
         config = settled(config, fitted)
+    apart = Probe.FIRST_RESIDUAL in gate_of(config, fitted).probes
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
@@ -115,7 +117,7 @@ def apply_cache_on_transformer(
         ),
     )
     blocks = [block for listed in held.values() for block in listed]
-    infos = _block_infos(tuple(held), consensus.stages, config.granularity)
+    infos = _block_infos(tuple(held), consensus.stages, config.granularity, apart)
     if fitted is not None:
         found = fingerprint(model, adapter.model_class, adapter.embedder, len(infos))
         try:
@@ -125,20 +127,23 @@ def apply_cache_on_transformer(
             raise
     contracts: list[BlockContract | ForwardContract]
     tokens = None
-    if backend(config.use_cache).forecaster(config, fitted, group).whole_forward:
+    if forecaster_of(config, fitted, group).whole_forward:
         contracts, dim = [ForwardContract()], adapter.latent_channels(model)
     else:
         of_blocks = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
         contracts, dim = list(of_blocks), adapter.dim(model)
         tokens = _token_plan(config, group, blocks, of_blocks)
+    first_block = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
     engine = CacheEngine(
         config,
         consensus,
         infos,
         contracts,
-        first_block=sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage),
-        dim=dim,
-        fitted=fitted,
+        first_block,
+        dim,
+        fitted,
+        modulated=partial(adapter.modulated_input, blocks[0]) if first_block == 0 else None,
+        polynomial=adapter.tea_polynomial,
         tokens=tokens,
     )
     attachment = Attachment(transformer, model, blocks)
@@ -202,8 +207,9 @@ def get_cache_trace(transformer: nn.Module) -> list[dict[str, Any]]:
 
     Keys: `generation, step, branch, noise_level, span, first_block, last_block`; `decision`:
     "skipped", "computed" where the gate refused, or "forced" where it was not asked; `reason`;
-    `statistic` (the squared relative change) and the `threshold` that it has to stay below, both
-    None where the gate was not asked (the statistic also where the anchor is all zero);
+    `statistic` (what the gate weighed: `Fast` the squared relative change, others as their
+    docstrings say) and the `threshold` that it has to stay below, both None where the gate was not
+    asked (the statistic also where there is nothing to compare with);
     `consensus_wait_s`, seconds that this rank waited at the step. All but the last are equal on all
     ranks of a decision group.
 
@@ -275,7 +281,10 @@ def _parameters(block: nn.Module) -> int:
 
 
 def _block_infos(
-    names: tuple[str, ...], stages: list[list[BlockList]], granularity: int | str
+    names: tuple[str, ...],
+    stages: list[list[BlockList]],
+    granularity: int | str,
+    first_apart: bool,
 ) -> list[BlockInfo]:
     """Return all blocks of the whole model in order, from what the stages hold of each list."""
     found = []
@@ -284,7 +293,7 @@ def _block_infos(
         cost = max(stage[index].cost for stage in stages)
         found += [(f"{name}.{i}", cost) for i in range(count)]
     total = sum(cost for _, cost in found)
-    spans = span_of_blocks(len(found), granularity)
+    spans = span_of_blocks(len(found), granularity, first_apart)
     return [
         BlockInfo(name, span, cost / total) for (name, cost), span in zip(found, spans, strict=True)
     ]

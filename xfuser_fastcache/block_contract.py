@@ -98,14 +98,15 @@ class BlockContract:
     tables: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
 
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return one of a block's arguments by its name."""
         index = self.parameters.index(name)
         return args[index] if index < len(args) else kwargs[name]
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Return the streams among a block's arguments."""
-        text = self._argument(ENCODER, args, kwargs) if ENCODER in self.returns else None
-        return Streams(self._argument(HIDDEN, args, kwargs), text)
+        text = self.argument(ENCODER, args, kwargs) if ENCODER in self.returns else None
+        return Streams(self.argument(HIDDEN, args, kwargs), text)
 
     def attention_of(self, block: nn.Module) -> dict[str, nn.Module]:
         """Return a block's modules that attend to image tokens, by name."""
@@ -141,7 +142,7 @@ class BlockContract:
         if rows is not None:
             for name in self.tables:
                 pick = partial(_table_rows, tokens=tokens, rows=rows)
-                put(name, tree_map(pick, self._argument(name, args, kwargs)))
+                put(name, tree_map(pick, self.argument(name, args, kwargs)))
         return tuple(positional), named
 
     def unpack(self, output: Any) -> Streams:
@@ -181,12 +182,15 @@ class ModelAdapter(ABC):
         embedder: submodule for the timestep's embedding, which every pipeline stage holds whole.
         block_lists: attribute of the transformer that holds blocks -> their contract, in the order
             in which the forward pass runs through them.
+        tea_polynomial: coefficients, highest power first, that TeaCache publishes for the family:
+            from relative change of the modulated input to that of the output; None where none is.
     """
 
     model_class: ClassVar[str]
     timestep_index: ClassVar[int]
     embedder: ClassVar[str]
     block_lists: ClassVar[Mapping[str, BlockContract]]
+    tea_polynomial: ClassVar[tuple[float, ...] | None] = None
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
@@ -202,6 +206,24 @@ class ModelAdapter(ABC):
     def latent_channels(cls, model: Any) -> int:
         """Return the channels of the latents that the transformer is given."""
         return model.config.in_channels
+
+    @classmethod
+    def modulated_input(
+        cls, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Return what the first block's attention is given: normed, and modulated by the timestep.
+
+        Args:
+            block: the first of the model's blocks.
+            args: that the block is called with.
+            kwargs: likewise.
+
+        Returns:
+            Image tokens, `(batch, tokens, dim)`.
+        """
+        contract = next(iter(cls.block_lists.values()))
+        hidden_states = contract.argument(HIDDEN, args, kwargs)
+        return block.norm1(hidden_states, emb=contract.argument("temb", args, kwargs))[0]
 
     @classmethod
     def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

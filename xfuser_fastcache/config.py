@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
+from xfuser_fastcache import composition, lightx2v, published
+from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
 FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
@@ -25,6 +25,14 @@ def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
 
 def _later(allowed: str, meaning: str, missing: str) -> Any:
     return _option(None, allowed, meaning, missing)
+
+
+def _published(allowed: str, meaning: str) -> Any:
+    """A field whose default is the backend's own; see `published.py`."""
+    return field(
+        default=None,
+        metadata={"allowed": allowed, "meaning": meaning, "later": "", "published": True},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +54,30 @@ class CacheConfig:
     """
 
     use_cache: str = _option("Fast", "a registered backend", "backend: gate x forecaster")
-    cache_ratio_threshold: float = _option(
-        0.05,
-        "number >= 0; 0 never skips",
-        "epsilon: relative change of a span's input below which the span may be skipped (ratio)",
+    gate: Any = _option(
+        None,
+        "a gate's name, a mapping with `name` and its options, or `all_of` or `any_of` with a list "
+        "of these; or none",
+        "decides in place of the backend's gate: a backend's by its name, another package's, or "
+        "several together; its options, such as the threshold, stand inside it",
     )
-    significance_level: float = _option(
-        0.05, "0 < number < 1", "alpha of the test (ratio); smaller is safer with test='chi2'"
+    cache_ratio_threshold: float = _published(
+        "number >= 0; 0 never skips",
+        "relative change below which may be skipped (ratio): of a span's input (Fast: epsilon), of "
+        "the first block's residual (Fb), accumulated, of its modulated input (Tea, Custom); "
+        "xDiT's `rel_l1_thresh`",
+    )
+    significance_level: float = _published(
+        "0 < number < 1", "Fast: alpha of the test (ratio); smaller is safer with test='chi2'"
     )
     test: str | None = _option(
         None,
         "chi2 | conformal | paper, or none",
-        "chi2: equivalence test with a scale; conformal: alpha bounds the share of harmful skips, "
-        "needs a calibration and is the default with one (else chi2); paper: FastCache's literal "
-        "rule, which accepts nearly any change below 100 %",
+        "Fast's test. chi2: equivalence test with a scale; conformal: alpha bounds the share of "
+        "harmful skips, needs a calibration and is the default with one (else chi2); paper: "
+        "FastCache's literal rule, which accepts nearly any change below 100 %",
     )
-    forecaster: str = _option(
-        "taylor",
+    forecaster: str = _published(
         "reuse | linear | taylor | taylor2 | linear_taylor | output",
         "what stands in for a skipped span; output: for the whole forward pass",
     )
@@ -71,9 +86,21 @@ class CacheConfig:
         "'stack', 'block' or int >= 1",
         "spans decided together: the whole stack, every block, or that many cuts",
     )
-    num_warmup_steps: int = _option(2, "int >= 0", "first steps that are always computed")
-    max_consecutive_skips: int = _option(
-        4, "int >= 1", "a span is computed after so many skips in a row"
+    num_warmup_steps: int = _published("int >= 0", "first steps that are always computed")
+    max_consecutive_skips: int | None = _published(
+        "int >= 1", "a span is computed after so many skips in a row; without a limit where none"
+    )
+    coefficients: list[float] | None = _published(
+        "list of numbers, highest power first",
+        "Tea, Custom: polynomial from relative change of the modulated input to that of the "
+        "output; left out: the one published for the model, or the identity",
+    )
+    cache_interval: int = _published(
+        "int >= 1; 1 never skips", "TaylorSeer: steps from one computed step to the next"
+    )
+    codebook: dict[float, int] = _published(
+        "slow | fast, or mapping of numbers > 0 to ints >= 1",
+        "Ada: upper end of a rate of change (ratio a step) -> steps to the next computed step",
     )
     num_steps: int | None = _option(
         None,
@@ -152,11 +179,17 @@ class CacheConfig:
     merge_ratio: float | None = _option(
         None, "0 < number < 1, or none", "tokens that a merge leaves (ratio); none: 0.5"
     )
-    enable_adacorrection: bool | None = _later(
-        "true | false | none", "correct forecasts", "AdaCorrection"
+    enable_adacorrection: bool = _option(
+        False,
+        "true | false",
+        "correct forecasts of spans by what the last one was wrong by (AdaCorrection)",
     )
-    adacorr_gamma: float | None = _later("number, or none", "gamma", "AdaCorrection")
-    adacorr_lambda: float | None = _later("number, or none", "lambda", "AdaCorrection")
+    adacorr_gamma: float = _option(
+        1.0, "number >= 0; 0 corrects nothing", "AdaCorrection: sensitivity (ratio)"
+    )
+    adacorr_lambda: float = _option(
+        1.0, "number >= 0", "AdaCorrection: weight of the spatial variation (ratio)"
+    )
     calibration: str | None = _option(
         None,
         "path, or none",
@@ -180,20 +213,26 @@ class CacheConfig:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.use_cache, str):
+            self._refuse("use_cache", TypeError)
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            # A switch that is off asks for nothing, so it is no request for what is missing.
-            idle = value is None or (value is False and option.type == "bool | None")
-            if option.metadata["later"] and not idle:
+            if option.metadata["later"] and value is not None:
                 raise NotImplementedError(
                     f"{option.name}={value!r} needs {option.metadata['later']}, which this version "
                     f"does not have yet. Leave {option.name} out."
                 )
-        self._number("cache_ratio_threshold", lambda v: v >= 0)
-        self._number("significance_level", lambda v: 0 < v < 1)
+        self._published_options()
+        if self.cache_ratio_threshold is not None:
+            self._number("cache_ratio_threshold", lambda v: v >= 0)
+        if self.significance_level is not None:
+            self._number("significance_level", lambda v: 0 < v < 1)
+        self._number("adacorr_gamma", lambda v: 0 <= v < math.inf)
+        self._number("adacorr_lambda", lambda v: 0 <= v < math.inf)
         self._number("sync_timeout_s", lambda v: 0 < v < math.inf)
         self._integer("num_warmup_steps", 0)
-        self._integer("max_consecutive_skips", 1)
+        if self.max_consecutive_skips is not None:
+            self._integer("max_consecutive_skips", 1)
         if self.num_steps is not None:
             self._integer("num_steps", 1)
         if self.test is not None:
@@ -209,6 +248,7 @@ class CacheConfig:
             "enable_block_approx",
             "stagger_stages",
             "verify_consensus",
+            "enable_adacorrection",
             "return_hidden_states_first",
             "enable_spatial_approx",
             "enable_token_merge",
@@ -217,8 +257,6 @@ class CacheConfig:
             may_be_none = self.__dataclass_fields__[name].type == "bool | None"
             if not isinstance(value, bool) and not (value is None and may_be_none):
                 self._refuse(name, TypeError)
-        if not isinstance(self.use_cache, str):
-            self._refuse("use_cache", TypeError)
         if isinstance(self.granularity, str):
             self._choice("granularity", ("stack", "block"))
         else:
@@ -228,6 +266,18 @@ class CacheConfig:
                 f"granularity={self.granularity!r} does not go with forecaster='output', which "
                 "stands in for the whole forward pass; leave granularity out, or choose another "
                 "forecaster"
+            )
+        if self.enable_adacorrection and (self.forecaster == "output" or self.calibration):
+            raise ValueError(
+                "enable_adacorrection corrects the tokens of spans, not the output of the whole "
+                "forward pass, which forecaster='output' and a calibration forecast; choose "
+                "another forecaster"
+            )
+        if self.enable_adacorrection and (self.splits_tokens or self.merges_tokens):
+            raise ValueError(
+                "enable_adacorrection does not go with token plans, whose tokens were computed at "
+                "different steps: what the last forecast was wrong by is not known of each. Leave "
+                "it out, or enable_spatial_approx, enable_token_merge and their options"
             )
         self._calibrated_options()
         mask = self.steps_mask
@@ -279,6 +329,41 @@ class CacheConfig:
             return any(getattr(self, name) is not None for name in options)
         return switch
 
+    def _published_options(self) -> None:
+        """Fill options that were left out with the backend's own, and check those of some backends.
+
+        Raises:
+            ValueError: an option that the backend does not have.
+        """
+        defaults = dict(published.DEFAULTS.get(self.use_cache, published.DEFAULTS["Fast"]))
+        own = published.OWN.get(self.use_cache, {})
+        place = (
+            f"no option of use_cache={self.use_cache!r}; leave it out, or choose another backend"
+        )
+        if self.gate is not None:
+            composition.check(self.gate)
+            defaults["cache_ratio_threshold"], own = None, {}
+            place = "an option of a gate; give it inside gate={'name': NAME, ...}"
+        for name in published.OF_GATES:
+            known = name in own or defaults.get(name) is not None
+            if getattr(self, name) is not None and not known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is {place}")
+        for name, value in {**defaults, **own}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.cache_interval is not None:
+            self._integer("cache_interval", 1)
+        if self.coefficients is not None:
+            if not isinstance(self.coefficients, list) or not self.coefficients:
+                self._refuse("coefficients", TypeError)
+            if not all(_is_number(value) and math.isfinite(value) for value in self.coefficients):
+                self._refuse("coefficients", ValueError)
+        if self.codebook is not None:
+            book = published.read_codebook(self.codebook)
+            if book is None:
+                self._refuse("codebook", ValueError)
+            object.__setattr__(self, "codebook", book)
+
     def _calibrated_options(self) -> None:
         """Refuse options that need a calibration where there is none, or that none fits."""
         if self.calibration is None:
@@ -288,21 +373,30 @@ class CacheConfig:
                         f"{name}={getattr(self, name)!r} needs a calibration; give "
                         "calibration='FILE', made by scripts/calibrate.py"
                     )
+        elif self.gate is not None:
+            raise ValueError(
+                f"gate={self.gate!r} takes no calibration, which is for use_cache='Fast' alone; "
+                "leave one of them out"
+            )
+        elif self.use_cache in published.DEFAULTS and self.use_cache != "Fast":
+            raise ValueError(
+                f"use_cache={self.use_cache!r} takes no calibration, which is for use_cache='Fast'"
+            )
         elif self.test == "paper":
             raise ValueError("test='paper' takes no calibration; leave one of them out")
-        elif self.forecaster not in ("output", CacheConfig.forecaster):
+        elif self.forecaster not in ("output", published.DEFAULTS["Fast"]["forecaster"]):
             raise ValueError(
                 f"forecaster={self.forecaster!r} does not go with a calibration, which is for "
                 "forecaster='output'; leave forecaster out"
             )
 
-    def _refuse(self, name: str, error: type[Exception]) -> None:
+    def _refuse(self, name: str, error: type[Exception]) -> NoReturn:
         allowed = self.__dataclass_fields__[name].metadata["allowed"]
         raise error(f"{name}={getattr(self, name)!r} is not allowed; give {allowed}")
 
     def _number(self, name: str, within: Any) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             self._refuse(name, TypeError)
         if not within(value):
             self._refuse(name, ValueError)
@@ -357,11 +451,14 @@ class CacheConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CacheConfig:
-        """Read a config from a YAML or JSON file: a mapping of options, or a config of generate.py.
+        """Read a config from a YAML or JSON file.
 
-        The latter holds the options under `cache_config`, with `use_cache` beside it.
+        It is a mapping of options; or a config of generate.py, which holds them under
+        `cache_config`, with `use_cache` beside it; or one of LightX2V, with `feature_caching`.
         """
         options = read_mapping(path)
+        if lightx2v.MARK in options:
+            return cls.from_dict(lightx2v.read(options, [o.name for o in dataclasses.fields(cls)]))
         if "cache_config" in options:
             nested = options["cache_config"]
             if not isinstance(nested, dict):
@@ -376,58 +473,15 @@ class CacheConfig:
         """Return the options as a mapping that `from_dict` reads back."""
         return dataclasses.asdict(self)
 
+    def to_lightx2v(self) -> dict[str, Any]:
+        """Return the options as LightX2V's JSON files have them, which `from_file` reads back."""
+        return lightx2v.write(self.to_dict())
+
     def digest(self) -> int:
         """Return 48 bits that are the same for equal options, on every rank and machine."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in JSON and in YAML 1.2; YAML 1.1 takes it for text."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds one mapping.
-
-    Raises:
-        ValueError: no such file, a file that does not parse, or one that holds something else.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            # Not all JSON is YAML: tabs are not.
-            loaded = json.loads(text)
-        except json.JSONDecodeError:
-            loaded = yaml.load(text, _Yaml)
-    except OSError as error:
-        raise ValueError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"the config file {str(path)!r} is not valid YAML or JSON: {error}"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(
-            f"the config file {str(path)!r} must hold a mapping of options, not "
-            f"{type(loaded).__name__}"
-        )
-    return loaded
-
-
-def options_table() -> str:
-    """Return the table of all options in Markdown, as docs/configuration.md holds it."""
-    rows = ["| option | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
-    for option in dataclasses.fields(CacheConfig):
-        meta = option.metadata
-        meaning = meta["meaning"] + (f" (raises: needs {meta['later']})" if meta["later"] else "")
-        cells = (f"`{option.name}`", f"`{option.type}`", f"`{option.default!r}`", meta["allowed"])
-        rows.append(
-            " | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip()
-        )
-    return "\n".join(rows) + "\n"
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

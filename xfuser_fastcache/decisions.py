@@ -22,6 +22,7 @@ OFF, WARM_UP, LAST_STEP = "off", "warm-up", "last step"
 STEPS_MASK = "steps mask"
 NOT_FINITE = "not finite"
 SYNCHRONOUS = "synchronous step of the pipeline"
+FIRST_BLOCK = "the gate's first block"
 NO_ANCHOR, TOO_OLD, NOT_MEASURED = "no anchor", "anchor too old", "not measured"
 
 

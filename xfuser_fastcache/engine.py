@@ -6,10 +6,11 @@ device, the transformer's hook closes it. A computed span runs on the tokens of 
 
 With one pipeline stage decisions are "current": the vector is posted and awaited where the first
 block is entered, and holds the first span's moments of this step and the other spans' of the
-step before. With several stages they are "lagged", so that nobody waits: what a step measured
-decides the next but one, since by then every stage has closed it. Where only the first stage
-measures (one span), the others have nothing to add and post as they open a step: then it decides
-the next one.
+step before. A gate that has to see what the first block puts out moves this behind that block,
+which is then a span of its own and always computed. With several stages decisions are "lagged", so
+that nobody waits: what a step measured decides the next but one, since by then every stage has
+closed it. Where only the first stage measures (one span), the others have nothing to add and post
+as they open a step: then it decides the next one.
 
 A pipeline runs empty at each skipped step, if all stages skip the same step: the first one has no
 work until the last one has finished the step before. With `stagger_stages` a decision travels with
@@ -29,7 +30,7 @@ import torch
 from torch import nn
 
 from xfuser_fastcache.agreement import Agreement
-from xfuser_fastcache.backends import backend
+from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.block_contract import BlockContract, Streams
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import Consensus, ConsensusError
@@ -37,9 +38,10 @@ from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.fitted import Fitted
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.layout import Position
-from xfuser_fastcache.moments import SLOTS, Reference, measure
+from xfuser_fastcache.moments import SLOTS, Reference
 from xfuser_fastcache.ownership import Ownership
-from xfuser_fastcache.spans import Piece, pieces_of
+from xfuser_fastcache.probes import Group, Prober, groups_of
+from xfuser_fastcache.spans import pieces_held
 from xfuser_fastcache.state import (
     Anchor,
     LocalState,
@@ -56,17 +58,17 @@ from xfuser_fastcache.watchdog import Watchdog
 logger = logging.getLogger("xfuser_fastcache")
 
 
-def _lag(spans: list[int], consensus: Consensus) -> int:
+def _lag(groups: list[Group], consensus: Consensus) -> int:
     """Return by how many steps decisions lag; see the module.
 
     Args:
-        spans: span of each block of the whole model.
+        groups: of moments, each measured at a block.
         consensus: knows how many blocks each stage holds.
     """
     if consensus.group.stages == 1:
         return 0
     in_first_stage = sum(part.blocks for part in consensus.stages[0])
-    return 1 if all(spans.index(span) < in_first_stage for span in set(spans)) else 2
+    return 1 if all(group.block < in_first_stage for group in groups) else 2
 
 
 class CacheEngine:
@@ -81,6 +83,10 @@ class CacheEngine:
         first_block: index in `blocks` of the first one that this rank holds.
         dim: width of a token that is measured, `hidden_states.shape[-1]`.
         fitted: what a calibration left for this model, or None.
+        modulated: from the first block's arguments, its normed and modulated input; None where
+            this rank does not hold that block.
+        polynomial: for a gate that estimates the change of the output by one: what is published
+            for the model, highest power first; None for nothing.
         tokens: which tokens computed spans run on; None for all of them. For one stage only.
     """
 
@@ -93,6 +99,8 @@ class CacheEngine:
         first_block: int,
         dim: int,
         fitted: Fitted | None = None,
+        modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None,
+        polynomial: tuple[float, ...] | None = None,
         tokens: TokenPlan | None = None,
     ):
         assert tokens is None or consensus.group.stages == 1
@@ -101,17 +109,18 @@ class CacheEngine:
         self.consensus = consensus
         self.blocks = blocks
         self.contracts = contracts
-        chosen = backend(config.use_cache)
-        self.forecaster = chosen.forecaster(config, fitted, consensus.group)
-        span_count = 1 + max(block.span for block in blocks)
+        self.forecaster = forecaster_of(config, fitted, consensus.group)
+        gate = gate_of(config, fitted, polynomial)
         spans = [block.span for block in blocks]
-        self.pieces = pieces_of(spans, first_block, len(contracts))
-        self._measures = any(piece.begins for piece in self.pieces)
-        lag = _lag(spans, consensus)
-        gate = chosen.gate(config, fitted)
+        groups = groups_of(gate.probes, spans)
+        self.pieces = pieces_held(spans, first_block, len(contracts))
+        counts = consensus.group.counts_tokens
+        self.prober = Prober(groups, first_block, len(contracts), counts, modulated)
+        lag = _lag(groups, consensus)
         self.tokens = tokens
         motion = tokens.motion if tokens is not None else None
-        self.agreement = Agreement(config, consensus, gate, span_count, dim, lag, motion)
+        span_count = 1 + max(spans)
+        self.agreement = Agreement(config, consensus, gate, span_count, groups, dim, lag, motion)
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
@@ -158,7 +167,7 @@ class CacheEngine:
         if call.branch not in self.branches:
             ranks = self.consensus.group.world_size
             edges = self.tokens.edges if self.tokens is not None else 0
-            shape = (self.decisions.spans + count_groups(ranks, edges), SLOTS)
+            shape = (len(self.prober.groups) + count_groups(ranks, edges), SLOTS)
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
         self.call = call
@@ -168,7 +177,7 @@ class CacheEngine:
         self.watchdog.expect(call.place)
         if call.opens_step and self.agreement.lag:
             self.agreement.decide_lagged(call)
-            if not self._measures:
+            if not self.prober.measures:
                 self.agreement.post(call, self.branches[call.branch].pending)
         elif call.opens_step:
             self._owes_consensus = True
@@ -225,7 +234,8 @@ class CacheEngine:
         if self._owes_consensus:
             # No block ran here; the other ranks wait all the same.
             self._take_consensus(call, local)
-        if agreement.lag and self._measures and call.position.is_last_patch:
+        self.prober.renew(local, call.position, all_computed=not any(self._orders.skip))
+        if agreement.lag and self.prober.measures and call.position.is_last_patch:
             agreement.post(call, local.pending)
         self.call = None
         if call.more_steps_follow:
@@ -281,7 +291,7 @@ class CacheEngine:
             return forward(*args, **kwargs)
         piece, contract = self.pieces[index], self.contracts[index]
         if piece.span != self._inside:
-            self._enter(piece, contract.read(args, kwargs))
+            self._enter(index, contract.read(args, kwargs), args, kwargs)
         if self._skipping:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
@@ -291,6 +301,10 @@ class CacheEngine:
             output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
         else:
             output = forward(*args, **kwargs)
+        if index in self.prober.residuals:
+            call, local, shared = self._current()
+            streams = contract.read(args, kwargs), contract.unpack(output)
+            self.prober.block_output(index, *streams, local, shared, call.position)
         if index < piece.last:
             return output
         outputs = self._leave(piece.span, contract.unpack(output))
@@ -315,30 +329,40 @@ class CacheEngine:
             return forward(*args, **kwargs)
         return self.tokens.run_attention((self.call.branch, *key), forward, args, kwargs)
 
-    def _enter(self, piece: Piece, inputs: Streams) -> None:
-        """Measure what enters a span; at the step's first block, then decide."""
+    def _enter(
+        self, index: int, inputs: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Measure what enters a span; at the first one that is decided, then decide."""
         call, local, shared = self._current()
         self._give_up_span()
-        span = piece.span
+        span = self.pieces[index].span
         self._inside = span
         memory = local.memory(span, call.position)
         # Where no tokens are counted, the gate does not let the span be skipped.
-        if piece.begins and self.consensus.group.counts_tokens and not memory.given_up:
+        if not memory.given_up:
             reference = memory.anchors[0].reference if memory.anchors else None
-            exponent = shared.spans[span].exponent
-            local.pending[span].add_(measure(inputs.hidden_states, reference, exponent))
-        if self.tokens is not None and span == 0 and memory.anchors:
-            slots = local.pending[self.decisions.spans :].view(-1)
+            self.prober.span_input(span, inputs, reference, local, shared)
+        self.prober.block_input(index, args, kwargs, local, shared, call.position)
+        # The first span that has anchors.
+        if self.tokens is not None and span == self.agreement.decides_at and memory.anchors:
+            slots = local.pending[len(self.prober.groups) :].view(-1)
             place = self.consensus.group.ranks.index(self.consensus.group.rank)
-            self.tokens.measure(inputs.hidden_states, memory.anchors[0].reference, slots, place)
-        if self._owes_consensus:
+            reference = memory.anchors[0].reference
+            assert reference is not None
+            self.tokens.measure(inputs.hidden_states, reference, slots, place)
+        decided = span >= self.agreement.decides_at
+        if self._owes_consensus and decided:
             self._take_consensus(call, local)
-        self._skipping = self._orders.skip[span]
+        self._skipping = decided and self._orders.skip[span]
         if self._skipping and memory.given_up:
+            # A gate that measures the span's input finds no tokens, and does not come here.
+            who, mend = "steps_mask", "leave out steps_mask"
+            if self.config.steps_mask is None:
+                who, mend = "the gate", "take use_cache='Fast', which computes such spans"
             raise RuntimeError(
-                f"steps_mask skips span {span} at {call.place}, whose last block the model left "
-                "out where it was computed, so that its output is not known. Call the transformer "
-                "without skip_layers, or leave out steps_mask."
+                f"{who} skips span {span} at {call.place}, whose last block the model left out "
+                "where it was computed, so that its output is not known. Call the transformer "
+                f"without skip_layers, or {mend}."
             )
         # A pipeline stage reads from a receive buffer that the next patch overwrites, and a
         # callback may write into the latents; nobody writes into what a block was given.
@@ -376,8 +400,14 @@ class CacheEngine:
         return self.forecaster.forecast(memory, self._entered, call.noise_level)
 
     def _leave(self, span: int, outputs: Streams) -> Streams | None:
-        """Remember a computed span; returns its output where that is not what its block put out."""
+        """Remember a computed span, unless it is one that is never skipped.
+
+        Returns:
+            Its output, where that is not what its last block put out.
+        """
         self._inside = None
+        if span < self.agreement.decides_at:
+            return None
         call, local, _ = self._current()
         assert self._entered is not None
         memory = local.memory(span, call.position)
@@ -388,7 +418,11 @@ class CacheEngine:
             noise_level=call.noise_level,
             inputs=self._entered,
             residual=self.forecaster.kept(self._entered, outputs),
-            reference=Reference.of(self._entered.hidden_states),
+            reference=(
+                Reference.of(self._entered.hidden_states)
+                if self.tokens is not None or span in self.prober.inputs
+                else None
+            ),
         )
         if tokens is not None:
             local.remember(span, call.position, tokens.remembered(memory, anchor, self.forecaster))

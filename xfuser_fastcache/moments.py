@@ -3,13 +3,14 @@
 Every token is measured and rounded to an integer by itself; integers add up to the same bits in
 any order. So neither the order of ranks nor the way in which tokens are sharded changes a sum.
 
+A token's size is its squared L2 norm, or its L1 norm where a gate's published rule asks for that.
 Layout of one group of moments, all int64:
 
 | slot | sum over image tokens and batch of | unit |
 | --- | --- | --- |
-| CHANGE | q = squared L2 change against the reference | 2**-FRACTION of the scale |
+| CHANGE | q = size of the change against the reference | 2**-FRACTION of the scale |
 | CHANGE_SQUARED | q squared | 2**-FRACTION_SQUARED of the scale squared |
-| REFERENCE | squared L2 norm of the reference (without one, of the tensor) | as CHANGE |
+| REFERENCE | size of the reference (without one, of the tensor) | as CHANGE |
 | TOKENS | 1 | tokens |
 | NONFINITE | 1 where a moment of the token is not finite; it adds nothing above | tokens |
 | OVERFLOW | 1 where a finite moment of the token does not fit and is clamped | tokens |
@@ -40,20 +41,22 @@ SMALLEST_EXPONENT = -126
 
 @dataclass(frozen=True)
 class Reference:
-    """What a tensor is measured against: the input of a span at its last computed step.
+    """What a tensor is measured against, such as a span's input at its last computed step.
 
     Attributes:
         hidden_states: `(batch, tokens, dim)`.
-        energy: squared L2 norm of each token, `(batch, tokens)`, float32.
+        energy: size of each token, `(batch, tokens)`, float32.
+        norm: 2 where sizes are squared L2 norms, 1 where they are L1 norms.
     """
 
     hidden_states: torch.Tensor
     energy: torch.Tensor
+    norm: int = 2
 
     @classmethod
-    def of(cls, hidden_states: torch.Tensor) -> Reference:
+    def of(cls, hidden_states: torch.Tensor, norm: int = 2) -> Reference:
         """Measure `hidden_states`; the tensor is kept, so hand over one that nobody overwrites."""
-        return cls(hidden_states, _energy(hidden_states))
+        return cls(hidden_states, _size(hidden_states, norm), norm)
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class Moments:
     """One group of reduced moments in physical units.
 
     Attributes:
-        change: Q, sum of squared changes.
-        change_squared: sum of the squared per-token changes.
-        reference: R, sum of squared norms of the reference.
+        change: Q, sum of the sizes of changes: squared L2 norms, or L1 norms.
+        change_squared: sum of their squares.
+        reference: R, sum of the sizes of the reference.
         tokens: number of tokens, over the batch and all ranks.
         nonfinite: tokens whose moments were not finite.
         overflow: tokens whose finite moments did not fit, or that are too many to add up.
@@ -101,15 +104,16 @@ class Moments:
         return math.ceil(math.log2(self.reference / self.tokens))
 
 
-def _energy(x: torch.Tensor) -> torch.Tensor:
-    """Return the squared L2 norm of each token, `(batch, tokens)`, accumulated in float32."""
+def _size(x: torch.Tensor, norm: int) -> torch.Tensor:
+    """Return the size of each token, `(batch, tokens)`, accumulated in float32."""
     # Strides decide the order in which a token's channels are added; ranks must not differ in it.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x.contiguous(), dim=-1, dtype=dtype).float().square_()
+    size = torch.linalg.vector_norm(x.contiguous(), ord=norm, dim=-1, dtype=dtype).float()
+    return size.square_() if norm == 2 else size
 
 
 def measure(
-    hidden_states: torch.Tensor, reference: Reference | None, exponent: int
+    hidden_states: torch.Tensor, reference: Reference | None, exponent: int, norm: int = 2
 ) -> torch.Tensor:
     """Return the moments of this rank's tokens against `reference`; no host synchronisation.
 
@@ -118,6 +122,7 @@ def measure(
         reference: what to measure against; None leaves the change at 0 and the reference slot at
             the tensor's own energy, from which the next scale follows.
         exponent: the scale is `2**exponent`; the same on all ranks.
+        norm: 2 for squared L2 norms, 1 for L1 norms; that of the reference.
 
     Returns:
         int64 tensor `(SLOTS,)` on the device of `hidden_states`.
@@ -132,11 +137,11 @@ def measure(
     scale = 2.0**-exponent
     top = scale * 2.0**FRACTION
     if reference is None:
-        energy = _energy(hidden_states)
+        energy = _size(hidden_states, norm)
         change = torch.zeros_like(energy)
     else:
         energy = reference.energy
-        change = _energy(hidden_states - reference.hidden_states)
+        change = _size(hidden_states - reference.hidden_states, norm)
     # Scaled before it is squared: the square of a large norm would leave float32.
     change = change * scale
     values = torch.stack(

@@ -1,4 +1,4 @@
-"""What packages add by entry point: adapters and layouts, found by name."""
+"""What packages add by entry point: adapters, gates and layouts, found by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 ADAPTERS = "xfuser_fastcache.adapters"
+GATES = "xfuser_fastcache.gates"
 LAYOUTS = "xfuser_fastcache.layouts"
 
 
@@ -15,7 +16,7 @@ def registered(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name, none of them loaded.
 
     Args:
-        group: `ADAPTERS` or `LAYOUTS`.
+        group: `ADAPTERS`, `GATES` or `LAYOUTS`.
 
     Raises:
         ValueError: two different objects are registered under one name.

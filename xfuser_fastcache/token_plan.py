@@ -49,10 +49,10 @@ class Pyramid:
 class TokenPlan:
     """Chooses the tokens of each computed span, and puts all of them together again behind it.
 
-    Split: what entered the first span says which tokens moved; all ranks agree on how many run, and
-    each takes its own that moved most. A static token gets the residual of when it was last
-    computed. Merging: of the tokens that run, the later stages see clusters, in fixed numbers, so
-    that ranks agree without a word. Text always runs.
+    Split: what entered the first span that is not always computed says which tokens moved; all
+    ranks agree on how many run, and each takes its own that moved most. A static token gets the
+    residual of when it was last computed. Merging: of the tokens that run, the later stages see
+    clusters, in fixed numbers, so that ranks agree without a word. Text always runs.
 
     Args:
         motion: how motion is told from stillness; None without a split.
@@ -108,7 +108,7 @@ class TokenPlan:
     def measure(
         self, hidden_states: torch.Tensor, reference: Reference, slots: torch.Tensor, rank: int
     ) -> None:
-        """Measure what entered the first span.
+        """Measure what entered the first span that is not always computed.
 
         Args:
             hidden_states: `(batch, tokens, dim)`.
@@ -244,6 +244,7 @@ class TokenPlan:
             return Streams(image, new.encoder_hidden_states)
 
         inputs = streams(now.inputs, before.inputs)
+        assert now.reference is not None and before.reference is not None
         energy = mixed(now.reference.energy[..., None], before.reference.energy[..., None])
         return Anchor(
             noise_level=now.noise_level,
@@ -258,7 +259,8 @@ def _levels(anchor: Anchor) -> torch.Tensor:
     """Return the noise level at which each image token was computed, `(batch, tokens, 1)`."""
     if anchor.levels is not None:
         return anchor.levels
-    return torch.full_like(anchor.reference.energy[..., None], anchor.noise_level)
+    x = anchor.inputs.hidden_states
+    return x.new_full((*x.shape[:2], 1), anchor.noise_level, dtype=torch.float32)
 
 
 def token_plan(

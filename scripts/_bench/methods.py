@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from _bench.subject import Subject
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
+from xfuser_fastcache.mappings import read_mapping
+from xfuser_fastcache.published import CODEBOOKS
 
 Changes = dict[str, Any]
 
@@ -49,15 +52,38 @@ class Sweep:
     Attributes:
         option: field of `CacheConfig`.
         values: its settings.
+        knob: what a setting is, in words; "" for the option's name.
+        read: what the option is at a setting.
+        beside: a file of options that the folder of a model may hold.
     """
 
     option: str
     values: tuple[float, ...]
+    knob: str = ""
+    read: Callable[[str], Any] = float
+    beside: str = ""
+
+
+def _codebook(factor: str) -> dict[float, int]:
+    """AdaCache's slow codebook, every end times a factor."""
+    return {end * float(factor): interval for end, interval in CODEBOOKS["slow"].items()}
 
 
 # Wide enough for a backend of which nothing is known.
 ANY = Sweep("cache_ratio_threshold", (0.02, 0.05, 0.1, 0.2, 0.4, 0.8))
-SWEEPS = {"Fast": Sweep("cache_ratio_threshold", (0.06, 0.1, 0.17, 0.3, 0.55, 1.1))}
+# A polynomial decides what a threshold means, so this one is wide as well.
+TEA = Sweep(
+    "cache_ratio_threshold", (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0), beside="teacache.yaml"
+)
+SWEEPS = {
+    "Fast": Sweep("cache_ratio_threshold", (0.06, 0.1, 0.17, 0.3, 0.55, 1.1)),
+    "Tea": TEA,
+    "Custom": TEA,
+    "TaylorSeer": Sweep("cache_interval", (2, 3, 4, 5, 7, 9), read=int),
+    "Ada": Sweep(
+        "codebook", (0.25, 0.5, 1, 2, 4, 8), "ends of the slow codebook, times", _codebook
+    ),
+}
 
 # Thresholds of the gate under which token plans are measured; 0 never skips a block.
 GATED = (0.0, 0.06, 0.1, 0.3)
@@ -85,11 +111,19 @@ def our_method(backend: str, forecaster: str = "") -> Method:
     chosen = {"forecaster": forecaster} if forecaster else {}
 
     def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
-        return _cached(subject, use_cache=backend, **{sweep.option: float(value)}, **chosen)
+        options = {**_beside(subject, sweep.beside), sweep.option: sweep.read(value), **chosen}
+        return _cached(subject, **{**options, "use_cache": backend})
 
     name = "-".join(filter(None, (backend.lower(), forecaster)))
     group = "forecasters" if forecaster else ""
-    return Method(name, "xfuser-fastcache", sweep.option, fixed(*sweep.values), prepare, group)
+    knob = sweep.knob or sweep.option
+    return Method(name, "xfuser-fastcache", knob, fixed(*sweep.values), prepare, group)
+
+
+def _beside(subject: Subject, name: str) -> Changes:
+    """Return the cache options in a file of the folder that the pipeline was loaded from."""
+    path = Path(str(subject.pipe.config.get("_name_or_path"))) / name
+    return read_mapping(path) if name and path.is_file() else {}
 
 
 def token_method(name: str, knob: str, values: tuple[float, ...], **options: Any) -> Method:
@@ -230,8 +264,9 @@ def _missing(
 def choose(words: list[str], steps: int) -> dict[str, list[str]]:
     """Read `NAME` or `NAME:SETTING,SETTING` into {name: settings}.
 
-    `all` is every method that is no variant of another, `forecasters` ours with each forecaster and
-    `tokens` ours with each token plan, both under the gate of `fast`.
+    `all` is every method that is no variant of another, `backends` each of our backends with its
+    own gate and forecaster, `forecasters` ours with each forecaster and `tokens` ours with each
+    token plan, both under the gate of `fast`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -244,8 +279,12 @@ def choose(words: list[str], steps: int) -> dict[str, list[str]]:
         if name in groups:
             own = {k: m for k, m in known.items() if m.group == groups[name]}
             chosen |= _missing(chosen, own, steps)
+        elif name == "backends":
+            own = {k: known[k] for k in (backend.lower() for backend in BACKENDS)}
+            chosen |= _missing(chosen, own, steps)
         elif name in known:
             chosen[name] = values.split(",") if values else known[name].values(steps)
         else:
-            raise ValueError(f"unknown method {name!r}; known: {', '.join((*groups, *known))}")
+            names = (*groups, "backends", *known)
+            raise ValueError(f"unknown method {name!r}; known: {', '.join(names)}")
     return chosen

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from xfuser_fastcache.probes import Probe
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What all ranks know of one span's input, brought to the step that is decided.
+    """What all ranks know of what a gate's probe measures, brought to the step that is decided.
+
+    Sizes are squared L2 norms or L1 norms, by the probe.
 
     Attributes:
-        change: Q, sum over tokens of squared changes against the anchor, which is the last
-            computed step.
-        change_squared: sum over tokens of the squared per-token changes.
-        reference: R, sum over tokens of the anchor's squared norms.
-        tokens: image tokens, over batch and ranks.
+        change: Q, sum over tokens of the size of the change against the reference.
+        change_squared: sum over tokens of the squared sizes of the change.
+        reference: R, sum over tokens of the size of the reference.
+        tokens: image tokens, over batch and ranks; 0 where nothing was measured.
         dim: width of a token.
-        lag: steps since the anchor.
+        lag: steps since the span was last computed.
         noise_levels: of the step that is decided, of the anchor, and of the one before the anchor;
             the latter None where there is none.
+        gap: steps between the measured step and the one that it was measured against.
     """
 
     change: float
@@ -29,6 +35,12 @@ class Evidence:
     dim: int
     lag: int
     noise_levels: tuple[float, float, float | None]
+    gap: int = 1
+
+    @property
+    def relative_change(self) -> float | None:
+        """Q / R; None where there is nothing to compare with."""
+        return self.change / self.reference if self.reference > 0 else None
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,76 @@ class Verdict:
         return self.statistic is not None and self.statistic < self.threshold
 
 
-class Gate(ABC):
-    """Says whether a span may be skipped, as a pure function of evidence that all ranks share.
+# Evidence by probe; under None what needs no measurement, for gates that count steps.
+Evidences = Mapping[Probe | None, Evidence]
 
-    A gate holds no state and sees no tensor: then ranks that are given the same evidence cannot
-    decide differently. Comparisons are strict, so a threshold of 0 never skips.
+
+class Rule(ABC):
+    """One gate, or several that decide together: what the engine asks.
+
+    It sees no tensor, and what it remembers from step to step is a value that `learn` returns: kept
+    for each branch and span, forgotten with the generation, and a function of evidence alone. Then
+    ranks that are given the same evidence cannot decide differently.
     """
 
+    @property
     @abstractmethod
-    def judge(self, evidence: Evidence) -> Verdict:
+    def probes(self) -> tuple[Probe, ...]:
+        """What is measured for it, each once."""
+
+    def init(self) -> Any:
+        """Return what is remembered at the beginning of a generation; None for nothing ever."""
+        return None
+
+    @abstractmethod
+    def weigh(self, evidence: Evidences, state: Any) -> Verdict | None:
+        """Weigh the evidence of one span; None where it cannot, for want of any."""
+
+    @abstractmethod
+    def learn(self, state: Any, evidence: Evidences, skipped: bool) -> Any:
+        """Return what is remembered after a decision; see `Gate.update`."""
+
+
+class Gate(Rule):
+    """Says whether a span may be skipped, as a pure function of evidence that all ranks share.
+
+    A subclass has `judge` and, where it remembers something, `init` and `update`. Comparisons are
+    strict, so a threshold of 0 never skips.
+
+    Attributes:
+        probe: what is measured for it; None for a gate that needs no measurement.
+        asks_always: whether it is asked also where nothing was measured.
+    """
+
+    probe: ClassVar[Probe | None] = Probe.SPAN_INPUT
+    asks_always: ClassVar[bool] = False
+
+    @abstractmethod
+    def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         """Weigh the evidence of one span."""
+
+    def update(self, state: Any, evidence: Evidence, skipped: bool) -> Any:
+        """Return what is remembered after a decision.
+
+        Args:
+            state: what was remembered before it.
+            evidence: that it rested on; `tokens` is 0 where nothing was measured.
+            skipped: whether the span is skipped, which may have other reasons than the gate's.
+        """
+        return state
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """Its one probe, if any."""
+        return () if self.probe is None else (self.probe,)
+
+    def weigh(self, evidence: Evidences, state: Any) -> Verdict | None:
+        """Judge by the evidence of its probe."""
+        found = evidence[self.probe]
+        if found.tokens == 0 and not self.asks_always:
+            return None
+        return self.judge(found, state)
+
+    def learn(self, state: Any, evidence: Evidences, skipped: bool) -> Any:
+        """Update by the evidence of its probe."""
+        return self.update(state, evidence[self.probe], skipped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.special import gammaincinv
 
@@ -43,7 +45,7 @@ class CalibratedGate(Gate):
             degrees = np.minimum(fitted.degrees, 1e9)
             self.factors = 2.0 * gammaincinv(degrees / 2, significance_level) / degrees
 
-    def judge(self, evidence: Evidence) -> Verdict:
+    def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         """Compare :math:`Q/R` with the cell's threshold."""
         if evidence.reference <= 0:
             return Verdict(None, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from scipy.special import gammaincinv
 
 from xfuser_fastcache.config import CacheConfig
@@ -60,7 +62,7 @@ class ChiSquareGate(Gate):
         """Build the gate that a config asks for."""
         return cls(config.cache_ratio_threshold, config.significance_level, config.test or "chi2")
 
-    def judge(self, evidence: Evidence) -> Verdict:
+    def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         r"""Compare :math:`Q/R`, for `chi2` :math:`g^2 Q/R`, with its threshold."""
         if evidence.reference <= 0:
             return Verdict(None, 0.0)
