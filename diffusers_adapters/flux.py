@@ -10,6 +10,8 @@ from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, Mode
 _BLOCK = BlockContract(
     parameters=(HIDDEN, ENCODER, "temb", "image_rotary_emb", "joint_attention_kwargs"),
     returns=(ENCODER, HIDDEN),
+    tables=("image_rotary_emb",),
+    attention=("attn",),
 )
 
 

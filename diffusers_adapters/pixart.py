@@ -14,6 +14,7 @@ from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, Mode
 _BLOCK = BlockContract(
     parameters=(HIDDEN, "attention_mask", ENCODER, "encoder_attention_mask", "timestep"),
     returns=(HIDDEN,),
+    attention=("attn1",),
 )
 # The noise schedule that PixArt was trained with: betas rise linearly.
 _BETAS = (0.0001, 0.02, 1000)

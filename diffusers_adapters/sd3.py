@@ -7,7 +7,9 @@ from typing import Any
 from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
 
 _BLOCK = BlockContract(
-    parameters=(HIDDEN, ENCODER, "temb", "joint_attention_kwargs"), returns=(ENCODER, HIDDEN)
+    parameters=(HIDDEN, ENCODER, "temb", "joint_attention_kwargs"),
+    returns=(ENCODER, HIDDEN),
+    attention=("attn", "attn2"),
 )
 _TRAIN_TIMESTEPS = 1000
 

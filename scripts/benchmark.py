@@ -70,8 +70,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         default=["all"],
         metavar="NAME[:SETTING,...]",
-        help="default all; backends: each of ours; forecasters: ours with each forecaster under "
-        "the gate of `fast`; an unknown name lists the known ones",
+        help="default all; backends: each of ours; forecasters, tokens: ours with each forecaster "
+        "or token plan under the gate of `fast`; an unknown name lists the known ones",
     )
     flags.add_argument(
         "--prompts", type=Path, help="a file, one a line; default toys/prompts_64.txt"

@@ -33,6 +33,7 @@ from _bench.subject import Sample, Subject
 
 from toys.captions import Caption, sample_captions
 from toys.classifier import WEIGHTS, evaluate
+from xfuser_fastcache import get_cache_statistics
 
 TOY = str(ROOT / "toys" / "flux")
 ISSUE = (
@@ -211,9 +212,11 @@ def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -
     known = methods.all_methods()
     ours = {name.lower() for name in BACKENDS} | {"fast-calibrated"}
     variants = {f"fast-{name}" for name in FORECASTERS}
-    assert ours | variants | set(ISSUE) == set(known)
+    plans = {f"fast-{name}" for name in ("split-reuse", "split-drop", "merge", "split-merge")}
+    assert ours | variants | plans | set(ISSUE) == set(known)
     assert set(methods.choose(["all"], 28)) == ours | set(ISSUE)
     assert set(methods.choose(["forecasters"], 28)) == variants
+    assert set(methods.choose(["fast", "tokens"], 28)) == {"fast"} | plans
     assert set(methods.choose(["backends"], 28)) == {name.lower() for name in BACKENDS}
     monkeypatch.setitem(BACKENDS, "Dream", BACKENDS["Fast"])
     assert "dream" in methods.all_methods()
@@ -257,8 +260,18 @@ def test_settings_can_be_given() -> None:
     assert methods.choose(["fast:0.1,0.2", "fewer-steps"], 4) == {
         "fast": ["0.1", "0.2"], "fewer-steps": ["3", "2", "1"],
     }  # fmt: skip
-    with pytest.raises(ValueError, match="unknown method 'quick'; known: all, backends, forecas"):
+    with pytest.raises(ValueError, match="unknown method 'quick'; known: all, forecasters, tokens"):
         methods.choose(["quick"], 4)
+
+
+@pytest.mark.parametrize("name", ["split-reuse", "split-drop", "merge", "split-merge"])
+def test_a_token_plan_is_measured_with_its_gate(subject: Subject, name: str) -> None:
+    method = methods.all_methods()[f"fast-{name}"]
+    setting = method.values(28)[-1]
+    with method.prepare(subject, setting):
+        subject.generate(sample_captions(1, seed=3), [0])
+        statistics = get_cache_statistics(subject.transformer)
+    assert statistics["spatial_approx_ratio"] > 0 and statistics["block_approx_ratio"] > 0
 
 
 def test_second_order_is_nearer_to_the_converged_run(subject: Subject) -> None:

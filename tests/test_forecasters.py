@@ -86,6 +86,41 @@ def test_taylor_and_output_are_exact_on_what_is_linear_in_sigma_unevenly_spaced(
     assert_close(make().forecast(memory, now, sigma), moved(make, now, residual(sigma)))
 
 
+@both_streams
+@pytest.mark.parametrize("name", ["taylor", "taylor2", "linear_taylor"])
+def test_each_token_is_extrapolated_from_the_steps_at_which_it_was_computed(
+    name: str, text: bool
+) -> None:
+    """Input and residual are linear in sigma; no two tokens need have the same two anchors."""
+    parts = [streams(seed, text, torch.float32) for seed in range(4)]
+    choose = torch.Generator().manual_seed(9)
+
+    def at(constant: Streams, slope: Streams, levels: torch.Tensor, level: float) -> Streams:
+        image = constant.hidden_states + levels * slope.hidden_states
+        return Streams(image, constant.map(lambda c, s: c + level * s, slope).encoder_hidden_states)
+
+    def computed(level: float, *choices: float) -> Anchor:
+        index = torch.randint(len(choices), (BATCH, TOKENS, 1), generator=choose)
+        levels = torch.tensor(choices)[index]
+        inputs, residual = (at(*pair, levels, level) for pair in (parts[:2], parts[2:]))
+        return Anchor(level, inputs, residual, Reference.of(inputs.hidden_states), levels)
+
+    newest, before = computed(0.5, 0.5, 0.6), computed(0.7, 0.7, 0.8, 0.95)
+    slope = Streams(torch.full((DIM,), 0.3), torch.full((DIM,), -0.2) if text else None)
+    memory = Memory((newest, before, computed(1.0, 1.0)), slope)
+    everywhere = torch.full((BATCH, TOKENS, 1), 0.2)
+    now, residual = (at(*pair, everywhere, 0.2) for pair in (parts[:2], parts[2:]))
+    wanted = now.map(torch.add, residual)
+    found = FORECASTERS[name]().forecast(memory, now, 0.2)
+    torch.testing.assert_close(found.hidden_states, wanted.hidden_states, rtol=1e-4, atol=1e-4)
+    if text:
+        torch.testing.assert_close(
+            found.encoder_hidden_states, wanted.encoder_hidden_states, rtol=1e-4, atol=1e-4
+        )
+    again = FORECASTERS[name]().forecast(Memory((newest, newest), slope), now, 0.2)
+    assert again.hidden_states.isfinite().all()
+
+
 @pytest.mark.parametrize("make", [TaylorForecaster, OutputForecaster])
 def test_over_two_anchors_at_one_noise_level_the_newest_is_repeated(
     make: type[Forecaster],

@@ -26,6 +26,7 @@ ROOMS = (
     "apply",
     "hooks",
     "engine",
+    "token_plan",
     "backends",
     "agreement",
     "gates",
@@ -52,6 +53,7 @@ ROOMS = (
     "forward_contract",
     "block_contract",
     "layout",
+    "spans",
     "plugins",
 )
 # Each file in these folders is understood alone: it shares nothing with its neighbours but base.

@@ -44,6 +44,7 @@ def statistics(skipped: dict[str, int], decided: int = 8) -> dict[str, Any]:
             name: {"computed": decided - n, "skipped": n, "hit_ratio": n / decided}
             for name, n in skipped.items()
         },
+        "spatial_approx_ratio": 0.125,
         "estimated_flops_saved_ratio": 0.4567,
         "collectives": 9,
         "collectives_per_step": 1.125,
@@ -71,12 +72,13 @@ def printed(table: Any, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
 def test_the_table_shows_the_totals_in_their_units(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(statistics_table(statistics(dict.fromkeys(BLOCKS, 5))), capsys)
     cells = [cell for line in lines for cell in line]
-    shown = dict(zip(cells[1:23:2], cells[2:23:2], strict=True))
+    shown = dict(zip(cells[1:25:2], cells[2:25:2], strict=True))
     assert cells[0] == "Fast cache"
     assert shown == {
         "steps": "8",
         "generations": "2",
         "hit ratio": "62.5%",
+        "tokens left out": "12.5%",
         "estimated FLOPs saved": "45.7%",
         "collectives per step": "1.12",
         "consensus wait": "12.3 ms",
@@ -91,7 +93,7 @@ def test_the_table_shows_the_totals_in_their_units(capsys: pytest.CaptureFixture
 def test_a_false_skip_rate_is_shown_once_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     audited = {**statistics({"a.0": 1}), "audits": 40, "false_skip_rate": 0.025}
     lines = printed(statistics_table(audited), capsys)
-    assert ["audits", "40", "false-skip rate", "2.50%"] in lines
+    assert ["false-skip rate", "2.50%", "decisions digest", "0123456789ab"] in lines
 
 
 def test_blocks_of_one_list_with_equal_counts_share_a_row(

@@ -44,6 +44,7 @@ from xfuser_fastcache.state import (
 )
 from xfuser_fastcache.statistics import Counters
 from xfuser_fastcache.timeline import Call
+from xfuser_fastcache.tokens.saliency import MotionRule
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -61,6 +62,7 @@ class Agreement:
         groups: of moments in the vector, as the gate's probes ask for them.
         dim: width of a token.
         lag: a decision rests on the vector of so many steps before; 0 for the step's own.
+        motion: turns the token counts of all ranks into one; None without a token split.
 
     Attributes:
         decides_at: index of the first span that is decided: 1 where the gate has to see the first
@@ -78,6 +80,7 @@ class Agreement:
         groups: list[Group],
         dim: int,
         lag: int,
+        motion: MotionRule | None = None,
     ):
         self.config = config
         self.consensus = consensus
@@ -85,6 +88,7 @@ class Agreement:
         self.groups = groups
         self.dim = dim
         self.lag = lag
+        self.motion = motion
         self.decides_at = int(Probe.FIRST_RESIDUAL in gate.probes)
         # Measured before a step is decided, where nothing lags; the other groups after it.
         self._current = [
@@ -105,6 +109,7 @@ class Agreement:
         self.decisions = DecisionLog(spans)
         self.counters = Counters(consensus, spans)
         self.branches: dict[int, SharedState] = {}
+        self._first_level = 1.0
         self._verifications: list[GatherTicket] = []
         self._warned = False
 
@@ -162,7 +167,7 @@ class Agreement:
 
         Args:
             call: the step that they are posted at.
-            pending: int64 `(groups, SLOTS)`; zeroed here.
+            pending: int64 `(groups, SLOTS)`, and more groups for token counts; zeroed here.
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
@@ -183,6 +188,8 @@ class Agreement:
         ticket, sightings = shared.tickets.pop(0)
         waited_s = self.consensus.wait_s
         reduced = self.consensus.wait(ticket)
+        reduced, counts = reduced[: len(shared.groups)], reduced[len(shared.groups) :]
+        shared.token_counts = [slot for group in counts for slot in group]
         shared.waited_s += self.consensus.wait_s - waited_s
         broken = 0
         for group, numbers, sighting in zip(shared.groups, reduced, sightings, strict=True):
@@ -207,7 +214,9 @@ class Agreement:
         """Turn reduced numbers into one flag per span, and keep the books."""
         judgements, shared.forced = self._judgements(shared, call)
         skip = [judged.skip for judged in judgements]
-        shared.orders = Orders(skip, shared.poisoned)
+        warm_up = call.step < self.config.num_warmup_steps
+        all_tokens = warm_up or call.is_last_step or shared.poisoned
+        shared.orders = Orders(skip, shared.poisoned, all_tokens, self._moving(shared, call))
         self.counters.record(call.step, call.branch, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
@@ -229,6 +238,18 @@ class Agreement:
         shared.previous = now
         if not any(skip):
             shared.computed = now
+
+    def _moving(self, shared: SharedState, call: Call) -> int:
+        """Return how many tokens move on the rank where most do."""
+        if call.starts_generation:
+            self._first_level = call.noise_level
+        if self.motion is None:
+            return 0
+        edges = len(self.motion.edges)
+        ranks = self.consensus.group.world_size
+        counts = [shared.token_counts[edges * r : edges * (r + 1)] for r in range(ranks)]
+        time = call.noise_level / self._first_level if self._first_level else 0.0
+        return self.motion.moving(counts, time)
 
     def _judgements(self, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
         """Return a judgement a span, and whether all are computed without asking the gate."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -16,12 +17,15 @@ from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.fitted import check_model, fingerprint, load_fitted, settled
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on
-from xfuser_fastcache.layout import PlainLayout
+from xfuser_fastcache.layout import DecisionGroup, PlainLayout
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
 from xfuser_fastcache.probes import Probe
 from xfuser_fastcache.spans import span_of_blocks
 from xfuser_fastcache.statistics import BlockInfo
 from xfuser_fastcache.timeline import Schedule
+from xfuser_fastcache.token_plan import TokenPlan, token_plan
+
+logger = logging.getLogger("xfuser_fastcache")
 
 
 def apply_cache_on_transformer(
@@ -122,11 +126,13 @@ def apply_cache_on_transformer(
             consensus.close()
             raise
     contracts: list[BlockContract | ForwardContract]
+    tokens = None
     if forecaster_of(config, fitted, group).whole_forward:
         contracts, dim = [ForwardContract()], adapter.latent_channels(model)
     else:
-        contracts = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
-        dim = adapter.dim(model)
+        of_blocks = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
+        contracts, dim = list(of_blocks), adapter.dim(model)
+        tokens = _token_plan(config, group, blocks, of_blocks)
     first_block = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
     engine = CacheEngine(
         config,
@@ -138,10 +144,37 @@ def apply_cache_on_transformer(
         fitted,
         modulated=partial(adapter.modulated_input, blocks[0]) if first_block == 0 else None,
         polynomial=adapter.tea_polynomial,
+        tokens=tokens,
     )
     attachment = Attachment(transformer, model, blocks)
     attachment.attach(engine, _step_opener(engine, adapter, layout, attachment, scheduler))
     return transformer
+
+
+@cache
+def _say_inert() -> None:
+    logger.warning(
+        "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
+        "without them, and spatial_approx_ratio stays 0. (Said once.)"
+    )
+
+
+def _token_plan(
+    config: CacheConfig,
+    group: DecisionGroup,
+    blocks: list[nn.Module],
+    contracts: list[BlockContract],
+) -> TokenPlan | None:
+    """Return the token plan that a config asks for; None where there is none, or none can be."""
+    attention_costs = [
+        sum(map(_parameters, contract.attention_of(block).values())) / _parameters(block)
+        for block, contract in zip(blocks, contracts, strict=True)
+    ]
+    plan = token_plan(config, contracts, attention_costs)
+    if plan is not None and group.stages > 1:
+        _say_inert()
+        return None
+    return plan
 
 
 def remove_cache(transformer: nn.Module) -> nn.Module:

@@ -90,7 +90,8 @@ def gate_of(
 
     Raises:
         ValueError: an unknown backend or gate; the message lists the known ones. Or a gate that
-            rests on what blocks do, with a forecaster that stands in for the whole forward pass.
+            rests on what blocks do, with a forecaster that stands in for the whole forward pass, or
+            on what a block in the middle does, with a token plan.
     """
     if config.use_cache not in BACKENDS:
         raise ValueError(
@@ -108,6 +109,13 @@ def gate_of(
             f"the gate of {named} rests on {' and '.join(blind)}, which a "
             f"forward pass that forecaster={config.forecaster!r} stands in for does not reach; "
             "choose another forecaster"
+        )
+    plans = config.splits_tokens or config.merges_tokens
+    if plans and Probe.MIDDLE_RESIDUAL in gate.probes:
+        raise ValueError(
+            f"the gate of {named} rests on {Probe.MIDDLE_RESIDUAL.value}, which token plans leave "
+            "out for some tokens; choose another gate, or leave out enable_spatial_approx, "
+            "enable_token_merge and their options"
         )
     return gate
 

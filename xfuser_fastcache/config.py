@@ -15,6 +15,7 @@ from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
 FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
+STATIC_KV = ("reuse", "drop")
 
 
 def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
@@ -132,28 +133,51 @@ class CacheConfig:
         "true | false | none",
         "as in xDiT: checked against the order in which the model's blocks return",
     )
-    enable_spatial_approx: bool | None = _later(
-        "true | false | none", "motion/static token split", "the token split"
+    enable_spatial_approx: bool | None = _option(
+        None,
+        "true | false | none",
+        "motion/static split: at computed steps only tokens that moved run through the blocks; "
+        "none: on where motion_threshold, adaptive_beta or static_kv is given",
     )
-    motion_threshold: float | None = _later(
-        "number >= 0, or none", "saliency above which a token moves (ratio)", "the token split"
+    motion_threshold: float | None = _option(
+        None,
+        "number >= 0, or none",
+        "a token moves when its squared relative change since it was last computed reaches it "
+        "(ratio); 0: every token; none: 0.01",
     )
-    adaptive_beta: list[float] | None = _later(
-        "four numbers, or none", "token threshold over saliency and time", "the token split"
+    adaptive_beta: list[float] | None = _option(
+        None,
+        "four finite numbers, or none",
+        "in place of motion_threshold: b0 + b1 * the largest saliency + b2 * t + b3 * t^2, with t "
+        "from 1 at the first step to 0",
     )
-    static_kv: str | None = _later(
-        "reuse | drop | none", "keys and values of static tokens", "the token split"
+    static_kv: str | None = _option(
+        None,
+        "reuse | drop, or none",
+        "keys and values of static tokens; reuse, which none means: the last ones stay in "
+        "attention; drop: none, FastCache to the letter",
     )
-    enable_token_merge: bool | None = _later(
-        "true | false | none", "merge redundant tokens", "token merging"
+    enable_token_merge: bool | None = _option(
+        None,
+        "true | false | none",
+        "at computed steps the later blocks run on clusters of tokens; none: on where one of the "
+        "next four is given",
     )
-    token_merge_k: int | None = _later("int >= 1, or none", "neighbours", "token merging")
-    token_merge_lambda: float | None = _later(
-        "number >= 0, or none", "weight of temporal saliency", "token merging"
+    token_merge_k: int | None = _option(
+        None, "int >= 1, or none", "neighbours that tell how dense a token stands; none: 5"
     )
-    num_stages: int | None = _later("int >= 1, or none", "pyramid stages", "token merging")
-    merge_ratio: float | None = _later(
-        "0 < number < 1, or none", "tokens kept per stage (ratio)", "token merging"
+    token_merge_lambda: float | None = _option(
+        None,
+        "finite number >= 0, or none",
+        "weight of a token's relative change beside its density; none: 1.0",
+    )
+    num_stages: int | None = _option(
+        None,
+        "int >= 1, or none",
+        "equal parts of the blocks; each but the first merges once more; none: 3",
+    )
+    merge_ratio: float | None = _option(
+        None, "0 < number < 1, or none", "tokens that a merge leaves (ratio); none: 0.5"
     )
     enable_adacorrection: bool = _option(
         False,
@@ -193,9 +217,7 @@ class CacheConfig:
             self._refuse("use_cache", TypeError)
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            # A switch that is off asks for nothing, so it is no request for what is missing.
-            idle = value is None or (value is False and option.type == "bool | None")
-            if option.metadata["later"] and not idle:
+            if option.metadata["later"] and value is not None:
                 raise NotImplementedError(
                     f"{option.name}={value!r} needs {option.metadata['later']}, which this version "
                     f"does not have yet. Leave {option.name} out."
@@ -219,6 +241,7 @@ class CacheConfig:
             self._refuse("calibration", TypeError)
         if self.computed_steps is not None:
             self._integer("computed_steps", 1)
+        self._token_options()
         self._choice("forecaster", FORECASTERS)
         self._choice("sync_backend", ("gloo", "nccl"))
         for name in (
@@ -227,11 +250,12 @@ class CacheConfig:
             "verify_consensus",
             "enable_adacorrection",
             "return_hidden_states_first",
+            "enable_spatial_approx",
+            "enable_token_merge",
         ):
             value = getattr(self, name)
-            if not isinstance(value, bool) and not (
-                value is None and name == "return_hidden_states_first"
-            ):
+            may_be_none = self.__dataclass_fields__[name].type == "bool | None"
+            if not isinstance(value, bool) and not (value is None and may_be_none):
                 self._refuse(name, TypeError)
         if isinstance(self.granularity, str):
             self._choice("granularity", ("stack", "block"))
@@ -249,6 +273,12 @@ class CacheConfig:
                 "forward pass, which forecaster='output' and a calibration forecast; choose "
                 "another forecaster"
             )
+        if self.enable_adacorrection and (self.splits_tokens or self.merges_tokens):
+            raise ValueError(
+                "enable_adacorrection does not go with token plans, whose tokens were computed at "
+                "different steps: what the last forecast was wrong by is not known of each. Leave "
+                "it out, or enable_spatial_approx, enable_token_merge and their options"
+            )
         self._calibrated_options()
         mask = self.steps_mask
         if mask is not None:
@@ -256,6 +286,48 @@ class CacheConfig:
                 self._refuse("steps_mask", TypeError)
             if not mask or any(m not in (0, 1) or isinstance(m, bool) for m in mask) or not mask[0]:
                 self._refuse("steps_mask", ValueError)
+
+    def _token_options(self) -> None:
+        """Check the options of token plans, and refuse them where blocks are out of their reach."""
+        if self.motion_threshold is not None:
+            self._number("motion_threshold", lambda v: 0 <= v < math.inf)
+        if self.adaptive_beta is not None:
+            self._four_numbers("adaptive_beta")
+        if self.static_kv is not None:
+            self._choice("static_kv", STATIC_KV)
+        for name in ("token_merge_k", "num_stages"):
+            if getattr(self, name) is not None:
+                self._integer(name, 1)
+        if self.token_merge_lambda is not None:
+            self._number("token_merge_lambda", lambda v: 0 <= v < math.inf)
+        if self.merge_ratio is not None:
+            self._number("merge_ratio", lambda v: 0 < v < 1)
+        plans = self.splits_tokens or self.merges_tokens
+        if plans and (self.forecaster == "output" or self.calibration is not None):
+            cause = "a calibration" if self.calibration is not None else "forecaster='output'"
+            raise ValueError(
+                f"token plans do not go with {cause}, which stands in for the whole forward pass "
+                "and leaves single blocks alone; choose another forecaster, or leave out "
+                "enable_spatial_approx, enable_token_merge and their options"
+            )
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether static tokens are kept out of the blocks."""
+        return self._asked_for(
+            self.enable_spatial_approx, "motion_threshold", "adaptive_beta", "static_kv"
+        )
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether tokens are merged."""
+        names = ("token_merge_k", "token_merge_lambda", "num_stages", "merge_ratio")
+        return self._asked_for(self.enable_token_merge, *names)
+
+    def _asked_for(self, switch: bool | None, *options: str) -> bool:
+        if switch is None:
+            return any(getattr(self, name) is not None for name in options)
+        return switch
 
     def _published_options(self) -> None:
         """Fill options that were left out with the backend's own, and check those of some backends.
@@ -330,6 +402,16 @@ class CacheConfig:
             self._refuse(name, ValueError)
         # 1 and 1.0 are one option, so they must have one digest.
         object.__setattr__(self, name, float(value))
+
+    def _four_numbers(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            self._refuse(name, TypeError)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
+            self._refuse(name, TypeError)
+        if len(value) != 4 or not all(math.isfinite(v) for v in value):
+            self._refuse(name, ValueError)
+        object.__setattr__(self, name, [float(v) for v in value])
 
     def _integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -2,7 +2,7 @@
 
 Order of a step: the transformer's hook opens it, the consensus is taken, the gate's answers
 become one flag a span, each span is computed or forecast while its moments are summed on the
-device, the transformer's hook closes it.
+device, the transformer's hook closes it. A computed span runs on the tokens of the token plan.
 
 With one pipeline stage decisions are "current": the vector is posted and awaited where the first
 block is entered, and holds the first span's moments of this step and the other spans' of the
@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from xfuser_fastcache.agreement import Agreement
 from xfuser_fastcache.backends import forecaster_of, gate_of
@@ -41,9 +42,17 @@ from xfuser_fastcache.moments import SLOTS, Reference
 from xfuser_fastcache.ownership import Ownership
 from xfuser_fastcache.probes import Group, Prober, groups_of
 from xfuser_fastcache.spans import pieces_held
-from xfuser_fastcache.state import Anchor, LocalState, Memory, Orders, SharedState
+from xfuser_fastcache.state import (
+    Anchor,
+    LocalState,
+    Memory,
+    Orders,
+    SharedState,
+    count_groups,
+)
 from xfuser_fastcache.statistics import BlockInfo, Counters
 from xfuser_fastcache.timeline import Call, Schedule, Timeline
+from xfuser_fastcache.token_plan import TokenPlan
 from xfuser_fastcache.watchdog import Watchdog
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -78,6 +87,7 @@ class CacheEngine:
             this rank does not hold that block.
         polynomial: for a gate that estimates the change of the output by one: what is published
             for the model, highest power first; None for nothing.
+        tokens: which tokens computed spans run on; None for all of them. For one stage only.
     """
 
     def __init__(
@@ -91,7 +101,9 @@ class CacheEngine:
         fitted: Fitted | None = None,
         modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None,
         polynomial: tuple[float, ...] | None = None,
+        tokens: TokenPlan | None = None,
     ):
+        assert tokens is None or consensus.group.stages == 1
         self.config = config
         self.fitted = fitted
         self.consensus = consensus
@@ -105,7 +117,10 @@ class CacheEngine:
         counts = consensus.group.counts_tokens
         self.prober = Prober(groups, first_block, len(contracts), counts, modulated)
         lag = _lag(groups, consensus)
-        self.agreement = Agreement(config, consensus, gate, 1 + max(spans), groups, dim, lag)
+        self.tokens = tokens
+        motion = tokens.motion if tokens is not None else None
+        span_count = 1 + max(spans)
+        self.agreement = Agreement(config, consensus, gate, span_count, groups, dim, lag, motion)
         self.timeline = Timeline(config.num_steps)
         self.branches: dict[int, LocalState] = {}
         self.call: Call | None = None
@@ -150,10 +165,14 @@ class CacheEngine:
             self.agreement.begin_generation()
             self.branches.clear()
         if call.branch not in self.branches:
-            shape = (len(self.prober.groups), SLOTS)
+            ranks = self.consensus.group.world_size
+            edges = self.tokens.edges if self.tokens is not None else 0
+            shape = (len(self.prober.groups) + count_groups(ranks, edges), SLOTS)
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
         self.call = call
+        if self.tokens is not None:
+            self.tokens.open_step(call.starts_generation)
         self.ownership.note(call)
         self.watchdog.expect(call.place)
         if call.opens_step and self.agreement.lag:
@@ -277,14 +296,38 @@ class CacheEngine:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
             return contract.pack(self._forecast(piece.span))
-        output = forward(*args, **kwargs)
+        if self.tokens is not None and isinstance(contract, BlockContract):
+            counters = self.agreement.counters
+            output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
+        else:
+            output = forward(*args, **kwargs)
         if index in self.prober.residuals:
             call, local, shared = self._current()
             streams = contract.read(args, kwargs), contract.unpack(output)
             self.prober.block_output(index, *streams, local, shared, call.position)
-        if index == piece.last:
-            self._leave(piece.span, contract.unpack(output))
-        return output
+        if index < piece.last:
+            return output
+        outputs = self._leave(piece.span, contract.unpack(output))
+        return output if outputs is None else contract.pack(outputs)
+
+    def attention_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
+        """Return the modules of a block that are to run through `run_attention`, by name."""
+        contract = self.contracts[index]
+        if self.tokens is None or not isinstance(contract, BlockContract):
+            return {}
+        return contract.attention_of(block) if self.tokens.hooks_attention else {}
+
+    def run_attention(
+        self,
+        key: tuple[int, str],
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run an attention module of a computed block, by the block's index and its own name."""
+        if self.call is None or self.tokens is None:
+            return forward(*args, **kwargs)
+        return self.tokens.run_attention((self.call.branch, *key), forward, args, kwargs)
 
     def _enter(
         self, index: int, inputs: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -300,6 +343,13 @@ class CacheEngine:
             reference = memory.anchors[0].reference if memory.anchors else None
             self.prober.span_input(span, inputs, reference, local, shared)
         self.prober.block_input(index, args, kwargs, local, shared, call.position)
+        # The first span that has anchors.
+        if self.tokens is not None and span == self.agreement.decides_at and memory.anchors:
+            slots = local.pending[len(self.prober.groups) :].view(-1)
+            place = self.consensus.group.ranks.index(self.consensus.group.rank)
+            reference = memory.anchors[0].reference
+            assert reference is not None
+            self.tokens.measure(inputs.hidden_states, reference, slots, place)
         decided = span >= self.agreement.decides_at
         if self._owes_consensus and decided:
             self._take_consensus(call, local)
@@ -318,17 +368,21 @@ class CacheEngine:
         # callback may write into the latents; nobody writes into what a block was given.
         safe = self._skipping or not (self.agreement.lag or self.forecaster.whole_forward)
         self._entered = inputs if safe else inputs.map(torch.clone)
+        if self.tokens is not None and not self._skipping:
+            self.tokens.enter(self._orders, memory)
 
     def _give_up_span(self) -> None:
         """Forget a span whose last block was not called: what it put out is not known.
 
         Raises:
-            RuntimeError: it was to be skipped, and its forecast had no place.
+            RuntimeError: it was to be skipped, or some of its tokens, and what stands in for them
+                had no place.
         """
         if self._inside is None:
             return
         call, local, _ = self._current()
-        if self._skipping:
+        static = self.tokens is not None and self.tokens.splits
+        if self._skipping or static:
             raise RuntimeError(
                 f"the model left out the last block of span {self._inside} at {call.place}, where "
                 "it had run at the last computed step of this branch. Call the transformer with "
@@ -345,27 +399,40 @@ class CacheEngine:
         memory = local.memory(span, call.position)
         return self.forecaster.forecast(memory, self._entered, call.noise_level)
 
-    def _leave(self, span: int, outputs: Streams) -> None:
-        """Remember a computed span, unless it is one that is never skipped."""
+    def _leave(self, span: int, outputs: Streams) -> Streams | None:
+        """Remember a computed span, unless it is one that is never skipped.
+
+        Returns:
+            Its output, where that is not what its last block put out.
+        """
         self._inside = None
         if span < self.agreement.decides_at:
-            return
+            return None
         call, local, _ = self._current()
         assert self._entered is not None
+        memory = local.memory(span, call.position)
+        tokens = self.tokens if self.tokens is not None and self.tokens.splits else None
+        if tokens is not None:
+            outputs = tokens.leave(self._entered, outputs, memory)
         anchor = Anchor(
             noise_level=call.noise_level,
             inputs=self._entered,
             residual=self.forecaster.kept(self._entered, outputs),
             reference=(
-                Reference.of(self._entered.hidden_states) if span in self.prober.inputs else None
+                Reference.of(self._entered.hidden_states)
+                if self.tokens is not None or span in self.prober.inputs
+                else None
             ),
         )
-        memory = local.memory(span, call.position)
+        if tokens is not None:
+            local.remember(span, call.position, tokens.remembered(memory, anchor, self.forecaster))
+            return outputs
         if self._orders.distrust or memory.given_up:
             # Its anchors may hold the NaN, which looking back would bring up again; a span that was
             # given up has none.
             memory = Memory()
         local.remember(span, call.position, self.forecaster.update(memory, anchor))
+        return None
 
     def _take_consensus(self, call: Call, local: LocalState) -> None:
         self._owes_consensus = False
@@ -395,6 +462,7 @@ class CacheEngine:
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""
         held = sum(local.nbytes() for local in self.branches.values())
+        held += self.tokens.nbytes() if self.tokens is not None else 0
         self.agreement.counters.saw_bytes(held)
 
     def statistics(self) -> dict[str, Any]:

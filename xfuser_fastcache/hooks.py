@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
@@ -93,6 +94,26 @@ class BlockHook(ModelHook):
         return self.engine.run_block(self.index, self.fn_ref.original_forward, args, kwargs)
 
 
+class AttentionHook(ModelHook):
+    """Lets the engine run an attention module of a block.
+
+    Args:
+        engine: of the transformer.
+        key: index of the block among those that this rank holds, and the module's name in it.
+    """
+
+    def __init__(self, engine: CacheEngine, key: tuple[int, str]):
+        super().__init__()
+        self.engine = engine
+        self.key = key
+
+    # In a compiled block, what is remembered of each module would be compiled for each of them.
+    @torch.compiler.disable
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the module through the engine."""
+        return self.engine.run_attention(self.key, self.fn_ref.original_forward, args, kwargs)
+
+
 class BranchNameHook(ModelHook):
     """Receives the names of branches; alone stateful, since diffusers visits stateful hooks.
 
@@ -157,6 +178,8 @@ class Attachment:
         if not engine.forecaster.whole_forward:
             for index, block in enumerate(self.blocks):
                 self._register(block, BlockHook(engine, index))
+                for name, module in engine.attention_of(index, block).items():
+                    self._register(module, AttentionHook(engine, (index, name)))
         _forget_children(self.model)
 
     def _register(self, module: nn.Module, hook: ModelHook, name: str = HOOK) -> None:

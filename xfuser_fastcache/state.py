@@ -10,7 +10,7 @@ import torch
 from xfuser_fastcache.block_contract import Streams, cut
 from xfuser_fastcache.consensus import Ticket
 from xfuser_fastcache.layout import Position
-from xfuser_fastcache.moments import INITIAL_EXPONENT, Moments, Reference
+from xfuser_fastcache.moments import INITIAL_EXPONENT, SLOTS, Moments, Reference
 
 # Stands for the patch's index where a forward pass carries all tokens.
 WHOLE = -1
@@ -20,19 +20,24 @@ WHOLE = -1
 class Anchor:
     """A span at a step at which it was really computed.
 
+    Where a token plan left tokens out of that step, these are as they were last computed.
+
     Attributes:
         noise_level: sigma of that step.
         inputs: what entered the span, `(batch, tokens, dim)` a stream.
         residual: what left the span minus what entered it, same shapes; of a whole forward pass,
             what it put out.
         reference: the image tokens of `inputs` with their energies, for the next measurement; None
-            where no gate rests on them.
+            where neither a gate nor a token plan rests on them.
+        levels: sigma at which each image token was computed, float32 `(batch, tokens, 1)`; None
+            where it is `noise_level` for all.
     """
 
     noise_level: float
     inputs: Streams
     residual: Streams
     reference: Reference | None
+    levels: torch.Tensor | None = None
 
     def split(self, lengths: tuple[int, ...]) -> list[Anchor]:
         """Cut the anchor along the image tokens into patches of the given lengths."""
@@ -149,10 +154,14 @@ class Orders:
     Attributes:
         skip: a flag a span, True where it is skipped.
         distrust: whether anchors may hold a NaN and are to be forgotten.
+        all_tokens: whether computed spans run on all tokens, whatever the token plan.
+        moving: tokens that move in the shard and batch item in which most do.
     """
 
     skip: list[bool]
     distrust: bool = False
+    all_tokens: bool = True
+    moving: int = 0
 
 
 @dataclass
@@ -169,6 +178,7 @@ class SharedState:
         sightings: of the moments measured since the last post, one a group; None where nothing was.
         tickets: posted vectors not yet used, oldest first, with their sightings.
         poisoned: whether the last reduced vector was not finite or overflowed.
+        token_counts: those of the last reduced vector, of one rank after the other.
         waited_s: seconds that this rank waited for it; the one thing here that ranks do not share.
     """
 
@@ -181,10 +191,16 @@ class SharedState:
     sightings: list[Sighting | None] = field(default_factory=list)
     tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
     poisoned: bool = False
+    token_counts: list[int] = field(default_factory=list)
     waited_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.sightings = [None] * len(self.groups)
+
+
+def count_groups(ranks: int, edges: int) -> int:
+    """Return how many groups of moments have room for every rank's token counts at every edge."""
+    return -(-ranks * edges // SLOTS)
 
 
 @dataclass
@@ -192,7 +208,8 @@ class LocalState:
     """What this rank alone holds of one CFG branch of the current generation.
 
     Attributes:
-        pending: moments measured since the last post, int64 `(groups, SLOTS)`.
+        pending: moments measured since the last post, int64 `(groups, SLOTS)`, and below them the
+            slots of token counts, a row of edges a rank; see `count_groups`.
         memories: span -> patch (`WHOLE` for all tokens) -> what the forecaster remembers.
         references: group -> patch -> what it is measured against, where no anchor holds that.
         seen: group -> what was measured of it in this forward pass.

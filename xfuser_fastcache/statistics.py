@@ -44,6 +44,9 @@ class Counters:
         self._step: int | None = None  # of the last decision
         self._decisions = 0
         self._skipped = [0] * spans
+        # Of each block: shares of tokens, and of its cost, that a token plan saved.
+        self._left_out: dict[int, float] = {}
+        self._saved: dict[int, float] = {}
         self._collectives = consensus.collectives
         self._wait_s = consensus.wait_s
 
@@ -58,6 +61,17 @@ class Counters:
         for span, skipped in enumerate(skip):
             self._skipped[span] += skipped
 
+    def record_narrowed(self, block: int, left_out: float, saved: float) -> None:
+        """Count a block that ran on fewer tokens.
+
+        Args:
+            block: its index in the whole model.
+            left_out: share of the image tokens that it did not run on, 0 to 1.
+            saved: share of its cost that this saved, 0 to 1.
+        """
+        self._left_out[block] = self._left_out.get(block, 0.0) + left_out
+        self._saved[block] = self._saved.get(block, 0.0) + saved
+
     def saw_bytes(self, held: int) -> None:
         """Note how many bytes this rank's anchors occupy."""
         self.peak_bytes = max(self.peak_bytes, held)
@@ -65,8 +79,10 @@ class Counters:
     def as_dict(self, blocks: list[BlockInfo]) -> dict[str, Any]:
         """Return the counts under the names of `get_cache_statistics`.
 
-        Ratios are between 0 and 1, times in seconds, sizes in bytes; `false_skip_rate` is None
-        where nothing was audited.
+        `block_approx_ratio` is the share of blocks that were skipped, `spatial_approx_ratio` the
+        share of tokens in blocks that were not: no work counts in both, and their sum is what was
+        not computed. Ratios are between 0 and 1, times in seconds, sizes in bytes;
+        `false_skip_rate` is None where nothing was audited.
         """
         decided = self._decisions
         table = {}
@@ -82,10 +98,14 @@ class Counters:
             "steps": self._steps,
             "generations": self._generations,
             "block_approx_ratio": sum(row["hit_ratio"] for row in table.values()) / len(table),
-            "spatial_approx_ratio": 0.0,
+            "spatial_approx_ratio": (
+                sum(self._left_out.values()) / (decided * len(blocks)) if decided else 0.0
+            ),
             "blocks": table,
             "estimated_flops_saved_ratio": sum(
-                block.cost * table[block.name]["hit_ratio"] for block in blocks
+                block.cost
+                * (table[block.name]["hit_ratio"] + self._saved.get(index, 0.0) / max(decided, 1))
+                for index, block in enumerate(blocks)
             ),
             "collectives": collectives,
             "collectives_per_step": collectives / decided if decided else 0.0,

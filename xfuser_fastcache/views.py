@@ -45,6 +45,7 @@ def statistics_table(statistics: dict[str, Any]) -> Table:
         ("steps", f"{statistics['steps']}"),
         ("generations", f"{statistics['generations']}"),
         ("hit ratio", f"{statistics['block_approx_ratio']:.1%}"),
+        ("tokens left out", f"{statistics['spatial_approx_ratio']:.1%}"),
         ("estimated FLOPs saved", f"{statistics['estimated_flops_saved_ratio']:.1%}"),
         ("collectives per step", f"{statistics['collectives_per_step']:.2f}"),
         ("consensus wait", f"{1e3 * statistics['consensus_wait_s']:.1f} ms"),

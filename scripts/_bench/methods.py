@@ -31,8 +31,8 @@ class Method:
         values: number of steps of the reference -> settings, as text.
         prepare: (subject, setting) -> context in which the pipeline runs with the method; it yields
             changes of the call's arguments, and leaves the pipeline as it found it.
-        variant: whether it is one of our forecasters under the gate of another method, and so not
-            among `all`.
+        group: word that chooses it with its like where it is a variant of another method, and so
+            not among `all`; else "".
         whole_plan: whether it runs with the reference's number of steps and no other.
     """
 
@@ -41,7 +41,7 @@ class Method:
     knob: str
     values: Callable[[int], list[str]]
     prepare: Callable[[Subject, str], AbstractContextManager[Changes]]
-    variant: bool = False
+    group: str = ""
     whole_plan: bool = False
 
 
@@ -85,6 +85,11 @@ SWEEPS = {
     ),
 }
 
+# Thresholds of the gate under which token plans are measured; 0 never skips a block.
+GATED = (0.0, 0.06, 0.1, 0.3)
+# Settings of motion_threshold and of merge_ratio.
+STILL, LEFT = (0.003, 0.01, 0.03), (0.9, 0.75, 0.5)
+
 
 def fixed(*values: object) -> Callable[[int], list[str]]:
     """Settings that do not depend on the number of steps."""
@@ -110,14 +115,54 @@ def our_method(backend: str, forecaster: str = "") -> Method:
         return _cached(subject, **{**options, "use_cache": backend})
 
     name = "-".join(filter(None, (backend.lower(), forecaster)))
+    group = "forecasters" if forecaster else ""
     knob = sweep.knob or sweep.option
-    return Method(name, "xfuser-fastcache", knob, fixed(*sweep.values), prepare, bool(forecaster))
+    return Method(name, "xfuser-fastcache", knob, fixed(*sweep.values), prepare, group)
 
 
 def _beside(subject: Subject, name: str) -> Changes:
     """Return the cache options in a file of the folder that the pipeline was loaded from."""
     path = Path(str(subject.pipe.config.get("_name_or_path"))) / name
     return read_mapping(path) if name and path.is_file() else {}
+
+
+def token_method(name: str, knob: str, values: tuple[float, ...], **options: Any) -> Method:
+    """The method of `Fast` with a token plan.
+
+    Args:
+        name: of the plan.
+        knob: option of the plan that is swept beside the threshold of the gate.
+        values: its settings.
+        **options: the plan's others.
+    """
+
+    def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
+        threshold, own = map(float, value.split("/"))
+        given = {"cache_ratio_threshold": threshold, knob: own, **options}
+        return _cached(subject, use_cache="Fast", **given)
+
+    settings = [f"{threshold}/{value}" for threshold in GATED for value in values]
+    return Method(
+        f"fast-{name}",
+        "xfuser-fastcache",
+        f"cache_ratio_threshold / {knob}",
+        fixed(*settings),
+        prepare,
+        "tokens",
+    )
+
+
+def token_methods() -> list[Method]:
+    """Each token plan under the gate of `fast`, and the split without a gate that skips."""
+    split = {"enable_spatial_approx": True}
+    return [
+        token_method("split-reuse", "motion_threshold", STILL, static_kv="reuse", **split),
+        token_method("split-drop", "motion_threshold", STILL, static_kv="drop", **split),
+        token_method("merge", "merge_ratio", LEFT, enable_token_merge=True),
+        token_method(
+            "split-merge", "merge_ratio", LEFT, enable_token_merge=True, static_kv="reuse", **split
+        ),
+    ]
 
 
 def _calibrated(subject: Subject, value: str) -> AbstractContextManager[Changes]:
@@ -189,6 +234,7 @@ def all_methods() -> dict[str, Method]:
     found = [
         *(our_method(backend) for backend in BACKENDS),
         *(our_method("Fast", forecaster) for forecaster in FORECASTERS),
+        *token_methods(),
         Method(
             "fast-calibrated",
             "xfuser-fastcache",
@@ -218,26 +264,27 @@ def _missing(
 def choose(words: list[str], steps: int) -> dict[str, list[str]]:
     """Read `NAME` or `NAME:SETTING,SETTING` into {name: settings}.
 
-    `all` is every method, `backends` each of our backends with its own gate and forecaster,
-    `forecasters` ours with each forecaster under the gate of `fast`.
+    `all` is every method that is no variant of another, `backends` each of our backends with its
+    own gate and forecaster, `forecasters` ours with each forecaster and `tokens` ours with each
+    token plan, both under the gate of `fast`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
     known = all_methods()
+    groups = {"all": "", "forecasters": "forecasters", "tokens": "tokens"}
     chosen: dict[str, list[str]] = {}
     for word in words:
         name, _, values = word.partition(":")
-        if name == "all":
-            chosen |= _missing(chosen, {k: m for k, m in known.items() if not m.variant}, steps)
+        if name in groups:
+            own = {k: m for k, m in known.items() if m.group == groups[name]}
+            chosen |= _missing(chosen, own, steps)
         elif name == "backends":
-            own = [backend.lower() for backend in BACKENDS]
-            chosen |= _missing(chosen, {k: known[k] for k in own}, steps)
-        elif name == "forecasters":
-            chosen |= _missing(chosen, {k: m for k, m in known.items() if m.variant}, steps)
+            own = {k: known[k] for k in (backend.lower() for backend in BACKENDS)}
+            chosen |= _missing(chosen, own, steps)
         elif name in known:
             chosen[name] = values.split(",") if values else known[name].values(steps)
         else:
-            names = ("all", "backends", "forecasters", *known)
+            names = (*groups, "backends", *known)
             raise ValueError(f"unknown method {name!r}; known: {', '.join(names)}")
     return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -120,28 +120,70 @@ def gained(anchor: Anchor) -> Streams:
     return anchor.residual
 
 
-def taylor_weight(memory: Memory, noise_level: float) -> float:
-    r"""Return :math:`w = (\sigma - \sigma_0)/(\sigma_0 - \sigma_1)` of the last two anchors.
+class TaylorWeights(NamedTuple):
+    r"""The weights :math:`w = (\sigma - \sigma_0)/(\sigma_0 - \sigma_1)` of the last two anchors.
 
     0, which forecasts the newest one again, where there is one anchor or both lie at one noise
     level.
+
+    Attributes:
+        image: of all image tokens, or of each where they were computed at different steps: float32
+            `(batch, tokens, 1)`.
+        text: of the text tokens.
     """
-    newest = memory.anchors[0]
-    if len(memory.anchors) == 1 or newest.noise_level == memory.anchors[1].noise_level:
-        return 0.0
-    step = newest.noise_level - memory.anchors[1].noise_level
-    return (noise_level - newest.noise_level) / step
+
+    image: float | torch.Tensor
+    text: float
+
+    @classmethod
+    def of(cls, memory: Memory, noise_level: float) -> TaylorWeights:
+        """Return the weights for a forecast at a noise level."""
+        if len(memory.anchors) == 1:
+            return cls(0.0, 0.0)
+        newest, before = memory.anchors[:2]
+        step = newest.noise_level - before.noise_level
+        weight = (noise_level - newest.noise_level) / step if step else 0.0
+        if newest.levels is None and before.levels is None:
+            return cls(weight, weight)
+        levels = [a.noise_level if a.levels is None else a.levels for a in (newest, before)]
+        steps = torch.as_tensor(levels[0] - levels[1])
+        each = torch.as_tensor(noise_level - levels[0]) / steps
+        return cls(each.masked_fill(steps == 0, 0.0), weight)
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether the newest anchor is forecast again; not asked where tokens differ in weight."""
+        return isinstance(self.image, float) and self.image == 0.0
+
+    def map(
+        self,
+        function: Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor],
+        one: Streams,
+        other: Streams,
+    ) -> Streams:
+        """Apply `function` to the tensors of two streams and their weight, stream by stream."""
+        image = function(one.hidden_states, other.hidden_states, self.image)
+        texts = one.encoder_hidden_states, other.encoder_hidden_states
+        if texts[0] is None or texts[1] is None:
+            return Streams(image)
+        return Streams(image, function(texts[0], texts[1], self.text))
 
 
 def extrapolated(memory: Memory, noise_level: float) -> Streams:
     r"""First-order divided difference in the noise level of what the last two anchors hold.
 
-    :math:`\hat r(\sigma) = r_0 + w (r_0 - r_1)` with `w` of `taylor_weight`.
+    :math:`\hat r(\sigma) = r_0 + w (r_0 - r_1)` with `w` of `TaylorWeights`.
     """
-    latest, weight = memory.anchors[0].residual, taylor_weight(memory, noise_level)
-    if weight == 0.0:
+    latest, weights = memory.anchors[0].residual, TaylorWeights.of(memory, noise_level)
+    if weights.are_zero:
         return latest
-    # lerp rounds once in the working precision where two bf16 products would round twice.
-    return memory.anchors[1].residual.map(
-        lambda before, after: torch.lerp(before, after, 1.0 + weight), latest
-    )
+    return weights.map(_extrapolate, latest, memory.anchors[1].residual)
+
+
+def _extrapolate(
+    latest: torch.Tensor, before: torch.Tensor, weight: float | torch.Tensor
+) -> torch.Tensor:
+    if isinstance(weight, float):
+        # lerp rounds once in the working precision where two bf16 products would round twice.
+        return torch.lerp(before, latest, 1.0 + weight)
+    return (latest + weight * (latest.float() - before.float())).to(latest.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.forecasters.base import LinearMapForecaster, extrapolated, taylor_weight
+from xfuser_fastcache.forecasters.base import LinearMapForecaster, TaylorWeights, extrapolated
 from xfuser_fastcache.state import Anchor, Memory
 
 
@@ -42,16 +42,21 @@ class LinearTaylorForecaster(LinearMapForecaster):
         self, memory: Memory, now: Streams, noise_level: float, of: Callable[[Anchor], Streams]
     ) -> Streams:
         """Return the difference from the linear extrapolation of the last two anchors."""
-        newest, weight = of(memory.anchors[0]), taylor_weight(memory, noise_level)
+        newest, weights = of(memory.anchors[0]), TaylorWeights.of(memory, noise_level)
         moved = now.map(torch.sub, newest)
-        if weight == 0.0:
+        if weights.are_zero:
             return moved
         # Of differences of neighbours, which are nearly exact in bf16; an extrapolated state would
         # be rounded at the state's own scale, which may be the scale of what is looked for.
-        before = newest.map(torch.sub, of(memory.anchors[1]))
-        return moved.map(lambda change, last: torch.sub(change, last, alpha=weight), before)
+        return weights.map(_less, moved, newest.map(torch.sub, of(memory.anchors[1])))
 
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the input moved by the extrapolated and corrected residual."""
         expected = inputs.map(torch.add, extrapolated(memory, noise_level))
         return self.corrected(expected, memory, inputs, noise_level)
+
+
+def _less(change: torch.Tensor, last: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, float):
+        return torch.sub(change, last, alpha=weight)
+    return (change - weight * last.float()).to(change.dtype)

@@ -33,7 +33,8 @@ class SecondOrderTaylorForecaster(TaylorForecaster):
 
     :math:`\hat r(\sigma) = \hat r_1(\sigma) + r_{012} (\sigma - \sigma_0)(\sigma - \sigma_1)`, the
     first-order forecast and :math:`r_{012}` the second divided difference; exact where the residual
-    is quadratic in sigma. With two anchors, or two at one noise level, it is of first order.
+    is quadratic in sigma. With two anchors, two at one noise level, or tokens that were computed at
+    different steps, it is of first order.
 
     Source: TaylorSeer, arXiv 2503.06923, order 2. Deviation as in first order.
     """
@@ -44,7 +45,8 @@ class SecondOrderTaylorForecaster(TaylorForecaster):
         """Return the input moved by the extrapolated residual."""
         linear = super().forecast(memory, inputs, noise_level)
         levels = [anchor.noise_level for anchor in memory.anchors]
-        if len(set(levels)) < 3:
+        mixed = any(anchor.levels is not None for anchor in memory.anchors)
+        if len(set(levels)) < 3 or mixed:
             return linear
         reach = (noise_level - levels[0]) * (noise_level - levels[1])
         # The divided difference in Lagrange's form: one weight an anchor.

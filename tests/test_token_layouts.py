@@ -1,0 +1,81 @@
+"""Token plans under xDiT's layouts, on real ranks: equal counts, equal decisions, no hang."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokens_worker import PLANS
+from worlds import run_world
+
+TOGETHER = {
+    "1 rank": (1, "flux", "sd3", "pixart"),
+    "ulysses": (2, "flux", "sd3", "sd3.5", "pixart", "--ulysses_degree=2"),
+    "ring": (2, "flux", "sd3", "pixart", "--ring_degree=2"),
+    "cfg": (2, "sd3", "pixart", "--use_cfg_parallel"),
+}
+_worlds: dict[str, list[dict[str, Any]]] = {}
+
+
+def world(layout: str) -> list[dict[str, Any]]:
+    if layout not in _worlds:
+        ranks, *words = TOGETHER[layout]
+        models = [str(word) for word in words if not str(word).startswith("--")]
+        flags = [str(word) for word in words if str(word).startswith("--")]
+        found = run_world("tokens_worker.py", int(ranks), "--model", *models, *flags, timeout_s=400)
+        _worlds[layout] = [found[rank] for rank in sorted(found)]
+    return _worlds[layout]
+
+
+CELLS = [
+    (layout, str(model))
+    for layout, (_, *words) in TOGETHER.items()
+    for model in words
+    if not str(model).startswith("--")
+]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("layout", "model"), CELLS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_token_plan_runs_and_its_ranks_agree(layout: str, model: str, plan: str) -> None:
+    found = [rank["models"][model][plan] for rank in world(layout)]
+    assert all(f["repeats"] and f["finite"] for f in found)
+    assert all(f["collectives"] == 1 for f in found)
+    assert len({f["digest"] for f in found}) == 1
+    assert len({f["spatial"] for f in found}) == 1
+    for f in found:
+        if plan == "all move":
+            assert f["exact"] and f["spatial"] == 0
+        elif plan != "adaptive":
+            # Of ten steps the first two and the last are computed with all tokens.
+            assert 0.05 < f["spatial"] and f["spatial"] + f["blocks"] < 7 / 8
+            assert not (f["exact"] and f["has_output"])
+        assert (f["blocks"] > 0) == ("cache_ratio_threshold" in PLANS[plan])
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("layout", "model"), CELLS)
+def test_nothing_of_a_token_plan_stays(layout: str, model: str) -> None:
+    assert all(rank["models"][model]["restored"] for rank in world(layout))
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("layout", "model"), [c for c in CELLS if c[0] in ("ulysses", "ring")])
+def test_a_still_rank_computes_as_many_tokens_as_one_that_moves(layout: str, model: str) -> None:
+    found = [ratio for rank in world(layout) for ratio in rank["models"][model]["uneven"]]
+    # Half of one rank's tokens move, none of the other's: half run at 7 of 10 steps.
+    assert found == [pytest.approx(0.35, abs=0.1)] * 4
+
+
+@pytest.mark.gloo
+def test_under_pipefusion_plans_do_nothing_and_say_so_once() -> None:
+    flags = ("--pipefusion_parallel_degree=2",)
+    found = run_world("tokens_worker.py", 2, "--model", "flux", "pixart", *flags, timeout_s=400)
+    for rank in found.values():
+        assert rank["warnings"] == 1
+        for plans in rank["models"].values():
+            for plan in PLANS:
+                assert plans[plan]["spatial"] == 0 and plans[plan]["repeats"]
+            assert plans["all move"]["exact"] and plans["reuse"]["exact"]
+            assert plans["block cache too"]["blocks"] > 0.1

@@ -1,0 +1,130 @@
+"""One rank of one layout: token plans on tiny pipelines, also where a rank's tokens stand still."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from matrix_worker import build, same  # noqa: E402
+from worlds import report  # noqa: E402
+from xdit_control import own_share  # noqa: E402
+
+from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
+from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
+
+# What moves on random weights changes by less than this.
+STILL = 1e4
+PLANS: dict[str, dict[str, Any]] = {
+    "all move": {"motion_threshold": 0, "enable_block_approx": False},
+    "reuse": {"motion_threshold": STILL, "static_kv": "reuse"},
+    "drop": {"motion_threshold": STILL, "static_kv": "drop"},
+    "merge": {"enable_token_merge": True},
+    "merge and reuse": {"motion_threshold": STILL, "static_kv": "reuse", "num_stages": 2},
+    "merge and drop": {"motion_threshold": STILL, "static_kv": "drop", "num_stages": 2},
+    "adaptive": {"adaptive_beta": [0.0, 0.3, 0.0, 0.0]},
+    "block cache too": {"motion_threshold": STILL, "cache_ratio_threshold": 12.0},
+    "three spans": {"motion_threshold": STILL, "granularity": 3, "cache_ratio_threshold": 12.0},
+}
+
+
+@contextmanager
+def only_some_move(transformer: torch.nn.Module, moving: bool) -> Iterator[None]:
+    """Hold the latents still, but for half of the tokens where `moving`."""
+    first: list[torch.Tensor] = []
+
+    def hold(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        first.append(x)
+        held = first[0].clone()
+        if moving:
+            # Every second token, or the left half of a picture.
+            half = held[:, ::2] if held.dim() == 3 else held[..., : held.shape[-1] // 2]
+            half += torch.randn(half.shape, generator=torch.Generator().manual_seed(len(first)))
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": held}
+        return (held, *args[1:]), kwargs
+
+    handle = transformer.register_forward_pre_hook(hold, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def main() -> None:
+    """Run the models named on the command line and report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", nargs="+", required=True)
+    parser.add_argument("--use_cfg_parallel", action="store_true")
+    for name in ("ulysses", "ring", "pipefusion_parallel"):
+        parser.add_argument(f"--{name}_degree", type=int, default=1)
+    flags = vars(parser.parse_args())
+    models = flags.pop("model")
+    cpu_platform.enable_cpu_platform()
+    mend_xfuser()
+    from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("xfuser_fastcache").addHandler(handler)
+
+    def cases(model: str) -> dict[str, Any]:
+        pipe, call = build(model, 1, **flags)
+
+        def generate() -> torch.Tensor | None:
+            output = pipe(**own_share(call, 1))
+            return None if output is None else output.images
+
+        def cached(run: Callable[[], Any], **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+            options = {"cache_ratio_threshold": 0, **options}
+            apply_cache_on_transformer(
+                pipe.transformer, scheduler=pipe.scheduler, sync_timeout_s=60, **options
+            )
+            first, second = run(), run()
+            statistics = get_cache_statistics(pipe.transformer)
+            remove_cache(pipe.transformer)
+            return first, second, statistics
+
+        control = generate()
+        found: dict[str, Any] = {}
+        for plan, options in PLANS.items():
+            images, again, statistics = cached(generate, **options)
+            found[plan] = {
+                "exact": same(images, control),
+                "repeats": same(images, again),
+                "finite": images is None or bool(images.isfinite().all()),
+                "has_output": images is not None,
+                "digest": statistics["decisions_digest"],
+                "spatial": statistics["spatial_approx_ratio"],
+                "blocks": statistics["block_approx_ratio"],
+                "collectives": statistics["collectives_per_step"],
+            }
+        if flags["ulysses_degree"] * flags["ring_degree"] > 1:
+            found["uneven"] = []
+            for kept in ("reuse", "drop"):
+                options = {"motion_threshold": 1e-3, "static_kv": kept}
+                with only_some_move(pipe.transformer, moving=dist.get_rank() == 0):
+                    *_, statistics = cached(generate, **options)
+                found["uneven"].append(statistics["spatial_approx_ratio"])
+        found["restored"] = same(generate(), control)
+        return found
+
+    found = {model: cases(model) for model in models}
+    warnings = sum("Token plans do nothing" in message for message in said)
+    report(dist.get_rank(), models=found, warnings=warnings, applied=len(PLANS) * len(models))
+    cpu_platform.finish()
+
+
+if __name__ == "__main__":
+    main()

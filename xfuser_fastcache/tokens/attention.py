@@ -1,0 +1,78 @@
+"""Static tokens in attention: the moving ones go on seeing them as they were last computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from xfuser_fastcache.block_contract import HIDDEN
+from xfuser_fastcache.tokens.base import Narrowing
+
+
+class StaticTokens:
+    """Remembers what each attention module was given of each token when that was last computed.
+
+    Keys and values depend on nothing else, so a module that is given it again attends to the last
+    ones. It runs on all tokens, whatever its processor and its layout are; its block's other layers
+    run on the few. With FLUX's sizes those are two thirds of a block's parameters and more.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: dict[Hashable, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Forget all tokens."""
+        self._inputs.clear()
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.numel() * x.element_size() for x in self._inputs.values())
+
+    def attend(
+        self,
+        key: Hashable,
+        narrowing: Narrowing | None,
+        tokens: int,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run an attention module on all image tokens, and return what it puts out for the few.
+
+        Args:
+            key: of the module and the branch.
+            narrowing: which tokens the block runs on; None for all.
+            tokens: number of all image tokens.
+            forward: the module's own; of its result, the first tensor holds the image tokens.
+            args, kwargs: its arguments: `hidden_states` `(batch, tokens, dim)`, where text stands
+                before the image, first or by name.
+
+        Raises:
+            RuntimeError: the module did not run at the last computed step.
+        """
+        x = args[0] if args else kwargs[HIDDEN]
+        few = tokens if narrowing is None else narrowing.rows.shape[1]
+        text, image = x.split((x.shape[1] - few, few), dim=1)
+        if narrowing is None:
+            self._inputs[key] = image
+            return forward(*args, **kwargs)
+        if key not in self._inputs:
+            raise RuntimeError(
+                "a block runs that the model had left out at the last step of this branch with all "
+                "tokens. Call the transformer with the same skip_layers at all steps of a branch, "
+                "or leave out static_kv='reuse'."
+            )
+        last = self._inputs[key]
+        image = self._inputs[key] = narrowing.widen(last, narrowing.narrow(last), image)
+        every = torch.cat((text, image), dim=1)
+        if args:
+            args = (every, *args[1:])
+        else:
+            kwargs = {**kwargs, HIDDEN: every}
+        output = forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (narrowing.narrow(output[0]), *output[1:])
+        text, image = output.split((text.shape[1], tokens), dim=1)
+        return torch.cat((text, narrowing.narrow(image)), dim=1)
