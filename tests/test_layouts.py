@@ -1,7 +1,8 @@
 """Every layout of xDiT on the toy FLUX, as real processes: uncached control first, then cached.
 
 One spawned world per layout runs all cases (`toy_worker.py`); the tests read its report. Worlds of
-four ranks are slow (`pytest -m slow tests/test_layouts.py`); the matrix has such worlds of tiny models.
+four ranks are slow (`pytest -m slow tests/test_layouts.py`); the matrix has such worlds of tiny
+models.
 """
 
 from __future__ import annotations
