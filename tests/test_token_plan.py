@@ -45,8 +45,9 @@ class Stack(PlainStack):
         plan = token_plan(plain.config, [BARE] * blocks, [0.0] * blocks)
         assert isinstance(plan, TokenPlan)
         self.engine = CacheEngine(
-            plain.config, plain.consensus, plain.blocks, [BARE] * blocks, 0, DIM, tokens=plan
-        )
+            plain.config, plain.consensus, plain.blocks, [BARE] * blocks, 0, DIM,
+            modulated=lambda args, kwargs: args[0], tokens=plan,
+        )  # fmt: skip
         self.seen: list[int] = []
 
     def _block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
