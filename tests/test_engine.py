@@ -397,11 +397,14 @@ def test_a_span_is_measured_once_by_the_stage_that_begins_it(
 
 @pytest.mark.parametrize(("stages", "patches"), [(2, 2), (4, 4), (2, 4), (3, 2)])
 @pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["gate", "mask"])
 def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_it(
-    stages: int, patches: int, stagger: bool
+    masked: bool, stages: int, patches: int, stagger: bool
 ) -> None:
     """The flags of a stage and patch are those of the first stage, a step earlier from its turn."""
     steps = 12
+    # Two skips in a row at most; the first two steps and the last always. Step 0 has no patches.
+    decided = [1, 4, 7, 10, 11]
     levels = [1 - index / steps for index in range(steps)]
     schedule = Schedule(torch.tensor(levels), tuple(Step(x, x) for x in levels))
 
@@ -417,7 +420,9 @@ def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_i
         consensus.stages = [[BlockList(1, 1)]] * stages
         # What the first stage measures: nothing has changed.
         consensus.wait = lambda ticket: [[0, 0, 2**MOMENTS_FRACTION, 6, 0, 0]]
-        config = CacheConfig(forecaster="reuse", max_consecutive_skips=2, stagger_stages=stagger)
+        mask = [int(step in (0, *decided)) for step in range(steps)] if masked else None
+        options = {"max_consecutive_skips": 2, "steps_mask": mask, "stagger_stages": stagger}
+        config = CacheConfig(forecaster="reuse", **options)
         blocks = [BlockInfo(f"blocks.{i}", 0, 1 / stages) for i in range(stages)]
         engine = CacheEngine(config, consensus, blocks, [BARE], stage, DIM)
         ran: dict[int, list[int]] = {patch: [] for patch in range(patches)}
@@ -437,12 +442,12 @@ def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_i
         assert engine.statistics()["collectives"] == steps
         return ran
 
-    # Two skips in a row at most; the first two steps and the last always. Step 0 has no patches.
-    decided = [1, 4, 7, 10, 11]
     for stage in range(stages):
         for patch, ran in computed(stage).items():
             ahead = stagger and stage + patch >= patches
-            wanted = {step - ahead for step in decided} | {1, steps - 1}
+            # The gate is not asked at step 1; in a mask, stages may be ahead of that, too.
+            always = {steps - 1} if masked else {1, steps - 1}
+            wanted = {step - ahead for step in decided} | always
             assert [step for step in ran if step] == sorted(wanted - {0}), (stage, patch)
 
 

@@ -252,10 +252,13 @@ class Agreement:
         return self.motion.moving(counts, time)
 
     def _judgements(self, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
-        """Return a judgement a span, and whether all are computed without asking the gate."""
+        """Return a judgement a span, and whether all ranks compute, come what may.
+
+        A step that a mask computes is not of that kind: stages may be a step ahead in the mask.
+        """
         forced = self._reason_to_compute(shared, call)
         if forced:
-            return [Judgement(False, forced)] * len(shared.spans), True
+            return [Judgement(False, forced)] * len(shared.spans), forced != STEPS_MASK
         return [self._judge(shared, index, call) for index in range(len(shared.spans))], False
 
     def _reason_to_compute(self, shared: SharedState, call: Call) -> str | None:

@@ -174,7 +174,7 @@ class SharedState:
         previous: the last step; None before.
         computed: the last step at which no span was skipped; None before.
         orders: those of the current step.
-        forced: whether they were given without asking the gate.
+        forced: whether no stage may act on those of the next step instead.
         sightings: of the moments measured since the last post, one a group; None where nothing was.
         tickets: posted vectors not yet used, oldest first, with their sightings.
         poisoned: whether the last reduced vector was not finite or overflowed.
