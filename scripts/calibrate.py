@@ -32,7 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read as transformers
 import numpy as np
 import torch
 from _bench.settings import call_arguments, read_prompts
-from _bench.subject import DTYPES, known_arguments
+from _bench.subject import DTYPES, known_arguments, load_pipeline
 from _masks import MaskTrials, print_masks, saved
 from rich.console import Console
 from rich.progress import track
@@ -116,14 +116,7 @@ class Calibrator:
     """
 
     def __init__(self, options: argparse.Namespace, prompts: list[str], folder: Path | None):
-        from diffusers import DiffusionPipeline
-
-        on_gpu = torch.cuda.is_available()
-        dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
-        self.pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
-        if on_gpu:
-            self.pipe = self.pipe.to("cuda")
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = load_pipeline(options.model, options.dtype)
         self.options, self.prompts, self.folder = options, prompts, folder
         call = call_arguments(options.model) if options.call is None else options.call
         self.call = known_arguments(self.pipe, call)

@@ -26,10 +26,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 from _bench.methods import Changes
 from _bench.settings import ROOT, call_arguments
-from _bench.subject import DTYPES, Sample, Subject, known_arguments
+from _bench.subject import DTYPES, Sample, Subject, known_arguments, load_pipeline
 from _bench.worker import environment, tell
 from _measure import psnr_db, ssim
 from rich.console import Console
@@ -113,12 +112,8 @@ def load(options: argparse.Namespace) -> Subject:
     Raises:
         ValueError: the model is not of the type that was given.
     """
-    from diffusers import DiffusionPipeline
-
     model = options.model or str(ROOT / "toys" / options.model_type)
-    on_gpu = torch.cuda.is_available()
-    dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    pipe = load_pipeline(model, options.dtype)
     transformer = getattr(pipe, "transformer", None)
     if transformer is None or not adapters()[options.model_type].supports(transformer):
         raise ValueError(
@@ -127,8 +122,6 @@ def load(options: argparse.Namespace) -> Subject:
         )
     sizes = {"height": options.height, "width": options.width}
     call = call_arguments(model) | {name: px for name, px in sizes.items() if px is not None}
-    if on_gpu:
-        pipe = pipe.to("cuda")
     return Subject(pipe, options.num_inference_steps, known_arguments(pipe, call))
 
 

@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read as transformers
 import torch
 import yaml
 from _bench.settings import call_arguments, read_prompts
-from _bench.subject import DTYPES, known_arguments
+from _bench.subject import DTYPES, known_arguments, load_pipeline
 from rich.progress import track
 
 from toys.captions import sample_captions
@@ -52,13 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def record(options: argparse.Namespace) -> list[tuple[float, float]]:
     """Run the generations and return their changes."""
-    from diffusers import DiffusionPipeline
-
-    on_gpu = torch.cuda.is_available()
-    dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
-    pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype)
-    pipe = pipe.to("cuda") if on_gpu else pipe
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(options.model, options.dtype)
     call = call_arguments(options.model) if options.call is None else options.call
     call = known_arguments(pipe, call)
     if options.prompts is not None:

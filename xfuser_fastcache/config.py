@@ -23,10 +23,6 @@ def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
     return field(default=default, metadata={"allowed": allowed, "meaning": meaning, "later": later})
 
 
-def _later(allowed: str, meaning: str, missing: str) -> Any:
-    return _option(None, allowed, meaning, missing)
-
-
 def _published(allowed: str, meaning: str) -> Any:
     """A field whose default is the backend's own; see `published.py`."""
     return field(
@@ -201,8 +197,8 @@ class CacheConfig:
         "int >= 1, or none",
         "with a calibration: compute so many steps, those that its search has found",
     )
-    shadow_audit: float | None = _later(
-        "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
+    shadow_audit: float | None = _option(
+        None, "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
     )
     steps_mask: list[int] | None = _option(
         None,
@@ -407,7 +403,7 @@ class CacheConfig:
         value = getattr(self, name)
         if not isinstance(value, list):
             self._refuse(name, TypeError)
-        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
+        if not all(map(_is_number, value)):
             self._refuse(name, TypeError)
         if len(value) != 4 or not all(math.isfinite(v) for v in value):
             self._refuse(name, ValueError)

@@ -138,13 +138,25 @@ def load_subject(settings: Settings) -> Subject:
     """
     if settings.layout:
         return _load_rank(settings)
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(settings.model, torch_dtype=DTYPES[settings.dtype])
-    if torch.cuda.is_available():
-        pipe = pipe.to("cuda")
+    pipe = load_pipeline(settings.model, settings.dtype)
     call = known_arguments(pipe, settings.call)
     return Subject(pipe, settings.steps, call, settings.calibration)
+
+
+def load_pipeline(model: str, dtype: str | None = None) -> Any:
+    """Return diffusers' own pipeline, on the GPU where there is one, without its progress bar.
+
+    Args:
+        model: a diffusers folder or hub name.
+        dtype: of `DTYPES`; None for bfloat16 on a GPU, float32 without one.
+    """
+    from diffusers import DiffusionPipeline
+
+    on_gpu = torch.cuda.is_available()
+    chosen = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")]
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=chosen)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda") if on_gpu else pipe
 
 
 def known_arguments(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:

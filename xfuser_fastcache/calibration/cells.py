@@ -85,9 +85,21 @@ def _ridge(
 ) -> NDArray[np.float64]:
     """Weights of `terms` that make `start` small: a ridge regression that shrinks to 0."""
     mean = grams.mean(axis=0)
-    square = terms @ mean @ terms.T
-    square += RIDGE * np.diag(np.diag(square)) + 1e-12 * np.eye(len(terms))
-    return np.linalg.solve(square, -terms @ mean @ start)
+    return ridge_weights(terms @ mean @ terms.T, -terms @ mean @ start)
+
+
+def ridge_weights(square: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Solve the normal equations of a ridge regression that shrinks to 0.
+
+    Args:
+        square: inner products of the terms, `(terms, terms)`.
+        right: of the terms with what they are to make, `(terms,)`.
+
+    Returns:
+        `(terms,)`; finite also where a term is 0 throughout.
+    """
+    ridge = RIDGE * np.diag(np.diag(square)) + 1e-12 * np.eye(len(square))
+    return np.linalg.solve(square + ridge, right).astype(np.float64, copy=False)
 
 
 def _helps(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:

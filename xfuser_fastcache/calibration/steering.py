@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import noise_tokens, sample
 from xfuser_fastcache.forecasters.base import extrapolated
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.state import Memory
 
-# Ridge, as a share of each term's own energy.
-RIDGE = 1e-3
 # Largest relative residual of a scheduler that counts as linear.
 LINEAR = 1e-3
 
@@ -213,6 +212,5 @@ class SteeringForecaster(OutputForecaster):
             return guided.flatten().double().cpu().numpy()
 
         columns = np.stack([relative(term) for term in terms], axis=1)
-        square = columns.T @ columns
-        square += RIDGE * np.diag(np.diag(square)) + 1e-12 * np.eye(len(terms))
-        return np.linalg.solve(square, columns.T @ relative(target - plain)).astype(np.float32)
+        right = columns.T @ relative(target - plain)
+        return ridge_weights(columns.T @ columns, right).astype(np.float32)

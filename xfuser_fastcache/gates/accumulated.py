@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 from xfuser_fastcache.probes import Probe
 
@@ -61,11 +63,6 @@ class AccumulatedGate(Gate):
         return state + (self._added(evidence) or 0.0) if skipped else 0.0
 
     def _added(self, evidence: Evidence) -> float | None:
-        """Return the polynomial of the relative change, by Horner's rule."""
+        """Return the polynomial of the relative change."""
         change = evidence.relative_change
-        if change is None:
-            return None
-        value = 0.0
-        for coefficient in self.coefficients:
-            value = value * change + coefficient
-        return value
+        return None if change is None else float(np.polyval(self.coefficients, change))

@@ -28,7 +28,7 @@ class StaticTokens:
 
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.numel() * x.element_size() for x in self._inputs.values())
+        return sum(x.nbytes for x in self._inputs.values())
 
     def attend(
         self,
