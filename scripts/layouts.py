@@ -162,12 +162,20 @@ def run_cell(model: str, layout: str, options: argparse.Namespace) -> dict[str, 
     if stages > 1:
         lines = (ROOT / directory / "trace.jsonl").read_text().splitlines()
         decisions = [json.loads(line)["decision"] == "skipped" for line in lines]
-        stagger = report["cache_config"]["stagger_stages"]
-        report["pipeline_allows"] = pipeline_allows(decisions, stages, stages, stagger)
+        config = report["cache_config"]
+        report["pipeline_allows"] = pipeline_allows(
+            decisions,
+            stages,
+            stages,
+            config["stagger_stages"],
+            config["computed_steps"] is not None,
+        )
     return report
 
 
-def pipeline_slots(skipped: list[bool], stages: int, patches: int, stagger: bool) -> int:
+def pipeline_slots(
+    skipped: list[bool], stages: int, patches: int, stagger: bool, masked: bool = False
+) -> int:
     """Return how long a pipeline takes, in units of one stage's work on one patch.
 
     A stage takes the patches in order; the first one needs what the last made of the same patch at
@@ -179,8 +187,10 @@ def pipeline_slots(skipped: list[bool], stages: int, patches: int, stagger: bool
         stages: of the pipeline.
         patches: that a step is cut into.
         stagger: whether stages act as with `stagger_stages`.
+        masked: whether a mask decides; else the first two steps and the last are computed by all.
     """
     steps = len(skipped)
+    together = () if masked else (1, steps - 1)
     now = SYNCHRONOUS_STEPS * stages * patches
     free = [now] * stages
     latents = [now] * patches
@@ -188,15 +198,17 @@ def pipeline_slots(skipped: list[bool], stages: int, patches: int, stagger: bool
         for patch in range(patches):
             arrived = latents[patch]
             for stage in range(stages):
-                # The first two steps and the last are computed whatever comes next.
-                ahead = stagger and stage + patch >= patches and 2 <= step < steps - 1
-                arrived = max(arrived, free[stage]) + (not skipped[step + ahead])
+                ahead = stagger and stage + patch >= patches and step not in together
+                computed = step + ahead < steps and not skipped[step + ahead]
+                arrived = max(arrived, free[stage]) + computed
                 free[stage] = arrived
             latents[patch] = arrived
     return max(free)
 
 
-def pipeline_allows(skipped: list[bool], stages: int, patches: int, stagger: bool) -> float:
+def pipeline_allows(
+    skipped: list[bool], stages: int, patches: int, stagger: bool, masked: bool = False
+) -> float:
     """Return the speedup of these decisions where skipped work and messages cost nothing.
 
     Example:
@@ -205,8 +217,8 @@ def pipeline_allows(skipped: list[bool], stages: int, patches: int, stagger: boo
         >>> round(pipeline_allows([False, True] * 8, stages=2, patches=2, stagger=True), 2)
         1.94
     """
-    uncached = pipeline_slots([False] * len(skipped), stages, patches, stagger)
-    return uncached / pipeline_slots(skipped, stages, patches, stagger)
+    uncached = pipeline_slots([False] * len(skipped), stages, patches, stagger=False)
+    return uncached / pipeline_slots(skipped, stages, patches, stagger, masked)
 
 
 def run_captions(model: str, options: argparse.Namespace) -> dict[str, float]:

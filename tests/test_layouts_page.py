@@ -98,6 +98,12 @@ def test_staggered_stages_keep_the_pipeline_full() -> None:
     assert staggered <= 4 + 2 * 21 + 2
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["last computed", "last skipped"])
+def test_in_a_mask_every_stage_computes_as_often(last: bool) -> None:
+    skipped = [False, True, True, False, True, True, False, True, True, not last]
+    assert layouts.pipeline_slots(skipped, 2, 2, stagger=True, masked=True) == 4 + 2 * (2 + last)
+
+
 @pytest.mark.gloo
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     """One cell for real; what xDiT cannot run is run as well, and its error compared."""

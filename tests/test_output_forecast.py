@@ -26,7 +26,7 @@ from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.fitted import Cell, Fitted
+from xfuser_fastcache.fitted import Cell, Fitted, Steering
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import hook_on
@@ -146,7 +146,8 @@ def test_corrections_for_a_mask_look_at_three_anchors(
 ) -> None:
     steering = np.zeros((STEPS, 5 if sees_latents else 3), np.float32)
     steering[5] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
-    forecaster = OutputForecaster(corrected(), sees_latents, steering)
+    mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
+    forecaster = OutputForecaster(corrected(), sees_latents, Steering(mask, steering))
     memory, x = remembered(steps, False, torch.float64, forecaster), latents(9, torch.float64)
     found = forecaster.forecast(memory, x, at(5)).hidden_states
     plain = OutputForecaster().forecast(memory, x, at(5)).hidden_states
@@ -160,6 +161,26 @@ def test_corrections_for_a_mask_look_at_three_anchors(
     else:
         wanted = plain + 0.7 * (f0 - f1) - 0.4 * f0 + 0.2 * (f1 - f2)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> None:
+    mask = [int(step in (0, 4)) for step in range(STEPS)]
+    weights = random(STEPS, 3).numpy()
+    forecaster = OutputForecaster(corrected(), False, Steering(mask, weights))
+    for anchor, now, row in ((4, 5, 5), (3, 5, 6), (3, 4, 5)):
+        memory = remembered((0, anchor), False, torch.float64, forecaster)
+        x = latents(9, torch.float64)
+        plain = OutputForecaster().forecast(memory, x, at(now))
+        wanted = forecaster.corrected(plain, forecaster.terms(memory, x), weights[row].tolist())
+        assert torch.equal(
+            forecaster.forecast(memory, x, at(now)).hidden_states, wanted.hidden_states
+        )
+    memory, x = (
+        remembered((0, STEPS - 2), False, torch.float64, forecaster),
+        latents(9, torch.float64),
+    )
+    found, plain = (f.forecast(memory, x, at(STEPS - 1)) for f in (forecaster, OutputForecaster()))
+    assert torch.equal(found.hidden_states, plain.hidden_states)
 
 
 @pytest.mark.parametrize(

@@ -147,17 +147,22 @@ class Agreement:
         self._receive_due(shared)
         self._decide(shared, call)
 
-    def orders(self, call: Call, following: Call | None = None) -> Orders:
+    def orders(self, call: Call, ahead: bool = False, following: Call | None = None) -> Orders:
         """Return what a forward pass is to do, after its step was decided.
 
         Args:
             call: the forward pass.
-            following: the next step of its branch, where this pass acts on the next decision; see
-                the engine. Nothing is recorded of it: it is decided when it opens.
+            ahead: whether it acts on the decision of the next step of its branch; see the engine.
+                Nothing is recorded of that: it is decided when it opens.
+            following: that step; None after the last one and where no plan is known.
         """
         shared = self.branch(call.branch)
-        if following is None or shared.forced:
+        if not ahead or shared.forced:
             return shared.orders
+        if following is None:
+            # What a mask computes in the last step was computed in the step before.
+            done = call.is_last_step and self.config.steps_mask is not None and not shared.poisoned
+            return Orders([True] * len(shared.spans)) if done else shared.orders
         self._receive_due(shared)
         judgements, _ = self._judgements(shared, following)
         return Orders([judged.skip for judged in judgements], shared.poisoned)

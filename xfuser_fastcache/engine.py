@@ -182,8 +182,9 @@ class CacheEngine:
         elif call.opens_step:
             self._owes_consensus = True
         if self.agreement.lag:
-            following = self.timeline.following(call) if self._follows_next_step(position) else None
-            self._orders = self.agreement.orders(call, following)
+            ahead = self._follows_next_step(position)
+            following = self.timeline.following(call) if ahead else None
+            self._orders = self.agreement.orders(call, ahead, following)
 
     def _check_plan(self, call: Call) -> None:
         """Refuse a steps mask or a calibration that is not for the steps that are planned.

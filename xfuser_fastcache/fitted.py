@@ -42,6 +42,28 @@ class Cell(NamedTuple):
     spacing: int
 
 
+class Steering(NamedTuple):
+    """Corrections for one mask of computed steps.
+
+    Attributes:
+        mask: 1 for computed, `T` entries.
+        weights: see `Fitted.steering`, `(T, 5)` or blind `(T, 3)`.
+    """
+
+    mask: list[int]
+    weights: NDArray[np.float32]
+
+    def at(self, step: int, anchor: int) -> NDArray[np.float32]:
+        """Return the weights of a forecast.
+
+        A stage that is a step ahead in the mask (`stagger_stages`) has computed the step before a
+        computed one: its forecasts stand to their anchors as those of the next step do to the
+        mask's. After the last step nothing stands, and nothing is corrected.
+        """
+        row = step if self.mask[anchor] else step + 1
+        return self.weights[row] if row < len(self.mask) else np.zeros_like(self.weights[0])
+
+
 @dataclass(frozen=True)
 class Fitted:
     """Fitted corrections of the output forecast, thresholds, and searched masks of steps.
@@ -123,12 +145,12 @@ class Fitted:
             return None
         return Cell(step, lag, spacing)
 
-    def steering_of(self, mask: list[int] | None, sees_latents: bool) -> NDArray[np.float32] | None:
-        """Return the corrections made for a mask, `(T, 5)` or blind `(T, 3)`; None without any."""
+    def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
+        """Return the corrections made for a mask; None without any."""
         table = self.steering if sees_latents else self.steering_blind
         for row, count in zip(table, sorted(self.masks), strict=False):
             if self.masks[count] == mask:
-                return row
+                return Steering(self.masks[count], row)
         return None
 
     def step_at(self, noise_level: float) -> int | None:

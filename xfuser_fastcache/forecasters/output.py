@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.fitted import Fitted, Steering
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.state import Memory
 
@@ -47,7 +45,7 @@ class OutputForecaster(Forecaster):
         self,
         fitted: Fitted | None = None,
         sees_latents: bool = True,
-        steering: NDArray[np.float32] | None = None,
+        steering: Steering | None = None,
     ):
         self.fitted = fitted
         self.sees_latents = sees_latents
@@ -96,10 +94,12 @@ class OutputForecaster(Forecaster):
         """Return the weights of the corrections; None where there is nothing to correct."""
         if self.fitted is None:
             return None
-        if self.steering is not None:
-            step = self.fitted.step_at(noise_level)
-            return None if step is None else self.steering[step].tolist()
         levels = [anchor.noise_level for anchor in memory.anchors]
+        if self.steering is not None:
+            step, at = self.fitted.step_at(noise_level), self.fitted.step_at(levels[0])
+            if step is None or at is None:
+                return None
+            return self.steering.at(step, at).tolist()
         cell = self.fitted.cell(noise_level, levels[0], levels[1] if levels[1:] else None)
         if cell is None:
             return None
