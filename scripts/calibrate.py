@@ -43,7 +43,7 @@ from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cac
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
-from xfuser_fastcache.fitted import Fitted, fingerprint, load_fitted
+from xfuser_fastcache.fitted import VERSION, Fitted, fingerprint, load_fitted
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.hooks import hook_on
 
@@ -211,7 +211,8 @@ def prepare_folder(options: argparse.Namespace, prompts: list[str]) -> Path:
     folder = options.output.with_suffix(".records")
     folder.mkdir(parents=True, exist_ok=True)
     names = ("model", "seed", "num_inference_steps", "call", "dtype", "max_tokens")
-    wanted = {name: getattr(options, name) for name in names} | {"prompts": prompts}
+    wanted = {name: getattr(options, name) for name in names}
+    wanted |= {"prompts": prompts, "version": VERSION}
     settings = folder / "settings.json"
     if settings.exists():
         found = json.loads(settings.read_text())

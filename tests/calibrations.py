@@ -18,7 +18,7 @@ def even_levels(steps: int) -> NDArray[np.float64]:
 
 
 def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
-    """Return a calibration that corrects nothing and has slope 1 in every cell."""
+    """Return a calibration that corrects nothing and predicts the change as the error."""
     levels = np.asarray(levels, dtype=np.float64)
     cells = (len(levels), lags, lags + 1)
     tables = {
@@ -27,6 +27,8 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
         "weights_blind": np.zeros((*cells, 2), np.float32),
         "slopes": np.ones(cells),
         "degrees": np.full(cells, 10.0),
+        "exponent": 1.0,
+        "upper": 1.0,
         "scales": {0.05: 1.0, 0.1: 2.0},
         "masks": {},
         "steering": np.zeros((0, len(levels), 5), np.float32),

@@ -53,39 +53,57 @@ def evidence(ratio: float, steps: tuple[int, int, int | None] = (5, 3, 1)) -> Ev
 # ---- the gate -----------------------------------------------------------------------------------
 
 
+EXPONENTS = (1.0, 0.5, -0.7)
+
+
+def change_at(error: float, slope: float, exponent: float) -> float:
+    """Return the squared relative change that this error is predicted of."""
+    return (error / slope) ** (2 / exponent)
+
+
+@pytest.mark.parametrize("exponent", EXPONENTS)
 @pytest.mark.parametrize(("scale", "slope", "epsilon"), [(1.0, 1.0, 0.3), (0.4, 2.5, 0.05)])
 def test_conformal_skips_where_the_predicted_error_is_below_lambda_times_epsilon(
-    scale: float, slope: float, epsilon: float
+    scale: float, slope: float, epsilon: float, exponent: float
 ) -> None:
-    fitted = fitted_on(LEVELS, scales={0.05: scale, 0.1: 99.0})
+    fitted = fitted_on(LEVELS, exponent=exponent, upper=5.0, scales={0.05: scale, 0.1: 99.0})
     fitted.slopes[HERE] = slope
     gate = CalibratedGate(fitted, epsilon, "conformal", 0.05)
-    limit = (scale * epsilon / slope) ** 2
-    assert gate.judge(evidence(limit * BELOW)).may_skip
-    verdict = gate.judge(evidence(limit * ABOVE))
-    assert not verdict.may_skip
-    assert verdict.threshold == pytest.approx(limit)
-    assert verdict.statistic == pytest.approx(limit * ABOVE)
+    below, above = (
+        gate.judge(evidence(change_at(side * scale * epsilon, slope, exponent)))
+        for side in (BELOW, ABOVE)
+    )
+    assert below.may_skip and not above.may_skip
+    assert above.threshold == pytest.approx(scale * epsilon)
+    assert above.statistic == pytest.approx(scale * epsilon)
 
 
+@pytest.mark.parametrize("exponent", EXPONENTS)
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize("degrees", [1.0, 7.5, 400.0])
 def test_chi2_skips_below_the_quantile_of_the_cells_own_degrees(
-    alpha: float, degrees: float
+    alpha: float, degrees: float, exponent: float
 ) -> None:
-    fitted = fitted_on(LEVELS)
+    fitted = fitted_on(LEVELS, exponent=exponent, upper=1.3)
     fitted.slopes[HERE], fitted.degrees[HERE] = 2.0, degrees
     gate = CalibratedGate(fitted, 0.3, "chi2", alpha)
-    limit = (0.3 / 2.0) ** 2 * chi2.ppf(alpha, degrees) / degrees
-    assert gate.judge(evidence(limit * BELOW)).may_skip
-    assert not gate.judge(evidence(limit * ABOVE)).may_skip
+    limit = math.sqrt((0.3 / 1.3) ** 2 * chi2.ppf(alpha, degrees) / degrees)
+    assert gate.judge(evidence(change_at(limit * BELOW, 2.0, exponent))).may_skip
+    assert not gate.judge(evidence(change_at(limit * ABOVE, 2.0, exponent))).may_skip
 
 
 def test_a_statistic_that_did_not_vary_leaves_the_factor_at_one() -> None:
     fitted = fitted_on(LEVELS)
     fitted.degrees[:] = math.inf
     threshold = CalibratedGate(fitted, 0.3, "chi2", 0.05).judge(evidence(0.0)).threshold
-    assert threshold == pytest.approx(0.3**2, rel=1e-3)
+    assert threshold == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("test", ["conformal", "chi2"])
+def test_a_change_of_nothing_skips_unless_errors_fall_with_the_change(test: str) -> None:
+    for exponent in EXPONENTS:
+        gate = CalibratedGate(fitted_on(LEVELS, exponent=exponent), 0.3, test, 0.05)
+        assert gate.judge(evidence(0.0)).may_skip == (exponent > 0)
 
 
 @pytest.mark.parametrize("test", ["conformal", "chi2"])
@@ -198,7 +216,7 @@ def test_files_of_other_content_give_other_config_digests(tmp_path: Path) -> Non
 def test_the_backend_makes_gate_and_forecaster_from_the_file() -> None:
     config = settled(CacheConfig(calibration="x"), FILE)
     gate = gate_of(config, FILE)
-    assert isinstance(gate, CalibratedGate) and gate.epsilon == 0.3
+    assert isinstance(gate, CalibratedGate) and (gate.limits == 0.3).all()
     assert isinstance(gate_of(CacheConfig()), ChiSquareGate)
 
 

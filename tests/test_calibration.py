@@ -7,6 +7,7 @@ what a gate is said to do on a record is what the engine does with the record's 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,15 +21,19 @@ from xfuser_fastcache.block_contract import Step
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
     RIDGE,
-    SLOPE_QUANTILE,
+    UPPER_QUANTILE,
+    Tables,
     anchors_of,
     cells,
     degrees_of,
+    exponent_of,
     fit_weights,
+    predictions,
     slopes_of,
     tables_of,
+    upper_of,
 )
-from xfuser_fastcache.calibration.policy import Counts, oracle, simulate, thresholds
+from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.risk import harmful_share, least_generations
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
@@ -172,23 +177,51 @@ def test_the_ridge_shrinks_by_its_share() -> None:
     np.testing.assert_allclose(blind[cell], (0, 0.5 * shrunk), atol=1e-7)
 
 
-# ---- slopes and degrees of freedom --------------------------------------------------------------
+# ---- predicted errors ---------------------------------------------------------------------------
 
 
-def test_slopes_and_degrees_are_a_quantile_and_the_moments_of_each_cell() -> None:
+@pytest.mark.parametrize("exponent", [1.0, 0.0, -0.7])
+def test_predictions_are_medians_and_moments_of_each_cell(exponent: float) -> None:
     tables = tables_of([trajectory(*smooth(s, T)) for s in range(12)], LEVELS, random_weights())
-    slopes, degrees = slopes_of(tables), degrees_of(tables)
+    slopes, degrees = slopes_of(tables, exponent), degrees_of(tables, exponent)
+    predicted = predictions(tables, slopes, exponent)
+    fitted = fitted_on(LEVELS, LAGS, slopes=slopes, exponent=exponent)
     known = set(cells(T, LAGS))
+    over = []
     for cell in map(Cell._make, np.ndindex(T, LAGS, LAGS + 1)):
         if cell not in known:
-            assert slopes[cell] == np.inf
+            assert slopes[cell] == np.inf and not (predicted[(slice(None), *cell)] < np.inf).any()
+            assert fitted.predicted_error(cell, 1.0) is None
             continue
         step, lag, spacing = cell
         changes = tables.changes[:, step, lag]
-        ratios = tables.errors[:, step, lag, spacing] / np.sqrt(changes)
-        assert slopes[cell] == pytest.approx(np.quantile(ratios, SLOPE_QUANTILE))
-        nu = max(1.0, 2 * changes.mean() ** 2 / changes.var(ddof=1))
+        ratios = tables.errors[:, step, lag, spacing] / np.sqrt(changes) ** exponent
+        assert slopes[cell] == pytest.approx(np.median(ratios))
+        over += (ratios / np.median(ratios)).tolist()
+        powers = changes**exponent
+        nu = max(1.0, 2 * powers.mean() ** 2 / powers.var(ddof=1)) if exponent else math.inf
         assert degrees[cell] == pytest.approx(nu)
+        for index, change in enumerate(changes):
+            found = fitted.predicted_error(cell, float(change))
+            assert predicted[index][cell] == pytest.approx(found)
+    assert upper_of(tables, slopes, exponent) == pytest.approx(np.quantile(over, UPPER_QUANTILE))
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.3, -0.7])
+def test_the_exponent_of_errors_that_follow_a_power_is_found(exponent: float) -> None:
+    """Whatever the cells' own levels; noise that does not depend on the change leaves it alone."""
+    tables = tables_of([trajectory(*smooth(s, T)) for s in range(40)], LEVELS, random_weights())
+    rng = np.random.default_rng(0)
+    level = rng.lognormal(0.0, 1.0, tables.errors.shape[1:])
+    noise = rng.lognormal(0.0, 0.05, tables.errors.shape)
+    errors = level * noise * (np.sqrt(tables.changes)[..., None] ** exponent)
+    errors[np.isnan(tables.errors)] = np.nan
+    assert exponent_of(Tables(tables.changes, errors)) == pytest.approx(exponent, abs=0.02)
+
+
+def test_where_the_change_does_not_vary_there_is_no_exponent() -> None:
+    same = [trajectory(*smooth(0, T))] * 3
+    assert exponent_of(tables_of(same, LEVELS, random_weights())) == 0.0
 
 
 def test_a_change_of_nothing_has_no_slope() -> None:
@@ -196,12 +229,15 @@ def test_a_change_of_nothing_has_no_slope() -> None:
     latents[4] = latents[3]
     still = trajectory(np.ones((T, 40)), latents)
     none = np.zeros_like(random_weights())
-    for others in ([], [trajectory(*smooth(1, T))], [still]):
-        slopes = slopes_of(tables_of([trajectory(outputs, latents), *others], LEVELS, none))
-        assert (slopes[4, 0] == np.inf).all() and np.isfinite(slopes[4, 1, 0])
-    # Where neither changes, too.
-    slopes = slopes_of(tables_of([still, trajectory(*smooth(1, T))], LEVELS, none))
-    assert (slopes[4, 0] == np.inf).all()
+    for exponent in (1.0, -0.7):
+        for others in ([], [trajectory(*smooth(1, T))], [still]):
+            tables = tables_of([trajectory(outputs, latents), *others], LEVELS, none)
+            slopes = slopes_of(tables, exponent)
+            assert (slopes[4, 0] == np.inf).all() and np.isfinite(slopes[4, 1, 0])
+            assert np.isfinite(exponent_of(tables))
+        # Where neither changes, too.
+        tables = tables_of([still, trajectory(*smooth(1, T))], LEVELS, none)
+        assert (slopes_of(tables, exponent)[4, 0] == np.inf).all()
 
 
 # ---- what a gate does on a record ---------------------------------------------------------------
@@ -248,9 +284,9 @@ def test_a_gate_is_played_on_a_record_as_the_engine_runs_it() -> None:
     vectors = [smooth(seed, T) for seed in range(12)]
     counts = []
     for seed in range(4):
-        fitted = a_fitted(seed)
+        fitted = a_fitted(seed, exponent=(1.0, 0.3, -0.7, 0.0)[seed])
         tables = tables_of([trajectory(*v) for v in vectors], LEVELS, fitted.weights)
-        gate = thresholds(tables, build.limits(fitted, EPSILON, fitted.scales[0.05]))
+        gate = below(predictions(tables, fitted.slopes, fitted.exponent), EPSILON)
         found = simulate(tables, EPSILON, gate)
         for index, one in enumerate(vectors):
             flags, errors = run_engine(fitted, one)
@@ -261,12 +297,6 @@ def test_a_gate_is_played_on_a_record_as_the_engine_runs_it() -> None:
             counts.append((len(skipped), harmful))
     # Enough of all kinds, that agreement says something.
     assert len({skips for skips, _ in counts}) > 2 and len({harm for _, harm in counts}) > 2
-
-
-def test_the_gates_factor_is_its_lambda_squared() -> None:
-    fitted = a_fitted(scales={0.05: 0.7})
-    gate = build.limits(fitted, EPSILON, 0.7)
-    np.testing.assert_allclose(gate, (0.7 * EPSILON / fitted.slopes) ** 2)
 
 
 def test_first_and_last_step_and_longest_lag_are_respected() -> None:
@@ -312,7 +342,7 @@ def test_counts_of_branches_add_up_by_generation() -> None:
 
 def losses_at(fitted: Fitted, generations: list[Any], scale: float) -> np.ndarray:
     tables = tables_of(build.flat(generations), LEVELS, fitted.weights)
-    gate = thresholds(tables, build.limits(fitted, EPSILON, scale))
+    gate = below(predictions(tables, fitted.slopes, fitted.exponent), scale * EPSILON)
     counts = build.by_generation(simulate(tables, EPSILON, gate), generations)
     return harmful_share(counts.harmful, counts.skips)
 
@@ -325,7 +355,8 @@ def test_a_scale_keeps_its_promise_on_the_generations_that_chose_it(
     vectors = (smooth(seed, T) for seed in itertools.count())
     generations = [[trajectory(*next(vectors)) for _ in range(branches)] for _ in range(21)]
     fitted = a_fitted()
-    fitted.slopes[:] = slopes_of(tables_of(build.flat(generations), LEVELS, fitted.weights))
+    tables = tables_of(build.flat(generations), LEVELS, fitted.weights)
+    fitted.slopes[:] = slopes_of(tables, fitted.exponent)
     found = build.conformal_scales(fitted, generations, (0.05, 0.2, 0.5))
     assert 0 < found[0.05] <= found[0.2] <= found[0.5]
     assert found[0.05] < found[0.5]
@@ -345,7 +376,7 @@ def test_too_few_generations_for_alpha_are_refused() -> None:
 
 
 def test_fitting_uses_the_first_two_parts_and_never_the_third() -> None:
-    """Corrections are fitted on the first and kept by the second; slopes are those of both."""
+    """Corrections are fitted on the first and kept by the second; predictions are those of both."""
     parts = build.split([[trajectory(*smooth(seed, T))] for seed in range(20)])
     fitted = build.fit(parts, LEVELS, LAGS, EPSILON, {"model": "a"})
     assert fitted.metadata == {"model": "a", "cache_ratio_threshold": EPSILON}
@@ -354,15 +385,18 @@ def test_fitting_uses_the_first_two_parts_and_never_the_third() -> None:
     assert weights.any() and blind.any()
     tables = tables_of([*train, *test], LEVELS, weights)
     wanted = {"weights": weights, "weights_blind": blind, "noise_levels": LEVELS}
-    wanted |= {"slopes": slopes_of(tables), "degrees": degrees_of(tables)}
+    exponent = exponent_of(tables)
+    slopes = slopes_of(tables, exponent)
+    wanted |= {"exponent": exponent, "slopes": slopes, "degrees": degrees_of(tables, exponent)}
+    wanted |= {"upper": upper_of(tables, slopes, exponent)}
     for name, table in wanted.items():
         np.testing.assert_array_equal(getattr(fitted, name), table, name)
     assert (fitted.scales, fitted.masks) == ({}, {})
     plain = build.without_corrections(fitted, parts)
     assert not plain.weights.any() and not plain.weights_blind.any()
     tables = tables_of([*train, *test], LEVELS, plain.weights)
-    np.testing.assert_array_equal(plain.slopes, slopes_of(tables))
-    np.testing.assert_array_equal(plain.degrees, fitted.degrees)
+    assert plain.exponent == exponent_of(tables) != fitted.exponent
+    np.testing.assert_array_equal(plain.slopes, slopes_of(tables, plain.exponent))
 
 
 def test_an_audit_counts_what_records_say() -> None:

@@ -65,6 +65,8 @@ def random_tables(seed: int = 0) -> Fitted:
     return dataclasses.replace(
         fitted,
         **{name: rng.normal(size=(2, 5, n)).astype(np.float32) for name, n in steering.items()},
+        exponent=-0.1 - 0.2,
+        upper=1.7,
         scales={0.05: 0.1 + 0.2, 1e-5: 0.0},
         masks={2: [1, 0, 0, 1, 0], 5: [1] * 5},
         metadata={"cache_ratio_threshold": 0.1, "call": {"height": 8}, "model": "a"},
@@ -77,7 +79,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     for name in TABLES:
         one, other = getattr(found, name), getattr(fitted, name)
         assert (one.dtype, one.tobytes()) == (other.dtype, other.tobytes()), name
-    for name in ("scales", "masks", "metadata"):
+    for name in ("exponent", "upper", "scales", "masks", "metadata"):
         assert getattr(found, name) == getattr(fitted, name)
     assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["file"]
 
@@ -120,10 +122,13 @@ def cut_off(count: int) -> Callable[[Path], None]:
     return write
 
 
+NUMBERS: dict[str, Any] = {"exponent": 1.0, "upper": 1.0, "scales": {}, "masks": {}}
+
+
 def with_metadata(**changes: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         fitted = fitted_on([1.0, 0.5])
-        meta = {**fitted.metadata, "version": VERSION, "scales": {}, "masks": {}, **changes}
+        meta = {**fitted.metadata, **NUMBERS, "version": VERSION, **changes}
         tables = {name: getattr(fitted, name) for name in TABLES}
         save_numpy(tables, path, {k: json.dumps(v) for k, v in meta.items() if v is not None})
 
@@ -136,7 +141,7 @@ def with_tables(**changes: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         fitted = fitted_on([1.0, 0.5])
         tables = {name: getattr(fitted, name) for name in TABLES} | changes
-        meta = {"version": str(VERSION), "scales": "{}", "masks": "{}"}
+        meta = {k: json.dumps(v) for k, v in {**NUMBERS, "version": VERSION}.items()}
         save_numpy({name: t for name, t in tables.items() if t is not None}, path, meta)
 
     return write
@@ -160,8 +165,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "older": (with_metadata(version=1), f"version 1 .*; this release reads version {VERSION}"),
     "newer": (with_metadata(version=VERSION + 1), f"holds version {VERSION + 1} with degrees, noi"),
     "no version": (with_metadata(version=None), "holds version None .* Make it anew with scripts"),
-    "no slopes": (with_tables(slopes=None), "holds version 2 with degrees, noise_levels, ste"),
-    "unknown table": (with_tables(more=np.ones(2)), "holds version 2 with degrees, more, noise"),
+    "no slopes": (with_tables(slopes=None), "holds version 3 with degrees, noise_levels, ste"),
+    "unknown table": (with_tables(more=np.ones(2)), "holds version 3 with degrees, more, noise"),
     "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),
     "scales of words": (with_metadata(scales={"much": 1.0}), "contradicts itself: could not conv"),
     "levels of another plan": (

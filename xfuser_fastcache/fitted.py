@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from xfuser_fastcache.config import CacheConfig
 
 # Of the layout of the file.
-VERSION = 2
+VERSION = 3
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
 _TABLES = (
     "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
 )  # fmt: skip
-
+# These travel in the metadata.
+_NUMBERS = ("exponent", "upper", "scales", "masks")
 
 # What the metadata says of the model and of the test; a file for others is refused.
 MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
@@ -78,9 +79,11 @@ class Fitted:
             alone was better on generations that were held out.
         weights_blind: the first and third of them, fitted without the latents, which a pipeline's
             last stage is not given, `(T, G, G + 1, 2)`.
-        slopes: upper quantile of true relative error over relative change, `(T, G, G + 1)`;
-            infinite where nothing was seen.
-        degrees: degrees of freedom of the relative change, same shape.
+        slopes: median of true relative error over relative change to the power of `exponent`,
+            `(T, G, G + 1)`; infinite where nothing was seen.
+        degrees: degrees of freedom of the predicted squared error, same shape.
+        exponent: of the relative change, one for all cells.
+        upper: of true over predicted errors, an upper quantile, one for all cells.
         scales: alpha -> lambda of the conformal test at it; 0 where it allows no skip.
         masks: number of computed steps -> which ones, 1 for computed, `T` entries each.
         steering: corrections for the masks, in ascending order of their computed steps,
@@ -96,6 +99,8 @@ class Fitted:
     weights_blind: NDArray[np.float32]
     slopes: NDArray[np.float64]
     degrees: NDArray[np.float64]
+    exponent: float
+    upper: float
     scales: dict[float, float]
     masks: dict[int, list[int]]
     steering: NDArray[np.float32]
@@ -145,6 +150,22 @@ class Fitted:
             return None
         return Cell(step, lag, spacing)
 
+    def predicted_error(self, cell: Cell, change: float) -> float | None:
+        """Return the relative error that a skip is predicted to make.
+
+        Args:
+            cell: of the forecast.
+            change: squared relative change of the latents, not below 0.
+
+        Returns:
+            None in a cell that was not seen, and where nothing has changed at all and the exponent
+            is below 0: no generation of the calibration was like that.
+        """
+        slope = float(self.slopes[cell])
+        if np.isinf(slope) or (change == 0 and self.exponent < 0):
+            return None
+        return slope * float(change ** (self.exponent / 2))
+
     def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
         """Return the corrections made for a mask; None without any."""
         table = self.steering if sees_latents else self.steering_blind
@@ -183,7 +204,8 @@ class Fitted:
         from safetensors.numpy import save_file
 
         path = Path(path)
-        meta = {**self.metadata, "version": VERSION, "scales": self.scales, "masks": self.masks}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        meta = {**self.metadata, **numbers, "version": VERSION}
         part = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(
@@ -227,6 +249,8 @@ def load_fitted(path: str | Path) -> Fitted:
     try:
         return Fitted(
             **held,
+            exponent=meta.pop("exponent"),
+            upper=meta.pop("upper"),
             scales={float(alpha): scale for alpha, scale in meta.pop("scales").items()},
             masks={int(count): mask for count, mask in meta.pop("masks").items()},
             metadata=meta,

@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfuser_fastcache.calibration.cells import (
+    Tables,
     degrees_of,
+    exponent_of,
     fit_weights,
+    predictions,
     slopes_of,
     tables_of,
+    upper_of,
 )
-from xfuser_fastcache.calibration.policy import Counts, oracle, simulate, thresholds
+from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.record import Trajectory
 from xfuser_fastcache.calibration.risk import (
     conformal_scale,
@@ -72,7 +76,7 @@ def fit(
     epsilon: float,
     metadata: dict[str, Any],
 ) -> Fitted:
-    """Fit corrections, slopes and degrees of freedom; scales and masks are still missing.
+    """Fit corrections and the prediction of errors; scales and masks are still missing.
 
     Args:
         parts: the records.
@@ -89,8 +93,7 @@ def fit(
         noise_levels=levels,
         weights=weights,
         weights_blind=blind,
-        slopes=slopes_of(tables),
-        degrees=degrees_of(tables),
+        **_prediction(tables),
         scales={},
         masks={},
         steering=np.zeros((0, len(levels), 5), np.float32),
@@ -100,11 +103,23 @@ def fit(
 
 
 def without_corrections(fitted: Fitted, parts: Split) -> Fitted:
-    """Return the calibration of the plain extrapolation, with slopes of its own errors."""
+    """Return the calibration of the plain extrapolation, with predictions of its own errors."""
     plain = np.zeros_like(fitted.weights)
     tables = tables_of(flat([*parts.fit, *parts.held_out]), fitted.noise_levels, plain)
     blind = np.zeros_like(fitted.weights_blind)
-    return replace(fitted, weights=plain, weights_blind=blind, slopes=slopes_of(tables))
+    return replace(fitted, weights=plain, weights_blind=blind, **_prediction(tables))
+
+
+def _prediction(tables: Tables) -> dict[str, Any]:
+    """Return what of a `Fitted` predicts errors."""
+    exponent = exponent_of(tables)
+    slopes = slopes_of(tables, exponent)
+    return {
+        "exponent": exponent,
+        "slopes": slopes,
+        "upper": upper_of(tables, slopes, exponent),
+        "degrees": degrees_of(tables, exponent),
+    }
 
 
 def by_generation(counts: Counts, generations: Sequence[Generation]) -> Counts:
@@ -113,11 +128,6 @@ def by_generation(counts: Counts, generations: Sequence[Generation]) -> Counts:
     parts = (np.split(values, ends) for values in (counts.skips, counts.harmful))
     skips, harmful = (np.array([part.sum() for part in found]) for found in parts)
     return Counts(skips, harmful)
-
-
-def limits(fitted: Fitted, epsilon: float, scale: float) -> NDArray[np.float64]:
-    """Return the conformal test's limits on the squared relative change, by cell."""
-    return (scale * epsilon / fitted.slopes) ** 2
 
 
 def conformal_scales(
@@ -130,9 +140,10 @@ def conformal_scales(
     """
     epsilon = fitted.metadata["cache_ratio_threshold"]
     tables = tables_of(flat(generations), fitted.noise_levels, fitted.weights)
+    predicted = predictions(tables, fitted.slopes, fitted.exponent)
     losses = np.empty((len(generations), len(SCALES)))
     for column, scale in enumerate(SCALES):
-        gate = thresholds(tables, limits(fitted, epsilon, scale))
+        gate = below(predicted, scale * epsilon)
         counts = by_generation(simulate(tables, epsilon, gate), generations)
         losses[:, column] = harmful_share(counts.harmful, counts.skips)
     return {alpha: conformal_scale(losses, SCALES, alpha) for alpha in alphas}
@@ -162,6 +173,7 @@ def audit(fitted: Fitted, generations: Sequence[Generation], epsilon: float) -> 
         counts = simulate(tables, epsilon, gate)
         return counted(counts.harmful, counts.skips)
 
+    changes = np.broadcast_to(tables.changes[..., None], tables.errors.shape)
     errors = np.concatenate([record.errors[record.skipped] for record in records])
     quantiles = np.quantile(errors, (0.5, 0.9, 0.99, 1.0)) if len(errors) else [0.0] * 4
     skips = np.array([record.skipped.sum() for record in records])
@@ -174,5 +186,5 @@ def audit(fitted: Fitted, generations: Sequence[Generation], epsilon: float) -> 
             "stack": dict(zip(("50", "90", "99", "100"), map(float, quantiles), strict=True))
         },
         "oracle": played(oracle(tables, epsilon)),
-        "literal_test": played(thresholds(tables, np.full(fitted.slopes.shape, LITERAL))),
+        "literal_test": played(below(changes, LITERAL)),
     }

@@ -14,8 +14,8 @@ from xfuser_fastcache.fitted import Cell
 
 # Ridge, as a share of each term's own energy.
 RIDGE = 1e-3
-# Of the ratio of error to change, over generations: an upper one, so that few exceed it.
-SLOPE_QUANTILE = 0.9
+# Of true over predicted errors, over generations: an upper one, so that few exceed it.
+UPPER_QUANTILE = 0.9
 # What corrections are made of, in terms of a cell's basis; see `basis`.
 _TERMS = np.array(
     # last output, output before, true output, latents, latents at the last output
@@ -175,19 +175,67 @@ def tables_of(
     return Tables(changes, errors)
 
 
-def slopes_of(tables: Tables) -> NDArray[np.float64]:
-    """Return the upper quantile of error over change of every cell, `(T, G, G + 1)`."""
+def exponent_of(tables: Tables) -> float:
+    """Return the power of the relative change that errors follow within cells; 0 for none.
+
+    The slope of log error over log change, each centred in its cell, pooled over all cells.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = tables.errors / np.sqrt(tables.changes)[..., None]
-    known = np.isfinite(ratios).all(axis=0)
-    slopes = np.full(ratios.shape[1:], np.inf)
-    slopes[known] = np.quantile(ratios[:, known], SLOPE_QUANTILE, axis=0)
-    return np.maximum(slopes, 1e-9)
+        errors = np.log(tables.errors)
+        changes = np.broadcast_to(np.log(tables.changes)[..., None] / 2, errors.shape)
+    known = (np.isfinite(errors) & np.isfinite(changes)).all(axis=0)
+    errors, changes = errors[:, known], changes[:, known]
+    if not known.any():
+        return 0.0
+    x, y = changes - changes.mean(axis=0), errors - errors.mean(axis=0)
+    energy = float((x * x).sum())
+    return float((x * y).sum() / energy) if energy > 1e-12 else 0.0
 
 
-def degrees_of(tables: Tables) -> NDArray[np.float64]:
-    """Return the degrees of freedom of the change in every cell, `(T, G, G + 1)`; 1 if unknown."""
+def slopes_of(tables: Tables, exponent: float) -> NDArray[np.float64]:
+    """Return the median of error over change to that power in every cell, `(T, G, G + 1)`."""
+    moved = np.all(tables.changes > 0, axis=0)[..., None]
+    known = np.isfinite(tables.errors).all(axis=0) & moved
+    slopes = np.full(known.shape, np.inf)
+    ratios = tables.errors[:, known] / _powers(tables, exponent)[:, known]
+    slopes[known] = np.maximum(np.median(ratios, axis=0), 1e-9)
+    return slopes
+
+
+def _powers(tables: Tables, exponent: float) -> NDArray[np.float64]:
+    """Return the relative change to a power, `(n, T, G, G + 1)`; NaN outside of the cells."""
+    with np.errstate(divide="ignore"):
+        powers = tables.changes[..., None] ** (exponent / 2)
+    return np.broadcast_to(powers, tables.errors.shape)
+
+
+def predictions(
+    tables: Tables, slopes: NDArray[np.float64], exponent: float
+) -> NDArray[np.float64]:
+    """Return the error that a skip is predicted to make, as `Fitted.predicted_error` does.
+
+    Returns:
+        `(n, T, G, G + 1)`; infinite where nothing was seen, NaN outside of the cells.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(slopes), np.inf, slopes * _powers(tables, exponent))
+
+
+def upper_of(tables: Tables, slopes: NDArray[np.float64], exponent: float) -> float:
+    """Return an upper quantile of true over predicted errors, over all cells and trajectories."""
+    known = np.isfinite(slopes)
+    if not known.any():
+        return 1.0
+    ratios = tables.errors[:, known] / predictions(tables, slopes, exponent)[:, known]
+    return float(np.quantile(ratios, UPPER_QUANTILE))
+
+
+def degrees_of(tables: Tables, exponent: float) -> NDArray[np.float64]:
+    """Return the degrees of freedom of the predicted squared error, `(T, G, G + 1)`; 1 if unknown.
+
+    In a cell that is in proportion to the squared relative change to the power of `exponent`.
+    """
     degrees = np.ones(tables.errors.shape[1:])
-    for step, lag in np.argwhere(np.isfinite(tables.changes).all(axis=0)):
-        degrees[step, lag] = degrees_of_freedom(tables.changes[:, step, lag])
+    for step, lag in np.argwhere(np.all(tables.changes > 0, axis=0)):
+        degrees[step, lag] = degrees_of_freedom(tables.changes[:, step, lag] ** exponent)
     return degrees

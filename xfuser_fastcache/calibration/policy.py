@@ -56,11 +56,11 @@ def simulate(
     return Counts(skips, harmful)
 
 
-def thresholds(tables: Tables, limits: NDArray[np.float64]) -> Callable[[int, Cell], bool]:
-    """Return a gate that skips where the relative squared change is below a cell's limit."""
+def below(values: NDArray[np.float64], limit: float) -> Callable[[int, Cell], bool]:
+    """Return a gate that skips where a value, `(n, T, G, G + 1)`, is below a limit."""
 
     def may_skip(index: int, cell: Cell) -> bool:
-        return bool(tables.changes[index, cell.step, cell.lag] < limits[cell])
+        return bool(values[index][cell] < limit)
 
     return may_skip
 

@@ -15,13 +15,14 @@ class CalibratedGate(Gate):
     r"""Skips where the error that a skip would make is predicted to stay below epsilon.
 
     A cell is a step of the plan, the lag `g` to the anchor and the lag `h` from there to the anchor
-    before. In cell `c` the calibration left a slope :math:`k_c`: an upper quantile of true relative
-    error over :math:`\delta = \sqrt{Q/R}`.
+    before. In cell `c` the calibration predicts the relative error :math:`k_c \delta^\gamma`,
+    :math:`\delta = \sqrt{Q/R}`, which true errors exceed as often as not.
 
-    - `test="conformal"`: skip when :math:`k_c \delta < \lambda \epsilon`, with the one scalar
-      :math:`\lambda` that conformal risk control allows at alpha.
-    - `test="chi2"`: skip when :math:`Q/R < (\epsilon/k_c)^2 \chi^2_{\nu_c,\alpha} / \nu_c` (lower
-      quantile), :math:`\nu_c` matched to the cell's moments over generations.
+    - `test="conformal"`: skip when :math:`k_c \delta^\gamma < \lambda \epsilon`, with the one
+      scalar :math:`\lambda` that conformal risk control allows at alpha.
+    - `test="chi2"`: skip when :math:`(u k_c \delta^\gamma)^2 < \epsilon^2 \chi^2_{\nu_c,\alpha} /
+      \nu_c` (lower quantile), :math:`u` an upper quantile of true over predicted errors and
+      :math:`\nu_c` matched to the prediction's moments over generations.
 
     A cell that the calibration has not seen never skips.
 
@@ -36,22 +37,21 @@ class CalibratedGate(Gate):
 
     def __init__(self, fitted: Fitted, epsilon: float, test: str, significance_level: float):
         self.fitted = fitted
-        self.epsilon = epsilon
         if test == "conformal":
             scale = fitted.scales.get(significance_level, 0.0)
-            self.factors = np.full(fitted.slopes.shape, scale**2)
+            self.limits = np.full(fitted.slopes.shape, scale * epsilon)
         else:
             # A statistic that did not vary has an infinite number of degrees of freedom.
             degrees = np.minimum(fitted.degrees, 1e9)
-            self.factors = 2.0 * gammaincinv(degrees / 2, significance_level) / degrees
+            factors = 2.0 * gammaincinv(degrees / 2, significance_level) / degrees
+            self.limits = epsilon / fitted.upper * np.sqrt(factors)
 
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
-        """Compare :math:`Q/R` with the cell's threshold."""
+        """Compare the predicted relative error with the largest that the test lets pass."""
         if evidence.reference <= 0:
             return Verdict(None, 0.0)
-        statistic = evidence.change / evidence.reference
         cell = self.fitted.cell(*evidence.noise_levels)
         if cell is None:
-            return Verdict(statistic, 0.0)
-        harmless = self.epsilon / float(self.fitted.slopes[cell])
-        return Verdict(statistic, float(self.factors[cell]) * harmless**2)
+            return Verdict(None, 0.0)
+        predicted = self.fitted.predicted_error(cell, evidence.change / evidence.reference)
+        return Verdict(predicted, 0.0 if predicted is None else float(self.limits[cell]))
