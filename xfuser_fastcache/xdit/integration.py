@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # What --cache_method and cache_args call our backends.
 METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
 _OLD_SWITCHES = ("use_teacache", "use_fbcache")
-# Where an engine config carries what the command line asked for.
+# Attribute of xfuser's runtime config that carries what the command line asked for.
 _REQUEST = "step_cache"
 
 _APPLY = {"apply_cache_on_transformer": ("xfuser_fastcache.apply", "apply_cache_on_transformer")}
@@ -207,7 +207,7 @@ def _patch_args(module: ModuleType) -> None:
             config = requested(self.cache_method, self.cache_config)
             engine_config, input_config = create_config(self)
             if config is not None:
-                setattr(engine_config, _REQUEST, config)
+                setattr(engine_config.runtime_config, _REQUEST, config)
             return engine_config, input_config
 
         return create
@@ -232,7 +232,7 @@ def _patch_base_pipeline(module: ModuleType) -> None:
             config = _one_of(
                 {
                     "cache_args": own,
-                    "--cache_method": getattr(engine_config, _REQUEST, None),
+                    "--cache_method": getattr(engine_config.runtime_config, _REQUEST, None),
                     "enable_fastcache": None if wrapper is None else wrapper.fastcache_config,
                 }
             )
@@ -282,7 +282,7 @@ def _patch_runner(module: ModuleType) -> None:
 
     def without_cache(load: Callable[..., Any]) -> Callable[..., Any]:
         def load_model(self: Any) -> Any:
-            vars(self.engine_config).pop(_REQUEST, None)
+            vars(self.engine_config.runtime_config).pop(_REQUEST, None)
             return load(self)
 
         return load_model

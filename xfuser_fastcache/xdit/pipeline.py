@@ -164,7 +164,7 @@ class xFuserFastCachePipelineWrapper:  # the name in FastCache's documents
         """Call the pipeline."""
         return self._pipeline(*args, **kwargs)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._pipeline)
 
