@@ -93,9 +93,9 @@ def uninstall() -> None:
     for name in ALIASES:
         module = sys.modules.get(name)
         if module is not None and module.__loader__ is _FINDERS[1]:
-            parent, _, child = name.rpartition(".")
             del sys.modules[name]
-            vars(sys.modules[parent]).pop(child, None)
+            parent, _, child = name.rpartition(".")
+            delattr(sys.modules[parent], child)
 
 
 def requested(cache_method: str | None, cache_config: Any = None) -> CacheConfig | None:
@@ -113,7 +113,7 @@ def requested(cache_method: str | None, cache_config: Any = None) -> CacheConfig
 
     if cache_method not in METHODS:
         return None
-    options = _mapping(cache_config)
+    options = read_options(cache_config)
     backend = options.get("use_cache", METHODS[cache_method])
     if cache_method != "fastcache" and backend != METHODS[cache_method]:
         raise ValueError(
@@ -123,8 +123,12 @@ def requested(cache_method: str | None, cache_config: Any = None) -> CacheConfig
     return CacheConfig.from_dict({**options, "use_cache": backend})
 
 
-def _mapping(cache_config: Any) -> dict[str, Any]:
-    """Return options given as JSON or as a mapping; none where nothing is given."""
+def read_options(cache_config: Any) -> dict[str, Any]:
+    """Return options that are given as JSON or as a mapping; none where nothing is given.
+
+    Raises:
+        ValueError: something else.
+    """
     options = {} if cache_config is None else cache_config
     if isinstance(options, str):
         try:
@@ -153,7 +157,9 @@ def _in_cache_args(cache_args: Mapping[str, Any] | None) -> CacheConfig | None:
             f"cache_args={cache_args!r} ask for two caches: leave out use_cache, or what asks for "
             f"xDiT's own ({', '.join(others)})"
         )
-    return requested(method or "fastcache", _mapping(options.pop("cache_config", None)) | options)
+    return requested(
+        method or "fastcache", read_options(options.pop("cache_config", None)) | options
+    )
 
 
 def _one_of(asked: Mapping[str, CacheConfig | None]) -> CacheConfig | None:

@@ -41,8 +41,10 @@ def put_on(pipe: Any, config: CacheConfig) -> None:
         config: the cache's options.
 
     Raises:
-        ValueError, TypeError, ConsensusError: as `apply_cache_on_transformer`.
+        TypeError: a pipeline without a transformer, or an option of the wrong type.
+        ValueError, ConsensusError: as `apply_cache_on_transformer`.
     """
+    _check_transformer(pipe)
     apply_cache_on_transformer(pipe.transformer, config=config, scheduler=_SchedulerOf(pipe))
     if hasattr(type(pipe), "prepare_run"):
         pipe.prepare_run = functools.partial(_prepare_run, weakref.ref(pipe), config)
@@ -53,6 +55,14 @@ def take_off(pipe: Any) -> None:
     vars(pipe).pop("prepare_run", None)
     if hook_on(pipe.transformer) is not None:
         remove_cache(pipe.transformer)
+
+
+def _check_transformer(pipe: Any) -> None:
+    if getattr(pipe, "transformer", None) is None:
+        raise TypeError(
+            f"{type(pipe).__name__} has no transformer to cache; give a pipeline of diffusers or "
+            "xfuser that has one, such as FluxPipeline"
+        )
 
 
 def _prepare_run(pipe_of: Any, config: CacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -96,11 +106,7 @@ class xFuserFastCachePipelineWrapper:  # the name in FastCache's documents
     fastcache_config: CacheConfig | None
 
     def __init__(self, pipeline: Any):
-        if getattr(pipeline, "transformer", None) is None:
-            raise TypeError(
-                f"{type(pipeline).__name__} has no transformer to cache; give a pipeline of "
-                "diffusers or xfuser, such as FluxPipeline"
-            )
+        _check_transformer(pipeline)
         self._pipeline = pipeline
         self.fastcache_config = None
 
