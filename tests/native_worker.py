@@ -26,6 +26,7 @@ from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
 
 STEPS = 8
 OPTIONS = {"cache_ratio_threshold": 1.0, "verify_consensus": True, "sync_timeout_s": 60}
+ASKED = {"use_cache": "Fast", **OPTIONS}
 PROMPT = "a large red ring, top left, on dark blue"
 # Class of xfuser and folder of the toy.
 MODELS = {
@@ -137,14 +138,13 @@ def cases(model: str, flags: list[str]) -> dict[str, Any]:
             "same_decisions": counted["decisions_digest"] == found["digest"],
         }
 
-    asked = {"use_cache": "Fast", **OPTIONS}
-    pipe = ways.load(cache_args=asked)
+    pipe = ways.load(cache_args=ASKED)
     _, input_config = ways.configs()
     pipe.prepare_run(input_config)
     check("from_pretrained", pipe)
     remove_cache(pipe.transformer)
     found["removed_exact"] = same(ways.generate(pipe), control)
-    check("constructor", ways.wrapped_class(ways.original(), ways.configs()[0], asked))
+    check("constructor", ways.wrapped_class(ways.original(), ways.configs()[0], ASKED))
     check(
         "command line",
         ways.load("--cache_method", "fastcache", "--cache_config", json.dumps(OPTIONS)),
@@ -172,7 +172,7 @@ KEPT: list[Any] = []
 
 def refusals(flags: list[str]) -> dict[str, str]:
     """What is refused, with its message: alike on every rank, before any rank waits for another."""
-    ways = Ways("sd3", flags)
+    ways, flux = Ways("sd3", flags), Ways("flux", flags)
 
     def told(call: Callable[[], Any]) -> str:
         try:
@@ -188,6 +188,9 @@ def refusals(flags: list[str]) -> dict[str, str]:
         ),
         "two caches": told(
             lambda: ways.load("--cache_method", "Fb", cache_args={"use_cache": "Fast"})
+        ),
+        "xDiT's own beside it": told(
+            lambda: flux.load("--cache_method", "Fb", cache_args={"use_teacache": True})
         ),
         "wrong option": told(
             lambda: ways.load("--cache_method", "Fb", "--cache_config", '{"treshold": 1}')
@@ -212,7 +215,8 @@ def backends(flags: list[str]) -> dict[str, float]:
 
 
 def xdits_own(flags: list[str]) -> dict[str, Any]:
-    """xDiT's own caches by `cache_args`, with our package imported and without what it changes."""
+    """`cache_args` of xDiT's own caches and of ours, with and without what our package changes."""
+    from xfuser_fastcache.hooks import hook_on
     from xfuser_fastcache.xdit import integration
 
     ways = Ways("flux", flags)
@@ -226,6 +230,9 @@ def xdits_own(flags: list[str]) -> dict[str, Any]:
         without_us = ways.generate(ways.load(cache_args=args))
         integration.install()
         found[name] = {"blocks": blocks, "same": same(with_us, without_us)}
+    integration.uninstall()
+    found["cached without us"] = bool(hook_on(ways.load(cache_args=ASKED).transformer))
+    integration.install()
     return found
 
 

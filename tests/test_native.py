@@ -50,10 +50,13 @@ def test_ways_on_two_ranks() -> None:
         for name, blocks in (("teacache", "TeaCached"), ("fbcache", "FBCached")):
             own = found["xdits_own"][name]
             assert own == {"blocks": f"{blocks}TransformerBlocks", "same": True}
+        # Why importing us has to be enough: xfuser alone says nothing and draws uncached.
+        assert found["xdits_own"]["cached without us"] is False
         refusals = found["refusals"]
         assert refusals["unknown backend"].startswith("ValueError: unknown cache backend 'Fst'")
         assert "return_org_pipeline=True" in refusals["original pipeline"]
         assert "cache_args and --cache_method ask for different" in refusals["two caches"]
+        assert "by use_teacache in cache_args=" in refusals["xDiT's own beside it"]
         assert "unknown cache option 'treshold'" in refusals["wrong option"]
 
 

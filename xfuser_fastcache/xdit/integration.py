@@ -73,9 +73,13 @@ def install() -> None:
     """
     if _FINDERS[0] in sys.meta_path:
         return
-    for name, patch in PATCHES.items():
-        if name in sys.modules:
-            patch(sys.modules[name])
+    try:
+        for name, patch in PATCHES.items():
+            if name in sys.modules:
+                patch(sys.modules[name])
+    except BaseException:
+        uninstall()
+        raise
     sys.meta_path.insert(0, _FINDERS[0])
     sys.meta_path.append(_FINDERS[1])
 
@@ -162,6 +166,23 @@ def _in_cache_args(cache_args: Mapping[str, Any] | None) -> CacheConfig | None:
     )
 
 
+def _refuse_xdits_own(cache_args: Mapping[str, Any] | None) -> None:
+    """Raise where `cache_args` ask for a cache of xDiT's beside one of ours.
+
+    Raises:
+        ValueError: they do.
+    """
+    given = cache_args or {}
+    found = [name for name in _OLD_SWITCHES if given.get(name)]
+    if given.get("cache_method") not in (None, *METHODS):
+        found.append("cache_method")
+    if found:
+        raise ValueError(
+            f"a cache of xfuser_fastcache is asked for, and by {', '.join(found)} in cache_args="
+            f"{given!r} one of xDiT's own; leave one of them out"
+        )
+
+
 def _one_of(asked: Mapping[str, CacheConfig | None]) -> CacheConfig | None:
     """Return what was asked for, by whoever asked; an error where they asked for different things.
 
@@ -242,6 +263,8 @@ def _patch_base_pipeline(module: ModuleType) -> None:
                     "enable_fastcache": None if wrapper is None else wrapper.fastcache_config,
                 }
             )
+            if config is not None:
+                _refuse_xdits_own(cache_args)
             if wrapper is not None:
                 pipeline = wrapper.release_pipeline()
             init(self, pipeline, engine_config, cache_args if own is None else None, **others)
@@ -256,7 +279,7 @@ def _patch_base_pipeline(module: ModuleType) -> None:
 
 
 def _patch_from_pretrained(class_name: str) -> Callable[[ModuleType], None]:
-    """`from_pretrained` of a pipeline takes `cache_args`, as FLUX's does."""
+    """`from_pretrained` of a pipeline takes our `cache_args`, or says that it cannot."""
 
     def with_cache_args(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
         def load(
@@ -328,6 +351,7 @@ _RUNNER_MODELS = "xfuser.model_executor.models.runner_models"
 PATCHES: dict[str, Patch] = {
     "xfuser.config.args": Patch(_patch_args),
     f"{_PIPELINES}.base_pipeline": Patch(_patch_base_pipeline),
+    f"{_PIPELINES}.pipeline_flux": Patch(_patch_from_pretrained("xFuserFluxPipeline")),
     f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
         _patch_from_pretrained("xFuserStableDiffusion3Pipeline")
     ),
