@@ -73,7 +73,7 @@ from xfuser_fastcache.xdit import integration
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
 
 def snapshot():
-    found = {"finders": list(map(id, sys.meta_path))}
+    found = {}
     for name in integration.PATCHES:
         module = importlib.import_module(name)
         for key, value in vars(module).items():
@@ -83,6 +83,7 @@ def snapshot():
                     found[f"{name}.{key}.{inner}"] = id(part)
                 if "settings" in vars(value):
                     found[f"{name}.{key}.methods"] = list(value.settings.step_cache_config or ())
+    found["finders"] = list(map(id, sys.meta_path))  # last: xfuser brings some of its own
     return found
 
 def changed(a, b):

@@ -153,17 +153,11 @@ def _in_cache_args(cache_args: Mapping[str, Any] | None) -> CacheConfig | None:
     method = options.pop("cache_method", None)
     if "use_cache" not in options and method not in METHODS:
         return None
-    others = [name for name in _OLD_SWITCHES if options.pop(name, False)]
-    if method is not None and method not in METHODS:
-        others.append(f"cache_method={method!r}")
-    if others:
-        raise ValueError(
-            f"cache_args={cache_args!r} ask for two caches: leave out use_cache, or what asks for "
-            f"xDiT's own ({', '.join(others)})"
-        )
-    return requested(
-        method or "fastcache", read_options(options.pop("cache_config", None)) | options
-    )
+    _refuse_xdits_own(cache_args)
+    for name in _OLD_SWITCHES:
+        options.pop(name, None)
+    nested = read_options(options.pop("cache_config", None))
+    return requested(method or "fastcache", nested | options)
 
 
 def _refuse_xdits_own(cache_args: Mapping[str, Any] | None) -> None:
