@@ -60,13 +60,6 @@ def test_ways_on_two_ranks() -> None:
         assert "unknown cache option 'treshold'" in refusals["wrong option"]
 
 
-@pytest.mark.gloo
-def test_ways_with_guidance_and_stages() -> None:
-    """SD3 on PipeFusion's stages, whose warm-up run has to leave no trace in the cache."""
-    flags = ("--pipefusion_parallel_degree", "2", "--warmup_steps", "1")
-    check_models(run_world("native_worker.py", 2, "--models", "sd3", *flags), ["sd3"])
-
-
 ALL = ["flux", "sd3", "pixart", "pixart-sigma"]
 
 
