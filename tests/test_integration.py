@@ -95,14 +95,15 @@ def test_uninstall_restores_every_attribute_however_xfuser_came_to_be_loaded() -
     printed = fresh(
         SNAPSHOT
         + """
-integration.uninstall()
-integration.uninstall()
 enable_cpu_platform()
+as_they_load = snapshot()
+integration.uninstall()
+integration.uninstall()
 plain = snapshot()
 integration.install()
-loaded_before = changed(plain, snapshot())
+in_place = snapshot()
 integration.install()
-twice = changed(plain, snapshot())
+twice = snapshot()
 import xfuser.model_executor.pipelines.fastcache_pipeline as alias
 integration.uninstall()
 left = changed(plain, snapshot())
@@ -111,27 +112,15 @@ try:
     left.append("alias")
 except ModuleNotFoundError:
     pass
-print(json.dumps([loaded_before, twice, left]))
+ways = [changed(plain, patched) for patched in (as_they_load, in_place, twice)]
+print(json.dumps([*ways, changed(in_place, twice), left]))
 """
     )
-    loaded_before, twice, left = json.loads(printed.splitlines()[-1])
-    assert loaded_before == twice
-    assert left == []
+    as_they_load, in_place, twice, by_second_call, left = json.loads(printed.splitlines()[-1])
+    assert as_they_load == in_place == twice
+    assert by_second_call == left == []
     for name in integration.PATCHES:
-        assert any(key.startswith(f"{name}.") for key in loaded_before), f"{name} is not patched"
-
-    printed = fresh(
-        SNAPSHOT
-        + """
-enable_cpu_platform()
-patched = snapshot()
-integration.uninstall()
-restored = snapshot()
-print(json.dumps(changed(patched, restored)))
-"""
-    )
-    # Patched as they loaded: the same attributes as where they were loaded before.
-    assert json.loads(printed.splitlines()[-1]) == loaded_before
+        assert any(key.startswith(f"{name}.") for key in in_place), f"{name} is not patched"
 
 
 @pytest.mark.parametrize("version", ["0.6.3", "0.8.0"])
@@ -312,3 +301,11 @@ def test_models_of_the_runner_say_which_methods_they_take(xfuser: Any) -> None:
     assert taken == ["teacache", "dbcache", *integration.METHODS]
     # Its image tokens hold a second picture, which was never tested.
     assert list(flux.xFuserFluxKontextModel.settings.step_cache_config) == ["dbcache"]
+
+
+def test_a_model_of_the_runner_that_takes_no_cache_of_ours_says_so(xfuser: Any) -> None:
+    from xfuser.model_executor.models.runner_models.flux import xFuserFluxKontextModel
+
+    config = xfuser.xFuserArgs(model="FLUX.1-Kontext-dev", cache_method="fastcache")
+    with pytest.raises(ValueError, match="does not support --cache_method fastcache. Supported: "):
+        xFuserFluxKontextModel(config)

@@ -108,15 +108,6 @@ def test_the_command_starts_the_ranks_and_flux_runs_cached(hub: Path, tmp_path: 
     check(tmp_path, output, "Fast")
 
 
-def test_a_model_that_takes_no_cache_of_ours_says_so(hub: Path, tmp_path: Path) -> None:
-    status, output = run(
-        hub, tmp_path, (sys.executable, "-m", "xfuser_fastcache.xdit.runner"),
-        "--model", "FLUX.1-Kontext-dev", "--cache_method", "fastcache",
-    )  # fmt: skip
-    assert status != 0
-    assert "does not support --cache_method fastcache. Supported: dbcache" in output
-
-
 @pytest.mark.gloo
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -287,34 +287,43 @@ def test_the_parallel_blocks_run_on_two_ranks(tmp_path: Path, flags: str) -> Non
     assert sorted(typed(launch(program, 2))) == sorted(names * 2)
 
 
-def benchmark(name: str, tmp_path: Path, *more: str) -> str:
-    """Run a benchmark command of the documents and return what it printed."""
-    (line,) = [
-        line for line in BENCHMARKS[name].replace("\\\n", " ").splitlines() if "python" in line
-    ]
-    program, *arguments = shlex.split(substituted(line))
-    assert program == "python"
-    done = subprocess.run(
-        [sys.executable, *arguments, "--output_dir", str(tmp_path), *more],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for method in ("Baseline", "FastCache", "TeaCache", "First-Block-Cache"):
-        assert method in done.stdout
-    assert "could not run" not in done.stdout
-    return done.stdout
+def arguments_of(name: str) -> list[str]:
+    """The arguments of a benchmark command of the documents."""
+    lines = BENCHMARKS[name].replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith("python")]
+    program, script_path, *arguments = shlex.split(substituted(line))
+    assert (program, script_path) == ("python", "scripts/fastcache_benchmark.py")
+    return arguments
 
 
-def test_the_benchmark_command_runs_small(tmp_path: Path) -> None:
-    printed = benchmark("framework", tmp_path, "--num_inference_steps", "4", "--repeat", "1")
-    assert "PSNR" in printed and "blocks skipped" in printed
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_benchmark_takes_every_flag_of_the_command(name: str) -> None:
+    import fastcache_benchmark
+
+    options = fastcache_benchmark.parse(arguments_of(name))
+    assert options.model == str(ROOT / "toys" / "flux")
+    assert (options.num_inference_steps, options.motion_threshold) == (30, 0.1)
+    config = fastcache_benchmark.fast_config(options)
+    assert config.splits_tokens and config.cache_ratio_threshold == 0.05
+    analyzed = "--analyze_approximation_quality" in BENCHMARKS[name]
+    assert options.analyze_approximation_quality == analyzed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_benchmark_command_runs_as_it_stands(name: str, tmp_path: Path) -> None:
-    printed = benchmark(name, tmp_path)
-    assert ("PSNR" in printed) == ("--analyze_approximation_quality" in BENCHMARKS[name])
+    done = subprocess.run(
+        [
+            sys.executable, "scripts/fastcache_benchmark.py", *arguments_of(name),
+            "--output_dir", str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method in ("Baseline", "FastCache", "TeaCache", "First-Block-Cache"):
+        assert method in done.stdout
+    assert "could not run" not in done.stdout
+    assert ("PSNR" in done.stdout) == ("--analyze_approximation_quality" in BENCHMARKS[name])
