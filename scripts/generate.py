@@ -31,11 +31,10 @@ from xfuser_fastcache import comparison_sheet, save_heat_map, statistics_table, 
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.mappings import read_mapping
 from xfuser_fastcache.xdit import cpu_platform
+from xfuser_fastcache.xdit.integration import METHODS, read_options, requested
 from xfuser_fastcache.xdit.mends import mend_xfuser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-XDIT_METHODS = ("teacache", "fbcache", "dbcache")
-OURS = {"fastcache": "Fast"}
 
 
 @dataclass
@@ -78,10 +77,6 @@ def parser() -> argparse.ArgumentParser:
         default=False,
         help="backend of the step cache, such as Fast; bare, it is DiTFastAttn's flag",
     )
-    ours.add_argument(
-        "--cache_method", choices=[*OURS, *XDIT_METHODS], help="fastcache is --use_cache Fast"
-    )
-    ours.add_argument("--cache_config", help="JSON with options of the cache")
     ours.add_argument("--baseline", action="store_true", help="also run uncached and compare")
     ours.add_argument("--repeat", type=int, default=1, help="timed runs; medians are reported")
     ours.add_argument("--output_dir", default="runs/generate", help="where pictures go")
@@ -128,24 +123,18 @@ def cache_config(options: argparse.Namespace) -> CacheConfig | None:
         ValueError: contradicting flags, or options that CacheConfig refuses.
     """
     name = options.use_cache if isinstance(options.use_cache, str) else None
-    if options.cache_method in OURS:
-        name = name or OURS[options.cache_method]
-    given = options.cache_config or {}
-    if options.cache_method in XDIT_METHODS:
+    method = options.cache_method
+    if method is not None and method not in METHODS:
         raise ValueError(
-            f"--cache_method {options.cache_method} is xDiT's own cache, which this script does "
-            f"not run; use one of {', '.join(OURS)}, or xDiT's examples"
+            f"--cache_method {method} is xDiT's own cache, which this script does not run; use one "
+            f"of {', '.join(METHODS)}, or xDiT's examples"
         )
-    if name is None:
-        if given:
+    if name is None and method is None:
+        if options.cache_config:
             raise ValueError("--cache_config needs --use_cache NAME or --cache_method fastcache")
         return None
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--cache_config is not valid JSON: {error}: {given!r}") from error
-    return CacheConfig.from_dict({"use_cache": name, **given})
+    named = {} if name is None else {"use_cache": name}
+    return requested(method or "fastcache", named | read_options(options.cache_config))
 
 
 def load(options: argparse.Namespace) -> Any:

@@ -166,6 +166,7 @@ def test_import_changes_nothing_and_the_call_speaks_once() -> None:
         """
         import logging, sys
         import torch
+        import xfuser_fastcache
         before = list(sys.meta_path)
         from xfuser_fastcache.xdit import cpu_platform
         assert sys.meta_path == before

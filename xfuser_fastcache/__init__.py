@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from xfuser_fastcache.xdit.integration import install
+
 if TYPE_CHECKING:
     from xfuser_fastcache.apply import (
         apply_cache_on_transformer,
@@ -57,3 +59,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f"{__name__}.{_HOME.get(name, 'apply')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# xfuser itself is not imported by it; see docs/xdit.md.
+install()

@@ -6,8 +6,6 @@ import contextlib
 import importlib.metadata
 from typing import Any
 
-import torch
-
 SUPPORTED = "0.7"
 INSTALL = 'pip install "xfuser>=0.7,<0.8"'
 
@@ -16,26 +14,29 @@ class IncompatibleXfuserError(RuntimeError):
     """The installed xfuser is not the one this package was written against."""
 
 
-def check_xfuser_version() -> str:
+def check_xfuser_version(expected: str = SUPPORTED) -> str:
     """Return the installed xfuser version, or say what was expected.
 
     The version is read from the installed metadata, so xfuser itself is not imported.
+
+    Args:
+        expected: the minor release that the caller was written against.
 
     Returns:
         The version string, for example ``"0.7.0"``.
 
     Raises:
-        IncompatibleXfuserError: xfuser is missing, or its release is not 0.7.x.
+        IncompatibleXfuserError: xfuser is missing, or of another minor release.
     """
     try:
         version = importlib.metadata.version("xfuser")
     except importlib.metadata.PackageNotFoundError as error:
         raise IncompatibleXfuserError(
-            f"xfuser is not installed; expected {SUPPORTED}.x. Install it with: {INSTALL}"
+            f"xfuser is not installed; expected {expected}.x. Install it with: {INSTALL}"
         ) from error
-    if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
+    if version.split("+")[0].split(".")[:2] != expected.split("."):
         raise IncompatibleXfuserError(
-            f"xfuser {version} is installed; expected {SUPPORTED}.x, whose internals are known "
+            f"xfuser {version} is installed; expected {expected}.x, whose internals are known "
             f"here. Install it with: {INSTALL}"
         )
     return version
@@ -43,6 +44,8 @@ def check_xfuser_version() -> str:
 
 def has_accelerator() -> bool:
     """Whether xfuser would find a device of a kind that it supports."""
+    import torch  # here, because importing xfuser_fastcache imports this module, and stays light
+
     with contextlib.suppress(ModuleNotFoundError):
         import torch_musa  # noqa: F401  # registers torch.musa, as xfuser.envs does
     kinds = [getattr(torch, name, None) for name in ("cuda", "musa", "npu")]

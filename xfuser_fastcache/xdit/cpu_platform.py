@@ -8,9 +8,9 @@ meant for tests, for CI and for trying a layout out; it does nothing where there
 from __future__ import annotations
 
 import functools
-import importlib.abc
 import logging
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import ModuleType
@@ -27,6 +27,7 @@ from xfuser_fastcache.xdit.compat import (
     require,
 )
 from xfuser_fastcache.xdit.gloo_sends import KeptSend, pending_sends
+from xfuser_fastcache.xdit.loading import PatchingFinder
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -59,7 +60,7 @@ def enable_cpu_platform() -> bool:
     if has_accelerator():
         return False
     version = check_xfuser_version()
-    if any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path):
+    if _FINDER in sys.meta_path:
         return True
     if "xfuser" not in sys.modules:
         # An import that failed leaves submodules behind, in which the next one runs in circles.
@@ -68,7 +69,7 @@ def enable_cpu_platform() -> bool:
     for name, patch in PATCHES.items():
         if name in sys.modules:
             patch(sys.modules[name])
-    sys.meta_path.insert(0, _PatchingFinder())
+    sys.meta_path.insert(0, _FINDER)
     logger.warning(
         "no accelerator found: xfuser %s runs on the CPU over gloo. This is for tests and for "
         "trying things out, not for speed.",
@@ -94,11 +95,16 @@ def prepare_engine_config(engine_config: Any, pipeline: Any) -> Any:
     Raises:
         ValueError: the chosen attention backend cannot run on the CPU in this layout.
     """
-    runtime, parallel = engine_config.runtime_config, engine_config.parallel_config
+    runtime = engine_config.runtime_config
     backbone = getattr(pipeline, "transformer", None)
     runtime.dtype = pipeline.dtype if backbone is None else backbone.dtype
-    if has_accelerator():
-        return engine_config
+    if not has_accelerator():
+        _choose_attention(engine_config)
+    return engine_config
+
+
+def _choose_attention(engine_config: Any) -> None:
+    runtime, parallel = engine_config.runtime_config, engine_config.parallel_config
     ring = parallel.ring_degree > 1
     allowed = ("SDPA_FLASH",) if ring else _CPU_ATTENTION
     if runtime.attention_backend is None:
@@ -109,7 +115,6 @@ def prepare_engine_config(engine_config: Any, pipeline: Any) -> Any:
             f"ring_degree={parallel.ring_degree}; allowed: {', '.join(allowed)}. Leave "
             "--attention_backend out to have it chosen."
         )
-    return engine_config
 
 
 def finish(timeout_s: float = 60.0) -> None:
@@ -248,6 +253,74 @@ def _flash_attention_for_cpu(
     return output, log_sum_exp
 
 
+def _patch_runtime_state(module: ModuleType) -> None:
+    path = "RuntimeState._select_attention_backend"
+    select = require(module, path)
+
+    @functools.wraps(select)
+    def select_for_cpu(self: Any, engine_config: Any = None) -> Any:
+        if engine_config is not None:
+            _choose_attention(engine_config)
+        return select(self, engine_config)
+
+    replace(module, path, select_for_cpu)
+
+
+class _HostEvent:
+    """Stands in for `torch.cuda.Event`: what it marks is over when the call returns."""
+
+    def __init__(self, enable_timing: bool = False):
+        self._seconds = 0.0
+
+    def record(self) -> None:
+        """Take the time."""
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        """Return the time from this event to `end`, in milliseconds."""
+        return (end._seconds - self._seconds) * 1e3
+
+
+class _HostTorch(ModuleType):
+    """torch as xDiT's runner sees it: `torch.cuda` times and waits for the host."""
+
+    def __init__(self) -> None:
+        super().__init__("torch", "torch, with torch.cuda for a host without an accelerator")
+        self.cuda = ModuleType("torch.cuda")
+        vars(self.cuda).update(
+            Event=_HostEvent,
+            synchronize=functools.partial(_constant, None),
+            empty_cache=functools.partial(_constant, None),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _patch_torch(module: ModuleType) -> None:
+    replace(module, "torch", _HostTorch())
+
+
+def _patch_placement(module: ModuleType) -> None:
+    path = "place_pipeline_components"
+    place = require(module, path)
+
+    @functools.wraps(place)
+    def place_on_host(loader: Any) -> None:
+        # It ends with pipe.to("cuda:RANK"); the pipeline is on the host already.
+        pipe = loader.model.pipe
+        vars(pipe)["to"] = functools.partial(_constant, pipe)
+        try:
+            place(loader)
+        finally:
+            del vars(pipe)["to"]
+
+    replace(module, path, place_on_host)
+
+
 def _patch_flux_prepare_run(module: ModuleType) -> None:
     replace(module, "xFuserFluxPipeline.prepare_run", _prepare_run_on_cpu(module, True))
 
@@ -284,35 +357,14 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "xfuser.core.distributed.attention_backend": _patch_attention_backend,
     "xfuser.core.distributed.fp8_comms": _patch_process_group,
     "xfuser.core.distributed.group_coordinator": _patch_group_coordinator,
+    "xfuser.core.distributed.runtime_state": _patch_runtime_state,
     "xfuser.core.sparge_attention.head_balance": _patch_process_group,
     "xfuser.model_executor.layers.usp": _patch_process_group,
     "xfuser.model_executor.layers.usp_legacy": _patch_process_group,
+    "xfuser.model_executor.models.runner_models.base_model": _patch_torch,
+    "xfuser.model_executor.models.runner_models.loading.placement": _patch_placement,
     "xfuser.model_executor.pipelines.pipeline_flux": _patch_flux_prepare_run,
     "xfuser.model_executor.pipelines.pipeline_stable_diffusion_3": _patch_sd3_prepare_run,
+    "xfuser.runner": _patch_torch,
 }
-
-
-class _PatchingFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module of `PATCHES` and mends it as soon as it has run."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        """Return the spec that the other finders give, with a loader that mends the module."""
-        patch = PATCHES.get(fullname)
-        if patch is None:
-            return None
-        for finder in sys.meta_path:
-            find_spec = None if finder is self else getattr(finder, "find_spec", None)
-            spec = None if find_spec is None else find_spec(fullname, path, target)
-            if spec is not None:
-                break
-        else:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_patch(module: ModuleType) -> None:
-            execute(module)
-            patch(module)
-
-        # On the instance, so that the loader keeps its type and everything else it offers.
-        spec.loader.exec_module = execute_and_patch
-        return spec
+_FINDER = PatchingFinder(PATCHES)

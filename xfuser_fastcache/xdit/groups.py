@@ -12,6 +12,13 @@ from torch import nn
 from xfuser_fastcache.layout import DecisionGroup, Position
 
 
+def runs_transformer() -> bool:
+    """Whether this rank of xfuser runs the transformer; a separate VAE rank does not."""
+    from xfuser.core.distributed import parallel_state
+
+    return parallel_state.model_parallel_is_initialized()
+
+
 class XDiTLayout:
     """The layout that xfuser has set up in this process: SP x PP x CFG x TP decide together.
 
@@ -50,7 +57,7 @@ class XDiTLayout:
         """
         from xfuser.core.distributed import parallel_state
 
-        if not parallel_state.model_parallel_is_initialized():
+        if not runs_transformer():
             raise ValueError(
                 f"rank {dist.get_rank()} is a VAE rank of xDiT (vae_parallel_size): it runs no "
                 "transformer, so it has nothing to cache and no part in the decisions. Call this "

@@ -1,0 +1,311 @@
+"""What is changed in xfuser, and how it is undone: in this process, without ranks.
+
+What the changes are for runs in `test_native.py`, `test_runner.py` and `test_source_documents.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.published import DEFAULTS
+from xfuser_fastcache.xdit import integration
+from xfuser_fastcache.xdit.compat import IncompatibleXfuserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fresh(code: str, path: str = "") -> str:
+    """Standard output of `code` in an interpreter of its own, with `path` first on `sys.path`."""
+    start = f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n"
+    start += f"sys.path[:0] = [{path!r}]\n" if path else ""
+    done = subprocess.run(
+        [sys.executable, "-c", start + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def xfuser() -> Any:
+    """xfuser on the CPU, with what `import xfuser_fastcache` makes of it."""
+    from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+
+    enable_cpu_platform()
+    import xfuser
+
+    return xfuser
+
+
+def test_import_loads_neither_xfuser_nor_torch() -> None:
+    printed = fresh(
+        """
+        import json
+        import xfuser_fastcache
+        from xfuser_fastcache.xdit.integration import install
+        before = list(sys.meta_path)
+        install()
+        assert sys.meta_path == before
+        heavy = ("xfuser", "torch", "diffusers", "transformers", "numpy")
+        print(json.dumps([name for name in heavy if name in sys.modules]))
+        """
+    )
+    assert json.loads(printed) == []
+
+
+# Every object that a patch could touch: attributes of the patched modules, of their classes, and of
+# the runner's settings.
+SNAPSHOT = """
+import importlib, json
+from xfuser_fastcache.xdit import integration
+from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+
+def snapshot():
+    found = {}
+    for name in integration.PATCHES:
+        module = importlib.import_module(name)
+        for key, value in vars(module).items():
+            found[f"{name}.{key}"] = id(value)
+            if isinstance(value, type) and value.__module__ == name:
+                for inner, part in vars(value).items():
+                    found[f"{name}.{key}.{inner}"] = id(part)
+                if "settings" in vars(value):
+                    found[f"{name}.{key}.methods"] = list(value.settings.step_cache_config or ())
+    found["finders"] = list(map(id, sys.meta_path))  # last: xfuser brings some of its own
+    return found
+
+def changed(a, b):
+    return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+"""
+
+
+def test_uninstall_restores_every_attribute_however_xfuser_came_to_be_loaded() -> None:
+    printed = fresh(
+        SNAPSHOT
+        + """
+enable_cpu_platform()
+as_they_load = snapshot()
+integration.uninstall()
+integration.uninstall()
+plain = snapshot()
+integration.install()
+in_place = snapshot()
+integration.install()
+twice = snapshot()
+import xfuser.model_executor.pipelines.fastcache_pipeline as alias
+integration.uninstall()
+left = changed(plain, snapshot())
+try:
+    import xfuser.model_executor.pipelines.fastcache_pipeline
+    left.append("alias")
+except ModuleNotFoundError:
+    pass
+ways = [changed(plain, patched) for patched in (as_they_load, in_place, twice)]
+print(json.dumps([*ways, changed(in_place, twice), left]))
+"""
+    )
+    as_they_load, in_place, twice, by_second_call, left = json.loads(printed.splitlines()[-1])
+    assert as_they_load == in_place == twice
+    assert by_second_call == left == []
+    for name in integration.PATCHES:
+        assert any(key.startswith(f"{name}.") for key in in_place), f"{name} is not patched"
+
+
+@pytest.mark.parametrize("version", ["0.6.3", "0.8.0"])
+@pytest.mark.parametrize("name", sorted(integration.PATCHES))
+def test_every_patch_refuses_an_xfuser_it_was_not_tested_on(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: version)
+    with pytest.raises(IncompatibleXfuserError, match=f"xfuser {version} .*expected 0.7.x"):
+        integration.PATCHES[name](types.ModuleType(name))
+
+
+@pytest.mark.parametrize("name", sorted(integration.PATCHES))
+def test_every_patch_refuses_a_module_without_its_attributes(name: str) -> None:
+    with pytest.raises(IncompatibleXfuserError, match=rf"{name}\.\w+.* does not exist"):
+        integration.PATCHES[name](types.ModuleType(name))
+
+
+def test_a_module_that_xfuser_has_itself_is_left_alone(tmp_path: Path) -> None:
+    package = tmp_path / "xfuser" / "model_executor" / "pipelines"
+    package.mkdir(parents=True)
+    for folder in (package, *list(package.parents)[:2]):
+        (folder / "__init__.py").touch()
+    (package / "fastcache_pipeline.py").write_text("xFuserFastCachePipelineWrapper = 'its own'\n")
+    printed = fresh(
+        """
+        import xfuser_fastcache
+        from xfuser.model_executor.pipelines.fastcache_pipeline import (
+            xFuserFastCachePipelineWrapper as found,
+        )
+        print(found)
+        """,
+        str(tmp_path),
+    )
+    assert printed.strip() == "its own"
+
+
+def test_names_of_the_documents_exist_under_xfuser(xfuser: Any) -> None:
+    from xfuser.model_executor.cache.diffusers_adapters import flux, pixart, sd3
+    from xfuser.model_executor.pipelines import fastcache_pipeline
+
+    import xfuser_fastcache
+    from xfuser_fastcache.xdit import pipeline
+
+    for module in (flux, sd3, pixart):
+        assert module.apply_cache_on_transformer is xfuser_fastcache.apply_cache_on_transformer
+    wrapper = fastcache_pipeline.xFuserFastCachePipelineWrapper
+    assert wrapper is pipeline.xFuserFastCachePipelineWrapper
+    # xfuser's own deprecated function of the package above them stays what it is.
+    from xfuser.model_executor.cache import diffusers_adapters
+
+    own = diffusers_adapters.apply_cache_on_transformer
+    assert own.__module__ == "xfuser.model_executor.cache.diffusers_adapters"
+
+
+def parsed(xfuser: Any, adder: str, *flags: str) -> Any:
+    from xfuser.config import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    getattr(xfuser.xFuserArgs, adder)(parser)
+    return parser.parse_args(["--model", "m", *flags])
+
+
+@pytest.mark.parametrize("adder", ["add_cli_args", "add_runner_args"])
+def test_cache_method_takes_our_names_beside_xdits(
+    xfuser: Any, capsys: pytest.CaptureFixture[str], adder: str
+) -> None:
+    for method in (*integration.METHODS, "teacache", "fbcache", "dbcache"):
+        assert parsed(xfuser, adder, "--cache-method", method).cache_method == method
+    assert parsed(xfuser, adder).cache_method is None
+    with pytest.raises(SystemExit):
+        parsed(xfuser, adder, "--cache_method", "fast")
+    said = capsys.readouterr().err
+    assert "dbcache" in said and "fastcache" in said and "TaylorSeer" in said
+
+
+def test_use_cache_on_the_command_line_is_still_fast_attentions(xfuser: Any) -> None:
+    assert parsed(xfuser, "add_cli_args").use_cache is False
+    assert parsed(xfuser, "add_cli_args", "--use_cache").use_cache is True
+
+
+def test_every_backend_has_a_method_of_its_name() -> None:
+    assert integration.METHODS == {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+    for method, backend in integration.METHODS.items():
+        assert integration.requested(method).use_cache == backend
+
+
+def test_methods_that_are_not_ours_are_left_to_xdit() -> None:
+    for method in (None, "teacache", "fbcache", "dbcache"):
+        assert integration.requested(method, '{"residual_diff_threshold": 0.1}') is None
+
+
+def test_json_and_a_mapping_ask_for_the_same() -> None:
+    asked = integration.requested("fastcache", '{"cache_ratio_threshold": 0.2}')
+    assert asked == integration.requested("fastcache", {"cache_ratio_threshold": 0.2})
+    assert asked == CacheConfig(use_cache="Fast", cache_ratio_threshold=0.2)
+    named = integration.requested("fastcache", {"use_cache": "Fb"})
+    assert named == integration.requested("Fb")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("fastcache", "{", "cache_config='{' is not valid JSON"),
+        ("fastcache", "[1]", "must hold a mapping of options"),
+        ("fastcache", '{"treshold": 1}', "unknown cache option 'treshold'"),
+        ("fastcache", '{"cache_ratio_threshold": -1}', "cache_ratio_threshold=-1"),
+        ("Fb", '{"use_cache": "Tea"}', "cache_method='Fb' and use_cache='Tea' ask for two"),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(method: str, options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        integration.requested(method, options)
+
+
+EXAMPLES = {  # what xDiT's own scripts hand over, whatever the flags
+    "use_teacache": False, "use_fbcache": False, "rel_l1_thresh": 0.12,
+    "return_hidden_states_first": False, "num_steps": 28,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cache_args", "backend"),
+    [
+        (None, None),
+        ({}, None),
+        (EXAMPLES, None),
+        ({"use_teacache": True}, None),
+        ({"cache_method": "fbcache", "rel_l1_thresh": 0.1}, None),
+        ({"use_cache": "Fast"}, "Fast"),
+        ({**EXAMPLES, "use_cache": "Tea"}, "Tea"),
+        ({"cache_method": "Custom"}, "Custom"),
+        ({"cache_method": "fastcache", "cache_config": '{"rel_l1_thresh": 0.12}'}, "Fast"),
+    ],
+)
+def test_cache_args_are_ours_only_where_they_name_a_backend_of_ours(
+    cache_args: Any, backend: str | None
+) -> None:
+    config = integration._in_cache_args(cache_args)
+    assert (config and config.use_cache) == backend
+    if config is not None and "rel_l1_thresh" in str(cache_args):
+        assert config.cache_ratio_threshold == 0.12
+
+
+@pytest.mark.parametrize(
+    ("cache_args", "message"),
+    [
+        (
+            {"use_cache": "Fast", "use_teacache": True},
+            "by use_teacache in cache_args=",
+        ),
+        (
+            {"use_cache": "Fast", "cache_method": "dbcache"},
+            "by cache_method in cache_args=",
+        ),
+        ({"use_cache": "Fast", "preset_kwargs": {}}, "unknown cache option 'preset_kwargs'"),
+    ],
+)
+def test_contradicting_cache_args_are_refused(cache_args: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        integration._in_cache_args(cache_args)
+
+
+def test_the_same_cache_may_be_asked_for_twice_but_not_two() -> None:
+    fast, fb = CacheConfig(), CacheConfig(use_cache="Fb")
+    assert integration._one_of({"a": None, "b": None}) is None
+    assert integration._one_of({"a": fast, "b": None, "c": CacheConfig()}) == fast
+    with pytest.raises(ValueError, match="a and c ask for different caches"):
+        integration._one_of({"a": fast, "b": None, "c": fb})
+
+
+def test_models_of_the_runner_say_which_methods_they_take(xfuser: Any) -> None:
+    from xfuser.model_executor.models.runner_models import flux, stable_diffusion
+
+    taken = list(stable_diffusion.xFuserStableDiffusionModel.settings.step_cache_config)
+    assert taken == ["dbcache", *integration.METHODS]
+    taken = list(flux.xFuserFluxModel.settings.step_cache_config)
+    assert taken == ["teacache", "dbcache", *integration.METHODS]
+    # Its image tokens hold a second picture, which was never tested.
+    assert list(flux.xFuserFluxKontextModel.settings.step_cache_config) == ["dbcache"]
+
+
+def test_a_model_of_the_runner_that_takes_no_cache_of_ours_says_so(xfuser: Any) -> None:
+    from xfuser.model_executor.models.runner_models.flux import xFuserFluxKontextModel
+
+    config = xfuser.xFuserArgs(model="FLUX.1-Kontext-dev", cache_method="fastcache")
+    with pytest.raises(ValueError, match="does not support --cache_method fastcache. Supported: "):
+        xFuserFluxKontextModel(config)

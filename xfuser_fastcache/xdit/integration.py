@@ -1,0 +1,362 @@
+"""All that this package changes in xfuser, so that its caches are asked for as xDiT's own are.
+
+`import xfuser_fastcache` calls `install`: xfuser is not imported by it; each module of `PATCHES` is
+patched as it loads, or at once where it is loaded already. Without a request for one of our caches
+the patched functions do what xfuser's do. `uninstall` restores all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from xfuser_fastcache.published import DEFAULTS
+from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
+from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
+
+if TYPE_CHECKING:
+    from xfuser_fastcache.config import CacheConfig
+
+# What --cache_method and cache_args call our backends.
+METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+_OLD_SWITCHES = ("use_teacache", "use_fbcache")
+# Attribute of xfuser's runtime config that carries what the command line asked for.
+_REQUEST = "step_cache"
+
+_APPLY = {"apply_cache_on_transformer": ("xfuser_fastcache.apply", "apply_cache_on_transformer")}
+_ADAPTERS = "xfuser.model_executor.cache.diffusers_adapters"
+_WRAPPER = "xFuserFastCachePipelineWrapper"
+ALIASES: dict[str, Mapping[str, tuple[str, str]]] = {
+    "xfuser.model_executor.pipelines.fastcache_pipeline": {
+        _WRAPPER: ("xfuser_fastcache.xdit.pipeline", _WRAPPER)
+    },
+    **{f"{_ADAPTERS}.{family}": _APPLY for family in ("flux", "sd3", "pixart")},
+}
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What is changed in one module of xfuser.
+
+    Attributes:
+        apply: patches the module in place.
+        tested: release of xfuser that it was tested on; another one is an error.
+    """
+
+    apply: Callable[[ModuleType], None]
+    tested: str = SUPPORTED
+
+    def __call__(self, module: ModuleType) -> None:
+        """Patch the module.
+
+        Raises:
+            IncompatibleXfuserError: xfuser is another release, or lacks what is to be replaced.
+        """
+        check_xfuser_version(self.tested)
+        self.apply(module)
+
+
+_undo: list[Callable[[], Any]] = []
+
+
+def install() -> None:
+    """Make xfuser know our caches; calling again changes nothing.
+
+    Raises:
+        IncompatibleXfuserError: xfuser is loaded, and not a release that the patches were tested
+            on. Where it is not loaded yet, its import raises this.
+    """
+    if _FINDERS[0] in sys.meta_path:
+        return
+    try:
+        for name, patch in PATCHES.items():
+            if name in sys.modules:
+                patch(sys.modules[name])
+    except BaseException:
+        uninstall()
+        raise
+    sys.meta_path.insert(0, _FINDERS[0])
+    sys.meta_path.append(_FINDERS[1])
+
+
+def uninstall() -> None:
+    """Restore everything in xfuser that `install` has replaced; calling again changes nothing.
+
+    Caches that are on pipelines stay on; `remove_cache` takes them off.
+    """
+    for finder in _FINDERS:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+    while _undo:
+        _undo.pop()()
+    for name in ALIASES:
+        module = sys.modules.get(name)
+        if module is not None and module.__loader__ is _FINDERS[1]:
+            del sys.modules[name]
+            parent, _, child = name.rpartition(".")
+            delattr(sys.modules[parent], child)
+
+
+def requested(cache_method: str | None, cache_config: Any = None) -> CacheConfig | None:
+    """Return the cache that `--cache_method` and `--cache_config` ask for; None where not of ours.
+
+    Args:
+        cache_method: a name of `METHODS`, one of xDiT's own methods, or None.
+        cache_config: options of the cache, as JSON or as a mapping.
+
+    Raises:
+        ValueError: options that are not JSON, or that `CacheConfig` refuses.
+        TypeError: an option of the wrong type.
+    """
+    from xfuser_fastcache.config import CacheConfig
+
+    if cache_method not in METHODS:
+        return None
+    options = read_options(cache_config)
+    backend = options.get("use_cache", METHODS[cache_method])
+    if cache_method != "fastcache" and backend != METHODS[cache_method]:
+        raise ValueError(
+            f"cache_method={cache_method!r} and use_cache={backend!r} ask for two backends; leave "
+            "one of them out"
+        )
+    return CacheConfig.from_dict({**options, "use_cache": backend})
+
+
+def read_options(cache_config: Any) -> dict[str, Any]:
+    """Return options that are given as JSON or as a mapping; none where nothing is given.
+
+    Raises:
+        ValueError: something else.
+    """
+    options = {} if cache_config is None else cache_config
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"cache_config={options!r} is not valid JSON: {error}") from error
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"cache_config={cache_config!r} must hold a mapping of options, such as "
+            '{"cache_ratio_threshold": 0.1}'
+        )
+    return dict(options)
+
+
+def _in_cache_args(cache_args: Mapping[str, Any] | None) -> CacheConfig | None:
+    """Return the cache of ours that a pipeline's `cache_args` ask for, or None."""
+    options = dict(cache_args or {})
+    method = options.pop("cache_method", None)
+    if "use_cache" not in options and method not in METHODS:
+        return None
+    _refuse_xdits_own(cache_args)
+    for name in _OLD_SWITCHES:
+        options.pop(name, None)
+    nested = read_options(options.pop("cache_config", None))
+    return requested(method or "fastcache", nested | options)
+
+
+def _refuse_xdits_own(cache_args: Mapping[str, Any] | None) -> None:
+    """Raise where `cache_args` ask for a cache of xDiT's beside one of ours.
+
+    Raises:
+        ValueError: they do.
+    """
+    given = cache_args or {}
+    found = [name for name in _OLD_SWITCHES if given.get(name)]
+    if given.get("cache_method") not in (None, *METHODS):
+        found.append("cache_method")
+    if found:
+        raise ValueError(
+            f"a cache of xfuser_fastcache is asked for, and by {', '.join(found)} in cache_args="
+            f"{given!r} one of xDiT's own; leave one of them out"
+        )
+
+
+def _one_of(asked: Mapping[str, CacheConfig | None]) -> CacheConfig | None:
+    """Return what was asked for, by whoever asked; an error where they asked for different things.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    given = {place: config for place, config in asked.items() if config is not None}
+    (first, config), *rest = given.items() or ((None, None),)
+    for place, other in rest:
+        if other != config:
+            raise ValueError(
+                f"{first} and {place} ask for different caches, {config} and {other}; leave one of "
+                "them out"
+            )
+    return config
+
+
+def _wrap(module: ModuleType, path: str, around: Callable[[Any], Callable[..., Any]]) -> None:
+    """Put `around(original)` in place of a function or method of xfuser, until `uninstall`."""
+    require(module, path)
+    owner_path, _, name = path.rpartition(".")
+    owner = require(module, owner_path) if owner_path else module
+    previous = vars(owner)[name]
+    original = getattr(previous, "__func__", previous)
+    made: Any = functools.wraps(original)(around(original))
+    if isinstance(previous, (classmethod, staticmethod)):
+        made = type(previous)(made)
+    setattr(owner, name, made)
+    _undo.append(functools.partial(setattr, owner, name, previous))
+
+
+def _patch_args(module: ModuleType) -> None:
+    """Flags take our methods, and the engine config says which was asked for."""
+
+    def with_our_methods(add_args: Callable[..., Any]) -> Callable[..., Any]:
+        def add(parser: Any) -> Any:
+            found = add_args(parser)
+            for action in parser._actions:
+                if action.dest == "cache_method":
+                    action.choices = [*action.choices, *METHODS]
+                elif action.dest == "cache_config":
+                    action.help += " Of xfuser_fastcache's methods: JSON with their options."
+            return found
+
+        return add
+
+    def with_request(create_config: Callable[..., Any]) -> Callable[..., Any]:
+        def create(self: Any) -> Any:
+            config = requested(self.cache_method, self.cache_config)
+            engine_config, input_config = create_config(self)
+            if config is not None:
+                setattr(engine_config.runtime_config, _REQUEST, config)
+            return engine_config, input_config
+
+        return create
+
+    for name in ("add_cli_args", "add_runner_args"):
+        _wrap(module, f"xFuserArgs.{name}", with_our_methods)
+    _wrap(module, "xFuserArgs.create_config", with_request)
+
+
+def _patch_base_pipeline(module: ModuleType) -> None:
+    """Every pipeline of xfuser puts the cache on that its arguments ask for, behind all else."""
+
+    def with_cache(init: Callable[..., None]) -> Callable[..., None]:
+        def __init__(
+            self: Any, pipeline: Any, engine_config: Any, cache_args: Any = None, **others: Any
+        ) -> None:
+            from xfuser_fastcache.xdit.groups import runs_transformer
+            from xfuser_fastcache.xdit.pipeline import put_on, xFuserFastCachePipelineWrapper
+
+            own = _in_cache_args(cache_args)
+            wrapper = pipeline if type(pipeline) is xFuserFastCachePipelineWrapper else None
+            config = _one_of(
+                {
+                    "cache_args": own,
+                    "--cache_method": getattr(engine_config.runtime_config, _REQUEST, None),
+                    "enable_fastcache": None if wrapper is None else wrapper.fastcache_config,
+                }
+            )
+            if config is not None:
+                _refuse_xdits_own(cache_args)
+            if wrapper is not None:
+                pipeline = wrapper.release_pipeline()
+            init(self, pipeline, engine_config, cache_args if own is None else None, **others)
+            if config is not None and runs_transformer():
+                put_on(self, config)
+            if wrapper is not None:
+                wrapper.follow_pipeline(self, config)
+
+        return __init__
+
+    _wrap(module, "xFuserPipelineBaseWrapper.__init__", with_cache)
+
+
+def _patch_from_pretrained(class_name: str) -> Callable[[ModuleType], None]:
+    """`from_pretrained` of a pipeline takes our `cache_args`, or says that it cannot."""
+
+    def with_cache_args(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+        def load(
+            cls: Any, pretrained_model_name_or_path: Any, engine_config: Any, *args: Any, **kw: Any
+        ) -> Any:
+            if _in_cache_args(kw.get("cache_args")) is None:
+                return from_pretrained(
+                    cls, pretrained_model_name_or_path, engine_config, *args, **kw
+                )
+            cache_args = kw.pop("cache_args")
+            if kw.pop("return_org_pipeline", *args[:1] or (False,)):
+                raise ValueError(
+                    f"cache_args={cache_args!r} with return_org_pipeline=True: the original "
+                    "pipeline takes none; call apply_cache_on_transformer(pipe.transformer, "
+                    "scheduler=pipe.scheduler, ...) on it"
+                )
+            pipeline = from_pretrained(
+                cls, pretrained_model_name_or_path, engine_config, return_org_pipeline=True, **kw
+            )
+            return cls(pipeline, engine_config, cache_args)
+
+        return load
+
+    return lambda module: _wrap(module, f"{class_name}.from_pretrained", with_cache_args)
+
+
+def _patch_runner(module: ModuleType) -> None:
+    """The runner puts our caches on where it puts its own: behind quantising and compiling."""
+
+    def without_cache(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_model(self: Any) -> Any:
+            vars(self.engine_config.runtime_config).pop(_REQUEST, None)
+            return load(self)
+
+        return load_model
+
+    def with_ours(apply: Callable[..., None]) -> Callable[..., None]:
+        def apply_step_cache(self: Any) -> None:
+            config = requested(self.config.cache_method, self.config.cache_config)
+            if config is None:
+                return apply(self)
+            from xfuser_fastcache.xdit.groups import runs_transformer
+            from xfuser_fastcache.xdit.pipeline import put_on
+
+            if runs_transformer():
+                put_on(self.pipe, config)
+            require(module, "log")(f"Step cache applied: {config.use_cache} of xfuser_fastcache")
+
+        return apply_step_cache
+
+    _wrap(module, "xFuserModel._load_model_checked", without_cache)
+    _wrap(module, "xFuserModel._apply_step_cache", with_ours)
+
+
+def _allow_methods(class_name: str) -> Callable[[ModuleType], None]:
+    """A model of the runner says that it takes our methods."""
+
+    def patch(module: ModuleType) -> None:
+        settings = require(module, f"{class_name}.settings")
+        before = require(module, f"{class_name}.settings.step_cache_config")
+        settings.step_cache_config = {**before, **dict.fromkeys(METHODS)}
+        _undo.append(functools.partial(setattr, settings, "step_cache_config", before))
+
+    return patch
+
+
+_PIPELINES = "xfuser.model_executor.pipelines"
+_RUNNER_MODELS = "xfuser.model_executor.models.runner_models"
+PATCHES: dict[str, Patch] = {
+    "xfuser.config.args": Patch(_patch_args),
+    f"{_PIPELINES}.base_pipeline": Patch(_patch_base_pipeline),
+    f"{_PIPELINES}.pipeline_flux": Patch(_patch_from_pretrained("xFuserFluxPipeline")),
+    f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
+        _patch_from_pretrained("xFuserStableDiffusion3Pipeline")
+    ),
+    f"{_PIPELINES}.pipeline_pixart_alpha": Patch(
+        _patch_from_pretrained("xFuserPixArtAlphaPipeline")
+    ),
+    f"{_PIPELINES}.pipeline_pixart_sigma": Patch(
+        _patch_from_pretrained("xFuserPixArtSigmaPipeline")
+    ),
+    f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),
+    f"{_RUNNER_MODELS}.flux": Patch(_allow_methods("xFuserFluxModel")),
+    f"{_RUNNER_MODELS}.stable_diffusion": Patch(_allow_methods("xFuserStableDiffusionModel")),
+}
+_FINDERS = (PatchingFinder(PATCHES), AliasFinder(ALIASES))

@@ -1,0 +1,70 @@
+"""Changes modules of xfuser as they load, and adds importable names beside them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+
+class PatchingFinder(importlib.abc.MetaPathFinder):
+    """Lets the finders behind it find a module and patches it as soon as it has run.
+
+    Args:
+        patches: what is called with a module, by the module's name.
+    """
+
+    def __init__(self, patches: Mapping[str, Callable[[ModuleType], None]]):
+        self.patches = patches
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """Return the spec that the finders behind give, with a loader that patches the module."""
+        patch = self.patches.get(fullname)
+        if patch is None:
+            return None
+        # Only those behind: two finders of this kind that asked each other would never end.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find_spec = getattr(finder, "find_spec", None)
+            spec = None if find_spec is None else find_spec(fullname, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module: ModuleType) -> None:
+            execute(module)
+            patch(module)
+
+        # On the instance, so that the loader keeps its type and everything else it offers.
+        spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+class AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes names of ours importable under module names that nobody else has.
+
+    Put it last in `sys.meta_path`: then a module that exists is found first.
+
+    Args:
+        aliases: by module name, the names that it offers, each as `(module, attribute)`.
+    """
+
+    def __init__(self, aliases: Mapping[str, Mapping[str, tuple[str, str]]]):
+        self.aliases = aliases
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """Return a spec for the names that are listed, None for all others."""
+        if fullname not in self.aliases:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module."""
+        for name, (home, attribute) in self.aliases[module.__name__].items():
+            setattr(module, name, getattr(importlib.import_module(home), attribute))
+        module.__doc__ = "Names of xfuser_fastcache under the module name of FastCache's documents."
