@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch.distributed as dist
 from _serve.drawing import Painter
-from _serve.line import Line, RankMissing, connect
+from _serve.line import Line, RankMissing, StopSign, connect
 from _serve.service import Service, follow
 from _serve.web import WebServer, listen, make_app
 from generate import cache_config, load, parser, read_options, start
@@ -99,6 +99,7 @@ def lead(painter: Painter, line: Line, service: Service, web: WebServer, model: 
     ranks = dist.get_world_size()
     say(f"serving {model} on {web.address} with {ranks} rank(s); end it with: kill {os.getpid()}")
     service.run(line)
+    say("the queue is empty, and the ranks leave")
     web.close()
     line.send({"leave": True})
     line.close()
@@ -141,8 +142,10 @@ def main() -> None:
     door = listen(options.host, options.port) if leads else None
     painter = Painter(load(options), options, config)
     rank = dist.get_rank()
+    stop = StopSign()
     service = Service(
         painter,
+        stop,
         queue_size=options.queue_size,
         generation_timeout_s=options.generation_timeout_s,
         drain_timeout_s=options.drain_timeout_s,
@@ -155,15 +158,12 @@ def main() -> None:
         os._exit(1)
 
     try:
-        line = connect(options.peer_timeout_s, end)
+        line = connect(options.peer_timeout_s, end, stop)
     except RankMissing as error:
         end(str(error))
 
-    def ask_to_stop(number: int, _: Any) -> None:
-        line.stop_signal = signal.Signals(number).name
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+        signal.signal(number, lambda given, _: stop.set(signal.Signals(given).name))
     if leads:
         lead(painter, line, service, web_of(painter, service, door, options), options.model)
     else:

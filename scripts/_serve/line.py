@@ -8,6 +8,7 @@ dying is noticed by its silence.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import secrets
@@ -16,6 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
@@ -30,6 +32,24 @@ class RankMissing(RuntimeError):
     """A rank did not connect, report or leave in time; the message names it."""
 
 
+class StopSign:
+    """Why and since when a service is to end; set by a signal handler, or by another rank's.
+
+    Attributes:
+        reason: the signal's name; empty while nothing was said.
+        since: on the monotonic clock, in seconds.
+    """
+
+    reason = ""
+    since = math.inf
+
+    def set(self, reason: str) -> None:
+        """Ask for the end; the first reason stands."""
+        if not self.reason:
+            self.since = time.monotonic()
+            self.reason = reason
+
+
 class Line:
     """This rank's end of the line: rank 0 talks to all others, the others to rank 0.
 
@@ -40,6 +60,7 @@ class Line:
         connections: to each rank that this one talks to.
         patience_s: longest silence of a connected rank in seconds.
         on_loss: called once, in the thread, with a sentence that names who is lost or late.
+        stop: told to the other ends when it is set, and set when they tell.
     """
 
     def __init__(
@@ -48,12 +69,13 @@ class Line:
         connections: dict[int, Connection],
         patience_s: float,
         on_loss: Callable[[str], None],
+        stop: StopSign,
     ):
         self.rank = rank
         self.connections = connections
         self.patience_s = patience_s
         self.on_loss = on_loss
-        self.stop_signal = ""  # set in a signal handler, told to rank 0 by the thread
+        self.stop = stop
         self._inbox: dict[int, queue.SimpleQueue[dict[str, Any]]] = {
             peer: queue.SimpleQueue() for peer in connections
         }
@@ -136,7 +158,7 @@ class Line:
             now = time.monotonic()
             if now >= next_sign:
                 next_sign = now + interval
-                self.send(_ALIVE | ({"stop": self.stop_signal} if self.stop_signal else {}))
+                self.send(_ALIVE | ({"stop": self.stop.reason} if self.stop.reason else {}))
             silent = [peer for peer, last in heard.items() if now - last > self.patience_s]
             if silent:
                 return self._lose(f"no sign of life from {names(silent)} for {self.patience_s:g} s")
@@ -146,7 +168,7 @@ class Line:
 
     def _take(self, peer: int, message: dict[str, Any]) -> None:
         if "stop" in message:
-            self.stop_signal = message["stop"]
+            self.stop.set(message["stop"])
         if "alive" in message:
             return
         if message.get("leave"):
@@ -173,7 +195,9 @@ def names(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def connect(patience_s: float, on_loss: Callable[[str], None], limit_s: float = 120.0) -> Line:
+def connect(
+    patience_s: float, on_loss: Callable[[str], None], stop: StopSign, limit_s: float = 120.0
+) -> Line:
     """Connect all ranks of the process group to rank 0; every rank makes this call.
 
     The address and a key that is drawn anew each time go through the process group's store. Where
@@ -182,10 +206,11 @@ def connect(patience_s: float, on_loss: Callable[[str], None], limit_s: float = 
     Args:
         patience_s: longest silence of a rank in seconds.
         on_loss: as of `Line`.
+        stop: as of `Line`.
         limit_s: longest wait for the others in seconds.
 
     Raises:
-        RankMissing: naming the ranks that did not connect.
+        RankMissing: naming the ranks that did not connect, or rank 0.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     connections: dict[int, Connection] = {}
@@ -194,11 +219,15 @@ def connect(patience_s: float, on_loss: Callable[[str], None], limit_s: float = 
         if rank == 0:
             connections = _accept(store, world_size, limit_s)
         else:
+            try:
+                store.wait([_KEY], timedelta(seconds=limit_s))
+            except dist.DistStoreError as error:
+                raise RankMissing(f"rank 0 opened no line within {limit_s:g} s") from error
             host, port, key = json.loads(store.get(_KEY))
             connection = Client((host, port), authkey=bytes.fromhex(key))
             connection.send_bytes(str(rank).encode())
             connections = {0: connection}
-    return Line(rank, connections, patience_s, on_loss)
+    return Line(rank, connections, patience_s, on_loss, stop)
 
 
 def _accept(store: Any, world_size: int, limit_s: float) -> dict[int, Connection]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from _serve.drawing import Painter
-from _serve.line import Line, names
+from _serve.line import Line, StopSign, names
 from _serve.meters import Meters
 from _serve.requests import RequestRefused
 
@@ -72,6 +72,7 @@ class Service:
 
     Args:
         painter: draws on this rank.
+        stop: set when the service is to end.
         queue_size: most requests that wait; the one being drawn is not among them.
         generation_timeout_s: longest that one picture may take, in seconds; then the service ends,
             for a rank does not answer.
@@ -81,16 +82,17 @@ class Service:
     def __init__(
         self,
         painter: Painter,
+        stop: StopSign,
         *,
         queue_size: int,
         generation_timeout_s: float,
         drain_timeout_s: float,
     ):
         self.painter = painter
+        self.stop = stop
         self.queue_size = queue_size
         self.generation_timeout_s = generation_timeout_s
         self.drain_timeout_s = drain_timeout_s
-        self.stopping = ""
         self.broken = ""
         self._waiting: deque[_Job] = deque()
         self._running: _Job | None = None
@@ -107,9 +109,9 @@ class Service:
             Stopping: the service is about to end.
         """
         with self._changed:
-            if self.stopping or self.broken:
+            if self.stop.reason or self.broken:
                 self.meters.count("stopping")
-                raise Stopping(self.broken or f"the service is stopping ({self.stopping})")
+                raise Stopping(self.broken or f"the service is stopping ({self.stop.reason})")
             waiting = self._count_waiting()
             if waiting >= self.queue_size:
                 self.meters.count("full")
@@ -126,23 +128,18 @@ class Service:
             return job.answer
 
     def run(self, line: Line) -> None:
-        """Serve until the line's stop signal is set and the queue is empty or its time over."""
-        drained_by = math.inf
+        """Serve until the stop sign is set and the queue is empty or its time over."""
         while True:
-            if line.stop_signal and not self.stopping:
-                with self._changed:
-                    self.stopping = line.stop_signal
-                drained_by = time.monotonic() + self.drain_timeout_s
-                logger.warning("%s: taking no more requests", self.stopping)
+            stopping = self.stop.reason  # read before the queue, which nothing enters afterwards
             job = self._next()
-            if job is None and self.stopping:
+            if job is None and stopping:
                 return
             if job is None or not job.answer.set_running_or_notify_cancel():
                 continue
-            if time.monotonic() > drained_by:
+            if time.monotonic() > self.stop.since + self.drain_timeout_s:
                 self.meters.count("stopping")
                 job.answer.set_exception(
-                    Stopping(f"the service stopped ({self.stopping}) before this request's turn")
+                    Stopping(f"the service stopped ({stopping}) before this request's turn")
                 )
                 continue
             self._running = job

@@ -95,7 +95,7 @@ def make_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        ending = service.broken or service.stopping
+        ending = service.broken or service.stop.reason
         state = {"status": "stopping" if ending else "ok", **about}
         return JSONResponse(state, 503 if ending else 200)
 
