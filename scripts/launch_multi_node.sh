@@ -54,11 +54,9 @@ need_number --nproc_per_node "$ranks" 1
 
 address="$(getent ahostsv4 "$master_addr" | awk 'NR == 1 { print $1 }' || true)"
 [[ -n "$address" ]] || die "--master_addr $master_addr: no such host"
-if [[ -z "$interface" || "$node_rank" == 0 ]]; then
-    command -v ip >/dev/null || die "the command ip is missing (package iproute2)"
-    # Left empty where the address belongs to another machine.
-    holder="$(ip -o -4 addr show | awk -v address="$address/" 'index($4, address) == 1 { print $2; exit }')"
-fi
+command -v ip >/dev/null || die "the command ip is missing (package iproute2)"
+# Empty where the address belongs to another machine.
+holder="$(ip -o -4 addr show | awk -v address="$address/" 'index($4, address) == 1 { print $2 }' | head -n 1)"
 if [[ "$node_rank" == 0 && -z "$holder" ]]; then
     die "--master_addr $master_addr ($address) is no address of this machine, but --node_rank is 0." \
         "Start number 0 there, or give an address of this one: $(hostname -I)"
@@ -67,8 +65,9 @@ if [[ -z "$interface" ]]; then
     interface="${holder:-$(ip -o route get "$address" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p')}"
     [[ -n "$interface" ]] || die "no route to $address: give --interface, or mend the network"
 fi
-[[ -e "/sys/class/net/$interface" ]] ||
-    die "--interface $interface: no such interface; there are $(ls /sys/class/net | tr '\n' ' ')"
+ip link show dev "$interface" >/dev/null 2>&1 ||
+    die "--interface $interface: no such interface; there are" \
+        "$(ip -o link show | sed 's/^[0-9]*: \([^:@]*\).*/\1/' | tr '\n' ' ')"
 # Left alone, gloo takes the address that this host's own name has, often a loopback one.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
