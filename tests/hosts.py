@@ -7,6 +7,7 @@ launchers still meet, but over an address that they share.
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from types import TracebackType
 
@@ -19,10 +20,13 @@ class TwoHosts:
     Attributes:
         kind: "network namespaces" or "loopback".
         address: of host 0.
+        port: one that is free there.
     """
 
     def __init__(self) -> None:
         self.kind, self.address = "loopback", "127.0.0.1"
+        with socket.create_server(("127.0.0.1", 0)) as door:
+            self.port = str(door.getsockname()[1])
         self._keepers: list[subprocess.Popen[bytes]] = []
 
     def enter(self, host: int) -> list[str]:

@@ -94,7 +94,7 @@ def start(hosts: TwoHosts, host: int, script: str, output: Path, *flags: str) ->
     command = [
         *hosts.enter(host), "bash", str(ROOT / "scripts" / "launch_multi_node.sh"), script,
         "--nnodes", "2", "--node_rank", str(host), "--master_addr", hosts.address,
-        "--master_port", "29571", "--nproc_per_node", "1", "--join_timeout_s", "120",
+        "--master_port", hosts.port, "--nproc_per_node", "1", "--join_timeout_s", "120",
         "--config", CONFIG, "--ulysses_degree", "2", *flags,
     ]  # fmt: skip
     environment = {k: v for k, v in ENVIRONMENT.items() if not k.endswith("_SOCKET_IFNAME")}
