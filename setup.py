@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
+SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 
 setup(
     name="xfuser-fastcache",
@@ -42,9 +43,11 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn"],
+        "serve": SERVE,
+        "ray": ["ray"],
         "bench": ["cache-dit>=1.5,<1.6"],
         # Linter, formatter and type checker change their minds between minor versions.
-        "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*"],
+        "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*", "httpx", *SERVE],
     },
     entry_points={
         "console_scripts": ["xdit-fastcache = xfuser_fastcache.xdit.runner:launch"],

@@ -85,14 +85,13 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def options_from(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line over the config file it names.
+def read_options(flags: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line over the config file it names.
 
     Raises:
         ValueError: the file does not parse, or holds a key that is no flag.
-        SystemExit: a wrong flag.
+        SystemExit: a wrong flag, or no model.
     """
-    flags = parser()
     path = flags.parse_args(arguments).config
     if path:
         given = read_mapping(path)
@@ -101,12 +100,19 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
         if unknown:
             raise ValueError(
                 f"{path}: {', '.join(map(repr, unknown))} is no flag of this script; "
-                "see scripts/generate.py --help"
+                f"see scripts/{flags.prog} --help"
             )
         flags.set_defaults(**given)
     options = flags.parse_args(arguments)
     if not options.model:
         flags.error("--model is needed, on the command line or in the config file")
+    return options
+
+
+def options_from(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line of this script; see `read_options`."""
+    flags = parser()
+    options = read_options(flags, arguments)
     if isinstance(options.prompt, str):
         options.prompt = [options.prompt]
     if not any(options.prompt or ()):
@@ -213,13 +219,16 @@ class Generator:
             apply_cache_on_transformer(pipe.transformer, config=config, scheduler=pipe.scheduler)
         noise = torch.Generator("cpu").manual_seed(self.seed)
         dist.barrier(group=self.world.cpu_group)
-        with PeakMemory() as memory, DenoisingTimer(pipe) as timer:
-            output = pipe(**{**self.arguments, "generator": noise, **changes})
-        run = Run(timer.seconds, memory.bytes, [] if output is None else list(output.images))
-        if config is not None:
-            run.statistics = get_cache_statistics(pipe.transformer)
-            run.trace = get_cache_trace(pipe.transformer)
-            remove_cache(pipe.transformer)
+        try:
+            with PeakMemory() as memory, DenoisingTimer(pipe) as timer:
+                output = pipe(**{**self.arguments, "generator": noise, **changes})
+            run = Run(timer.seconds, memory.bytes, [] if output is None else list(output.images))
+            if config is not None:
+                run.statistics = get_cache_statistics(pipe.transformer)
+                run.trace = get_cache_trace(pipe.transformer)
+        finally:
+            if config is not None:
+                remove_cache(pipe.transformer)
         return run
 
     def gather(self, run: Run | None) -> list[Run | None]:
@@ -348,12 +357,18 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"measured on {report['environment']['device']}, median of {report['repeat']} run(s)")
 
 
+def picture_of(image: np.ndarray) -> Any:
+    """Return an image in [0, 1], `(height, width, 3)`, as an 8-bit PIL picture."""
+    from PIL import Image
+
+    return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+
+
 def save_pictures(kind: str, images: list[np.ndarray], directory: Path) -> None:
     """Write the pictures as PNG: one by one, and as a grid where there are several."""
     from diffusers.utils import make_image_grid
-    from PIL import Image
 
-    pictures = [Image.fromarray((np.clip(i, 0, 1) * 255).round().astype(np.uint8)) for i in images]
+    pictures = [picture_of(image) for image in images]
     if len(pictures) > 1:
         for index, picture in enumerate(pictures):
             picture.save(directory / f"{kind}_{index}.png")

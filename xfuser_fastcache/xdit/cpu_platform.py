@@ -352,6 +352,31 @@ def _prepare_run_on_cpu(module: ModuleType, pass_sequence_length: bool) -> Calla
     return prepare_run
 
 
+class _StaysOnHost:
+    """A pipeline class whose pipelines do not go to the CUDA device that Ray's worker names."""
+
+    def __init__(self, pipeline_class: Any):
+        self._pipeline_class = pipeline_class
+
+    def from_pretrained(self, **arguments: Any) -> _StaysOnHost:
+        self._pipe = self._pipeline_class.from_pretrained(**arguments)
+        return self
+
+    def to(self, device: str) -> Any:
+        return self._pipe
+
+
+def _patch_ray_worker(module: ModuleType) -> None:
+    path = "DiTWorker.from_pretrained"
+    load = require(module, path)
+
+    @functools.wraps(load)
+    def from_pretrained(self: Any, PipelineClass: Any, *arguments: Any, **options: Any) -> None:
+        load(self, _StaysOnHost(PipelineClass), *arguments, **options)
+
+    replace(module, path, from_pretrained)
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "xfuser.envs": _patch_envs,
     "xfuser.core.distributed.attention_backend": _patch_attention_backend,
@@ -365,6 +390,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "xfuser.model_executor.models.runner_models.loading.placement": _patch_placement,
     "xfuser.model_executor.pipelines.pipeline_flux": _patch_flux_prepare_run,
     "xfuser.model_executor.pipelines.pipeline_stable_diffusion_3": _patch_sd3_prepare_run,
+    "xfuser.ray.worker.worker": _patch_ray_worker,
     "xfuser.runner": _patch_torch,
 }
 _FINDER = PatchingFinder(PATCHES)
