@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def read_options(flags: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+def read_flags(flags: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """Parse a command line over the config file it names.
 
     Raises:
@@ -110,9 +110,9 @@ def read_options(flags: argparse.ArgumentParser, arguments: list[str]) -> argpar
 
 
 def options_from(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line of this script; see `read_options`."""
+    """Parse the command line of this script; see `read_flags`."""
     flags = parser()
-    options = read_options(flags, arguments)
+    options = read_flags(flags, arguments)
     if isinstance(options.prompt, str):
         options.prompt = [options.prompt]
     if not any(options.prompt or ()):

@@ -27,7 +27,7 @@ from _serve.drawing import Painter
 from _serve.line import Line, RankMissing, StopSign, connect
 from _serve.service import Service, follow
 from _serve.web import WebServer, listen, make_app
-from generate import cache_config, load, parser, read_options, start
+from generate import cache_config, load, parser, read_flags, start
 
 from xfuser_fastcache.xdit import cpu_platform
 
@@ -80,7 +80,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
         SystemExit: a wrong flag, or one that a service cannot serve.
     """
     known = flags()
-    options = read_options(known, arguments)
+    options = read_flags(known, arguments)
     if options.data_parallel_degree > 1:
         known.error(
             f"--data_parallel_degree {options.data_parallel_degree}: a service draws one picture "
