@@ -191,6 +191,7 @@ def compiles(
         twin = Subject.load(subject.model, subject.scale)
         how(twin, uncached)
         wanted = twin()
+        twin()
         torch._dynamo.reset()
         change = {when: lambda subject: how(subject, cached)}
         found = beside(subject, wanted=wanted, **change, **options)
