@@ -23,7 +23,8 @@ setup(
         "torch>=2.6",
         # xfuser imports triton even where there is no GPU, and does not ask for it.
         'triton; platform_system=="Linux"',
-        "diffusers>=0.35",
+        # Older ones do not import beside transformers 5.
+        "diffusers>=0.37",
         # The compatibility layer is written against the internals of this minor version.
         "xfuser>=0.7,<0.8",
         "yunchang",

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from xfuser_fastcache.backends import forecaster_of, gate_of
+from xfuser_fastcache.backends import FORECASTERS, forecaster_of, gate_of
 from xfuser_fastcache.block_contract import ENCODER, BlockContract, ModelAdapter
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.fitted import check_model, fingerprint, load_fitted, settled
 from xfuser_fastcache.forward_contract import ForwardContract
-from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on
+from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.layout import DecisionGroup, PlainLayout
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
 from xfuser_fastcache.probes import Probe
@@ -64,7 +64,8 @@ def apply_cache_on_transformer(
         The same transformer.
 
     Raises:
-        ValueError: an unsupported model, one that is cached already, a wrong option.
+        ValueError: an unsupported model, one that is cached already or compiled as a whole, a wrong
+            option.
         TypeError: an option of the wrong type.
         NotImplementedError: an option that is not built yet.
         ConsensusError: ranks were given different options or models, or one did not come.
@@ -99,6 +100,8 @@ def apply_cache_on_transformer(
         fitted = load_fitted(path)
         config = settled(config, fitted)
     apart = Probe.FIRST_RESIDUAL in gate_of(config, fitted).probes
+    if isinstance(transformer, nn.Module):
+        refuse_compiled(transformer, FORECASTERS[config.forecaster].whole_forward)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
@@ -146,7 +149,8 @@ def apply_cache_on_transformer(
         polynomial=adapter.tea_polynomial,
         tokens=tokens,
     )
-    attachment = Attachment(transformer, model, blocks)
+    embedder = model.get_submodule(adapter.embedder)
+    attachment = Attachment(transformer, model, blocks, embedder)
     attachment.attach(engine, _step_opener(engine, adapter, layout, attachment, scheduler))
     return transformer
 

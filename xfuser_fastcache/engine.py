@@ -194,12 +194,17 @@ class CacheEngine:
         """
         if self.fitted is not None and call.starts_generation:
             wrong = self.fitted.differs_from(self.timeline.planned_levels)
+            if not wrong and call.planned_step:
+                wrong = (
+                    f"it begins at step {call.planned_step} of the plan, as image-to-image does "
+                    "with strength below 1, and those that it was made with began at step 0"
+                )
             if wrong:
                 self.timeline.restart()
                 raise ValueError(
                     f"the calibration is not for this generation: {wrong}. Give the scheduler, "
-                    "the number of steps and the size of picture that it was made with, or make "
-                    "another with scripts/calibrate.py"
+                    "the number of steps and the size of picture that it was made with, make "
+                    "another with scripts/calibrate.py, or leave calibration out"
                 )
         mask = self.config.steps_mask
         if mask is None:

@@ -1,14 +1,21 @@
-"""Puts the engine around a transformer and each of its blocks, on diffusers' own hooks."""
+"""Puts the engine around a transformer and each of its blocks, on diffusers' own hooks.
+
+Where a module was compiled by `module.compile()`, the engine stands in front of what was compiled:
+a hook within would be compiled with it, anew for each block. So all blocks of a class share a graph
+as they do uncached, and a skipped block costs no compiled call.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
 from xfuser_fastcache.engine import CacheEngine
@@ -16,6 +23,42 @@ from xfuser_fastcache.ownership import TransformerInUse
 
 HOOK = "xfuser_fastcache"
 BRANCH_HOOK = "xfuser_fastcache_branch"
+
+_COMPILE_INSTEAD = (
+    "Compile its blocks in place, before or after the cache is applied: "
+    "transformer.compile_repeated_blocks(), or block.compile() for each block. With "
+    "forecaster='output' the whole transformer may be compiled in place, by "
+    "transformer.compile() before the cache is applied."
+)
+
+
+def refuse_compiled(transformer: nn.Module, whole_forward: bool) -> None:
+    """Refuse a transformer whose compiled code would run past the cache or contain it.
+
+    Args:
+        transformer: that is to be cached.
+        whole_forward: whether the forecaster stands in for the whole forward pass.
+
+    Raises:
+        ValueError: it says what to compile instead.
+    """
+    if any(map(is_compiled_module, transformer.modules())):
+        what = "is wrapped by torch.compile(module), or holds modules that are"
+    elif transformer._compiled_call_impl is not None and not whole_forward:
+        what = "is compiled as a whole, which leaves nothing between its blocks"
+    else:
+        return
+    raise ValueError(f"this {type(transformer).__name__} {what}. {_COMPILE_INSTEAD}")
+
+
+@torch.compiler.disable
+def _refuse_tracing(module: nn.Module) -> NoReturn:
+    # Not compiled itself, so that its error ends the call in place of cutting the graph.
+    raise RuntimeError(
+        f"torch.compile reached into the cache: what calls this {type(module).__name__} is "
+        "compiled, so that skipping would be compiled with it. Call remove_cache first. "
+        f"{_COMPILE_INSTEAD}"
+    )
 
 
 class _BranchName(StateManager):
@@ -34,7 +77,7 @@ class _BranchName(StateManager):
         return getattr(self._given, "name", None)
 
     def set_context(self, context: Any) -> None:
-        # A name in diffusers 0.35, an object that carries it later.
+        # A name in diffusers 0.37, an object that carries it later.
         self._given.name = getattr(context, "name", context)
 
 
@@ -58,7 +101,11 @@ class TransformerHook(ModelHook):
 
         Raises:
             TransformerInUse: the cache serves another thread's generation, which goes on unharmed.
+            RuntimeError: it is being compiled as a whole.
         """
+        if torch.compiler.is_compiling():
+            _refuse_tracing(module)
+        self.attachment.follow_compilation()
         with self.engine.ownership.visit():
             try:
                 self.open_step(args, kwargs)
@@ -90,7 +137,13 @@ class BlockHook(ModelHook):
         self.index = index
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the block through the engine."""
+        """Run the block through the engine.
+
+        Raises:
+            RuntimeError: the transformer around it is being compiled as a whole.
+        """
+        if torch.compiler.is_compiling():
+            _refuse_tracing(module)
         return self.engine.run_block(self.index, self.fn_ref.original_forward, args, kwargs)
 
 
@@ -117,8 +170,8 @@ class AttentionHook(ModelHook):
 class BranchNameHook(ModelHook):
     """Receives the names of branches; alone stateful, since diffusers visits stateful hooks.
 
-    It sits on a block: `cache_context` begins at the model inside xfuser's wrapper and looks for
-    hooks below that.
+    It sits below the model, since `cache_context` begins at the model inside xfuser's wrapper and
+    looks for hooks below that; and on no block, so that a compiled block stays as it was.
 
     Args:
         branch_name: where the name is left.
@@ -133,6 +186,42 @@ class BranchNameHook(ModelHook):
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Nothing to do: the engine tells generations apart by itself, alike on all ranks."""
         return module
+
+
+class _CompiledCall:
+    """Takes the place of a module's compiled call, and leaves what is compiled as it was.
+
+    Args:
+        module: that was compiled by `module.compile()`.
+        hook: goes around the call.
+    """
+
+    def __init__(self, module: nn.Module, hook: ModelHook):
+        self.module = module
+        self.hook = hook
+        self.compiled = module._compiled_call_impl
+        hook.fn_ref = HookFunctionReference()
+        hook.fn_ref.original_forward = self.compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hook.new_forward(self.module, *args, **kwargs)
+
+
+@contextmanager
+def _beneath_accelerate(module: nn.Module) -> Iterator[None]:
+    """Let hooks be put on and taken off beneath accelerate's.
+
+    diffusers takes accelerate's off and puts them on again after each generation (model CPU
+    offload), and with them would go what stands on top of them.
+    """
+    if "_old_forward" not in module.__dict__:
+        yield
+        return
+    outer, module.forward = module.forward, module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, outer
 
 
 def _registry(module: nn.Module) -> HookRegistry:
@@ -161,45 +250,88 @@ class Attachment:
         transformer: whose forward the pipeline calls (perhaps xfuser's wrapper).
         model: the diffusers model that holds the blocks (perhaps the same module).
         blocks: the blocks that this rank holds, in order.
+        embedder: a module of the model that is no block, for the names of branches.
     """
 
-    def __init__(self, transformer: nn.Module, model: nn.Module, blocks: list[nn.Module]):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        embedder: nn.Module,
+    ):
         self.transformer = transformer
         self.model = model
         self.blocks = blocks
+        self.embedder = embedder
         self.branch_name = _BranchName()
         # Names that were in a module's own dictionary before; the hooks may add the others.
         self._before: dict[nn.Module, frozenset[str]] = {}
+        self._block_hooks: list[tuple[nn.Module, BlockHook]] = []
+        # Modules whose compiled call we stand in front of.
+        self._compiled: list[nn.Module] = []
 
     def attach(self, engine: CacheEngine, open_step: Callable[..., None]) -> None:
         """Put the hooks on."""
-        self._register(self.transformer, TransformerHook(self, engine, open_step))
-        self._register(self.blocks[0], BranchNameHook(self.branch_name), BRANCH_HOOK)
+        self._put(self.transformer, TransformerHook(self, engine, open_step))
+        self._register(self.embedder, BranchNameHook(self.branch_name), BRANCH_HOOK)
         if not engine.forecaster.whole_forward:
             for index, block in enumerate(self.blocks):
-                self._register(block, BlockHook(engine, index))
+                hook = BlockHook(engine, index)
+                self._put(block, hook)
+                self._block_hooks.append((block, hook))
                 for name, module in engine.attention_of(index, block).items():
                     self._register(module, AttentionHook(engine, (index, name)))
         _forget_children(self.model)
 
+    def follow_compilation(self) -> None:
+        """Go around what blocks have been compiled to since the hooks were put on."""
+        for block, hook in self._block_hooks:
+            compiled = block._compiled_call_impl
+            if compiled is not None and not isinstance(compiled, _CompiledCall):
+                self._unregister(block)
+                self._put(block, hook)
+
+    def _put(self, module: nn.Module, hook: ModelHook) -> None:
+        if module._compiled_call_impl is None:
+            self._register(module, hook)
+        else:
+            module._compiled_call_impl = _CompiledCall(module, hook)
+            self._compiled.append(module)
+
     def _register(self, module: nn.Module, hook: ModelHook, name: str = HOOK) -> None:
         self._before.setdefault(module, frozenset(module.__dict__))
-        _registry(module).register_hook(hook, name)
+        with _beneath_accelerate(module):
+            _registry(module).register_hook(hook, name)
 
-    def detach(self) -> None:
-        """Take the hooks off, and with them whatever registering them has left on the modules."""
-        for module, before in self._before.items():
-            registry = _registry(module)
+    def _unregister(self, module: nn.Module) -> None:
+        """Take our hooks off a module, and whatever registering them has left on it."""
+        before = self._before.pop(module, None)
+        if before is None:
+            return
+        registry = _registry(module)
+        with _beneath_accelerate(module):
             for name in (HOOK, BRANCH_HOOK):
                 registry.remove_hook(name, recurse=False)
             if not registry.hooks:
                 # remove_hook leaves the registry, and the bound method as an instance attribute.
                 for name in {"_diffusers_hook", "forward"} - before:
                     module.__dict__.pop(name, None)
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for module in list(self._before):
+            self._unregister(module)
+        for module in self._compiled:
+            if isinstance(module._compiled_call_impl, _CompiledCall):
+                module._compiled_call_impl = module._compiled_call_impl.compiled
         _forget_children(self.model)
 
 
 def hook_on(transformer: nn.Module) -> TransformerHook | None:
     """Return the cache's hook on `transformer`, or None."""
+    compiled = getattr(transformer, "_compiled_call_impl", None)
+    if isinstance(compiled, _CompiledCall):
+        return compiled.hook
     registry = transformer.__dict__.get("_diffusers_hook")
     return registry.get_hook(HOOK) if registry is not None else None
