@@ -176,7 +176,6 @@ class Calibrator:
             **fingerprint(model, self.adapter.model_class, self.adapter.embedder, blocks),
             "scheduler": type(scheduler).__name__,
             "num_inference_steps": self.options.num_inference_steps,
-            "significance_levels": self.options.significance_level,
             "seed": self.options.seed,
             "generations": len(self.prompts),
             "call": self.call,
@@ -234,8 +233,9 @@ def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any
     runs.latents(0)  # also sets the scheduler's steps
     full = [runs.record(i, "full") for i in track(indices, "full computation", console=console)]
     parts = build.split(full)
+    metadata = {**runs.metadata(), "significance_levels": options.significance_level}
     fitted = build.fit(
-        parts, runs.levels(), options.max_lag, options.cache_ratio_threshold, runs.metadata()
+        parts, runs.levels(), options.max_lag, options.cache_ratio_threshold, metadata
     )
     report: dict[str, Any] = {}
     if options.computed_steps:

@@ -40,6 +40,7 @@ ROOMS = (
     "statistics",
     "watchdog",
     "consensus",
+    "fitted_maps",
     "fitted",
     "moments",
     "option_tables",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from xfuser_fastcache.block_contract import ENCODER, BlockContract, ModelAdapter
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.fitted import check_model, fingerprint, load_fitted, settled
+from xfuser_fastcache.fitted import CALIBRATION, check_model, fingerprint, load_fitted, settled
+from xfuser_fastcache.fitted_maps import LINEAR_MAPS, load_maps
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.layout import DecisionGroup, PlainLayout
@@ -90,8 +92,11 @@ def apply_cache_on_transformer(
             f"this {type(transformer).__name__} is cached already; call remove_cache(transformer) "
             "first"
         )
-    path, fitted = config.calibration or "", None
-    if path:
+    path, fitted, maps = config.calibration or config.linear_maps or "", None, None
+    if config.linear_maps:
+        maps = load_maps(path)
+        config = replace(config, linear_maps=maps.digest)
+    elif path:
         if scheduler is None:
             raise ValueError(
                 f"calibration={path!r} needs the pipeline's scheduler, whose steps it was made "
@@ -108,6 +113,12 @@ def apply_cache_on_transformer(
     _check_return_order(config, adapter)
     held = {name: list(getattr(model, name)) for name in adapter.block_lists}
     group = layout.decision_group()
+    if maps is not None and group.stages > 1:
+        raise ValueError(
+            f"linear_maps={path!r} is fitted for the whole stack of blocks, of which each of the "
+            f"{group.stages} pipeline stages holds a part; leave linear_maps out, or run with "
+            "pipefusion_parallel_degree=1"
+        )
     layout.limit_waits(config.sync_timeout_s)
     consensus = Consensus(
         group,
@@ -121,10 +132,12 @@ def apply_cache_on_transformer(
     )
     blocks = [block for listed in held.values() for block in listed]
     infos = _block_infos(tuple(held), consensus.stages, config.granularity, apart)
-    if fitted is not None:
+    made = fitted or maps
+    if made is not None:
+        kind = CALIBRATION if made is fitted else LINEAR_MAPS
         found = fingerprint(model, adapter.model_class, adapter.embedder, len(infos))
         try:
-            check_model(fitted, path, found)
+            check_model(made.metadata, path, kind, found)
         except ValueError:
             consensus.close()
             raise
@@ -148,6 +161,7 @@ def apply_cache_on_transformer(
         modulated=partial(adapter.modulated_input, blocks[0]) if first_block == 0 else None,
         polynomial=adapter.tea_polynomial,
         tokens=tokens,
+        maps=None if maps is None else maps.of[config.forecaster],
     )
     embedder = model.get_submodule(adapter.embedder)
     attachment = Attachment(transformer, model, blocks, embedder)

@@ -10,7 +10,7 @@ from xfuser_fastcache.composition import combination
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.fitted import Fitted
 from xfuser_fastcache.forecasters.adacorrection import AdaCorrection
-from xfuser_fastcache.forecasters.base import Forecaster
+from xfuser_fastcache.forecasters.base import Forecaster, LinearMapForecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
@@ -25,17 +25,21 @@ from xfuser_fastcache.gates.combined import AllOf, AnyOf
 from xfuser_fastcache.gates.first_block import FirstBlockGate
 from xfuser_fastcache.gates.interval import IntervalGate
 from xfuser_fastcache.layout import DecisionGroup
+from xfuser_fastcache.linear_map import SpanMaps
 from xfuser_fastcache.plugins import GATES, registered
 from xfuser_fastcache.probes import Probe
 from xfuser_fastcache.published import OF_GATES
 
+WITH_MAPS: dict[str, type[LinearMapForecaster]] = {
+    "linear": LinearForecaster,
+    "linear_taylor": LinearTaylorForecaster,
+}
 FORECASTERS: dict[str, type[Forecaster]] = {
     "reuse": ReuseForecaster,
-    "linear": LinearForecaster,
     "taylor": TaylorForecaster,
     "taylor2": SecondOrderTaylorForecaster,
-    "linear_taylor": LinearTaylorForecaster,
     "output": OutputForecaster,
+    **WITH_MAPS,
 }
 
 
@@ -110,6 +114,12 @@ def gate_of(
             f"forward pass that forecaster={config.forecaster!r} stands in for does not reach; "
             "choose another forecaster"
         )
+    if config.linear_maps is not None and Probe.FIRST_RESIDUAL in gate.probes:
+        raise ValueError(
+            f"the gate of {named} rests on {Probe.FIRST_RESIDUAL.value} and computes that block "
+            "apart, where linear_maps are fitted for the whole stack; choose another gate, or "
+            "leave linear_maps out"
+        )
     plans = config.splits_tokens or config.merges_tokens
     if plans and Probe.MIDDLE_RESIDUAL in gate.probes:
         raise ValueError(
@@ -159,10 +169,23 @@ def _composed(given: Any, polynomial: tuple[float, ...] | None) -> Rule:
     return make(**options)
 
 
-def forecaster_of(config: CacheConfig, fitted: Fitted | None, group: DecisionGroup) -> Forecaster:
-    """Return the forecaster that a config asks for, for a rank's place in the decision group."""
+def forecaster_of(
+    config: CacheConfig,
+    fitted: Fitted | None,
+    group: DecisionGroup,
+    maps: SpanMaps | None = None,
+) -> Forecaster:
+    """Return the forecaster that a config asks for, for a rank's place in the decision group.
+
+    Args:
+        config: validated options.
+        fitted: what a calibration left for the model, or None.
+        group: of the rank.
+        maps: fitted for the span and this forecaster, or None.
+    """
     if fitted is None:
-        chosen = FORECASTERS[config.forecaster]()
+        name = config.forecaster
+        chosen = FORECASTERS[name]() if maps is None else WITH_MAPS[name](maps)
         if config.enable_adacorrection:
             return AdaCorrection(chosen, config.adacorr_gamma, config.adacorr_lambda)
         return chosen

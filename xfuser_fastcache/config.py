@@ -15,6 +15,8 @@ from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
 FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
+# Forecasters that take fitted linear maps; the first one is the default where they are given.
+MAPPED = ("linear_taylor", "linear")
 STATIC_KV = ("reuse", "drop")
 
 
@@ -197,6 +199,12 @@ class CacheConfig:
         "int >= 1, or none",
         "with a calibration: compute so many steps, those that its search has found",
     )
+    linear_maps: str | None = _option(
+        None,
+        "path, or none",
+        "file of scripts/fit_maps.py: fitted linear maps of the stack of blocks, in place of the "
+        "slope fitted online; forecaster is then linear_taylor, or linear where that is given",
+    )
     shadow_audit: float | None = _option(
         None, "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
     )
@@ -276,6 +284,8 @@ class CacheConfig:
                 "it out, or enable_spatial_approx, enable_token_merge and their options"
             )
         self._calibrated_options()
+        if self.linear_maps is not None:
+            self._mapped_options()
         mask = self.steps_mask
         if mask is not None:
             if not isinstance(mask, list):
@@ -344,6 +354,8 @@ class CacheConfig:
             known = name in own or defaults.get(name) is not None
             if getattr(self, name) is not None and not known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is {place}")
+        if self.linear_maps is not None:
+            defaults["forecaster"] = MAPPED[0]
         for name, value in {**defaults, **own}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -380,10 +392,36 @@ class CacheConfig:
             )
         elif self.test == "paper":
             raise ValueError("test='paper' takes no calibration; leave one of them out")
+        elif self.linear_maps is not None:
+            raise ValueError(
+                "linear_maps do not go with a calibration, which forecasts the whole forward pass; "
+                "leave one of them out"
+            )
         elif self.forecaster not in ("output", published.DEFAULTS["Fast"]["forecaster"]):
             raise ValueError(
                 f"forecaster={self.forecaster!r} does not go with a calibration, which is for "
                 "forecaster='output'; leave forecaster out"
+            )
+
+    def _mapped_options(self) -> None:
+        """Refuse options that do not go with linear maps of the whole stack of blocks."""
+        if not isinstance(self.linear_maps, str):
+            self._refuse("linear_maps", TypeError)
+        if self.forecaster not in MAPPED:
+            raise ValueError(
+                f"forecaster={self.forecaster!r} takes no linear_maps; choose "
+                f"{' or '.join(MAPPED)}, or leave forecaster or linear_maps out"
+            )
+        if self.granularity != "stack":
+            raise ValueError(
+                f"granularity={self.granularity!r} does not go with linear_maps, which are fitted "
+                "for the whole stack of blocks; leave one of them out"
+            )
+        if self.splits_tokens or self.merges_tokens:
+            raise ValueError(
+                "token plans do not go with linear_maps, which are fitted where all tokens were "
+                "computed at one step; leave linear_maps out, or enable_spatial_approx, "
+                "enable_token_merge and their options"
             )
 
     def _refuse(self, name: str, error: type[Exception]) -> NoReturn:

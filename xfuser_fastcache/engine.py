@@ -38,6 +38,7 @@ from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.fitted import Fitted
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.layout import Position
+from xfuser_fastcache.linear_map import SpanMaps
 from xfuser_fastcache.moments import SLOTS, Reference
 from xfuser_fastcache.ownership import Ownership
 from xfuser_fastcache.probes import Group, Prober, groups_of
@@ -88,6 +89,7 @@ class CacheEngine:
         polynomial: for a gate that estimates the change of the output by one: what is published
             for the model, highest power first; None for nothing.
         tokens: which tokens computed spans run on; None for all of them. For one stage only.
+        maps: fitted linear maps of the one span; None for none. For one stage only.
     """
 
     def __init__(
@@ -102,14 +104,18 @@ class CacheEngine:
         modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None,
         polynomial: tuple[float, ...] | None = None,
         tokens: TokenPlan | None = None,
+        maps: SpanMaps | None = None,
     ):
-        assert tokens is None or consensus.group.stages == 1
+        assert (tokens is None and maps is None) or consensus.group.stages == 1
         self.config = config
         self.fitted = fitted
         self.consensus = consensus
         self.blocks = blocks
         self.contracts = contracts
-        self.forecaster = forecaster_of(config, fitted, consensus.group)
+        self.maps = maps
+        # Multiply-adds of all blocks for a token.
+        self._cost = sum(part.blocks * part.cost for stage in consensus.stages for part in stage)
+        self.forecaster = forecaster_of(config, fitted, consensus.group, maps)
         gate = gate_of(config, fitted, polynomial)
         spans = [block.span for block in blocks]
         groups = groups_of(gate.probes, spans)
@@ -403,6 +409,10 @@ class CacheEngine:
         call, local, _ = self._current()
         assert self._entered is not None
         memory = local.memory(span, call.position)
+        if self.maps is not None:
+            gap = abs(call.noise_level - memory.anchors[0].noise_level)
+            spent = self.maps.multiply_adds_per_token(self._entered, gap)
+            self.agreement.counters.record_forecast(spent / self._cost)
         return self.forecaster.forecast(memory, self._entered, call.noise_level)
 
     def _leave(self, span: int, outputs: Streams) -> Streams | None:
@@ -468,7 +478,7 @@ class CacheEngine:
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""
         held = sum(local.nbytes() for local in self.branches.values())
-        held += self.tokens.nbytes() if self.tokens is not None else 0
+        held += sum(x.nbytes() for x in (self.tokens, self.maps) if x is not None)
         self.agreement.counters.saw_bytes(held)
 
     def statistics(self) -> dict[str, Any]:

@@ -29,6 +29,35 @@ MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
 _FAMILIES = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
 
 
+class Kind(NamedTuple):
+    """What a file is for.
+
+    Attributes:
+        option: of `CacheConfig` that takes it; also its name in messages.
+        script: makes it.
+    """
+
+    option: str
+    script: str
+
+
+CALIBRATION = Kind("calibration", "scripts/calibrate.py")
+
+
+class Held(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        tables: its tensors by name.
+        metadata: its metadata, each value read as JSON.
+        digest: of both, in hexadecimal.
+    """
+
+    tables: dict[str, NDArray[Any]]
+    metadata: dict[str, Any]
+    digest: str
+
+
 class Cell(NamedTuple):
     """Where a forecast stands.
 
@@ -201,26 +230,37 @@ class Fitted:
 
     def save(self, path: str | Path) -> None:
         """Write the file in one go: another process sees all of it or nothing."""
-        from safetensors.numpy import save_file
-
-        path = Path(path)
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        meta = {**self.metadata, **numbers, "version": VERSION}
-        part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: np.ascontiguousarray(getattr(self, name)) for name in _TABLES},
-            part,
-            metadata={key: json.dumps(value) for key, value in meta.items()},
-        )
-        part.replace(path)
+        tables = {name: getattr(self, name) for name in _TABLES}
+        write_file(path, tables, {**self.metadata, **numbers, "version": VERSION})
 
 
-def load_fitted(path: str | Path) -> Fitted:
-    """Read a calibration file.
+def write_file(path: str | Path, tables: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file in one go: another process sees all of it or nothing.
+
+    Args:
+        path: its folder is made where there is none.
+        tables: tensors by name.
+        metadata: values that JSON can hold.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: np.ascontiguousarray(table) for name, table in tables.items()},
+        part,
+        metadata={key: json.dumps(value) for key, value in metadata.items()},
+    )
+    part.replace(path)
+
+
+def read_file(path: str | Path, kind: Kind) -> Held:
+    """Read what `write_file` wrote.
 
     Raises:
-        ValueError: no such file, a truncated one, or one that is no calibration; with the reason.
+        ValueError: no such file, or a truncated one; with the reason.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -229,16 +269,26 @@ def load_fitted(path: str | Path) -> Fitted:
             held = {name: file.get_tensor(name) for name in file.keys()}
             meta = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
     except OSError as error:
-        raise ValueError(f"cannot read the calibration {str(path)!r}: {error}") from error
+        raise ValueError(f"cannot read the {kind.option} {str(path)!r}: {error}") from error
     except (SafetensorError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{str(path)!r} is no whole calibration file ({error}); make it anew with "
-            "scripts/calibrate.py"
+            f"{str(path)!r} is no whole {kind.option} file ({error}); make it anew with "
+            f"{kind.script}"
         ) from error
     # Not of the file's bytes: safetensors writes the metadata in any order.
     content = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(held):
         content.update(held[name].tobytes())
+    return Held(held, meta, content.hexdigest())
+
+
+def load_fitted(path: str | Path) -> Fitted:
+    """Read a calibration file.
+
+    Raises:
+        ValueError: no such file, a truncated one, or one that is no calibration; with the reason.
+    """
+    held, meta, digest = read_file(path, CALIBRATION)
     version = meta.pop("version", None)
     if version != VERSION or set(held) != set(_TABLES):
         raise ValueError(
@@ -254,7 +304,7 @@ def load_fitted(path: str | Path) -> Fitted:
             scales={float(alpha): scale for alpha, scale in meta.pop("scales").items()},
             masks={int(count): mask for count, mask in meta.pop("masks").items()},
             metadata=meta,
-            digest=content.hexdigest(),
+            digest=digest,
         )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{str(path)!r} contradicts itself: {error}") from error
@@ -289,21 +339,27 @@ def fingerprint(model: Any, family: str, embedder: str, blocks: int) -> dict[str
     return dict(zip(MODEL_KEYS, found, strict=True))
 
 
-def check_model(fitted: Fitted, path: str, found: dict[str, str]) -> None:
-    """Refuse a calibration of another model.
+def check_model(metadata: dict[str, Any], path: str, kind: Kind, found: dict[str, str]) -> None:
+    """Refuse a file that was made for another model.
+
+    Args:
+        metadata: of the file.
+        path: of the file.
+        kind: of the file.
+        found: what `fingerprint` finds here.
 
     Raises:
         ValueError: naming what differs.
     """
     wrong = [
-        f"{key.replace('_', ' ')}: {fitted.metadata.get(key)} in the file, {found[key]} here"
+        f"{key.replace('_', ' ')}: {metadata.get(key)} in the file, {found[key]} here"
         for key in MODEL_KEYS
-        if fitted.metadata.get(key) != found[key]
+        if metadata.get(key) != found[key]
     ]
     if wrong:
         raise ValueError(
-            f"the calibration {path!r} was made for another model ({'; '.join(wrong)}); make one "
-            "for this model with scripts/calibrate.py"
+            f"the {kind.option} {path!r} was made for another model ({'; '.join(wrong)}); make one "
+            f"for this model with {kind.script}"
         )
 
 

@@ -259,6 +259,24 @@ class SpanMaps:
             words = words + text.change(moved.encoder_hidden_states)
         return Streams(hidden, words)
 
+    def multiply_adds_per_token(self, inputs: Streams, gap: float) -> float:
+        """Return the cost of `corrected`, the mean over the tokens of all streams.
+
+        Args:
+            inputs: what enters the span.
+            gap: see `at`.
+        """
+        streams = (inputs.hidden_states, inputs.encoder_hidden_states)
+        held = [
+            (x.shape[1], used)
+            for x, used in zip(streams, self.at(gap), strict=True)
+            if x is not None
+        ]
+        spent = sum(
+            tokens * used.multiply_adds_per_token for tokens, used in held if used is not None
+        )
+        return spent / sum(tokens for tokens, _ in held)
+
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(held.nbytes() for held in (*self.image, *self.text) if held is not None)

@@ -32,7 +32,7 @@ class Counters:
 
     Attributes:
         nonfinite_steps: decisions that found a statistic NaN, infinite or overflowing.
-        peak_bytes: most bytes that this rank's anchors occupied.
+        peak_bytes: most bytes that this rank's anchors, and fitted maps, occupied.
     """
 
     def __init__(self, consensus: Consensus, spans: int):
@@ -47,6 +47,8 @@ class Counters:
         # Of each block: shares of tokens, and of its cost, that a token plan saved.
         self._left_out: dict[int, float] = {}
         self._saved: dict[int, float] = {}
+        # Of all forecasts: what they cost, as shares of the cost of all blocks.
+        self._spent = 0.0
         self._collectives = consensus.collectives
         self._wait_s = consensus.wait_s
 
@@ -72,8 +74,12 @@ class Counters:
         self._left_out[block] = self._left_out.get(block, 0.0) + left_out
         self._saved[block] = self._saved.get(block, 0.0) + saved
 
+    def record_forecast(self, spent: float) -> None:
+        """Count what a forecast cost, as a share of the cost of all blocks, 0 to 1."""
+        self._spent += spent
+
     def saw_bytes(self, held: int) -> None:
-        """Note how many bytes this rank's anchors occupy."""
+        """Note how many bytes this rank's anchors, and fitted maps, occupy."""
         self.peak_bytes = max(self.peak_bytes, held)
 
     def as_dict(self, blocks: list[BlockInfo]) -> dict[str, Any]:
@@ -106,7 +112,8 @@ class Counters:
                 block.cost
                 * (table[block.name]["hit_ratio"] + self._saved.get(index, 0.0) / max(decided, 1))
                 for index, block in enumerate(blocks)
-            ),
+            )
+            - self._spent / max(decided, 1),
             "collectives": collectives,
             "collectives_per_step": collectives / decided if decided else 0.0,
             "consensus_wait_s": self.consensus.wait_s - self._wait_s,

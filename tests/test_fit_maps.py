@@ -1,0 +1,464 @@
+"""Fitted linear maps from the command to the cache: scripts/fit_maps.py, its file, `linear_maps`.
+
+CPU: the toy FLUX with a few steps, once as it is and once with a stack whose residual is affine in
+its input. gloo: one world a layout (`maps_worker.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import calibrate
+import fit_maps
+import pytest
+import torch
+from calibrations import fitted_for
+from test_engine import STEPS, Flux
+from tiny_models import tiny_flux
+from toy_worker import MASK, PROMPTS
+from toy_worker import STEPS as TOY_STEPS
+from worlds import ROOT, run_world
+
+from diffusers_adapters.flux import FluxAdapter
+from diffusers_adapters.sd3 import SD3Adapter
+from xfuser_fastcache import (
+    CacheConfig,
+    apply_cache_on_transformer,
+    get_cache_statistics,
+    remove_cache,
+)
+from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.calibration.stack import Passage, StackRecorder, StackSums, pairs
+from xfuser_fastcache.fitted import write_file
+from xfuser_fastcache.fitted_maps import FittedMaps, load_maps
+from xfuser_fastcache.forecasters.linear import LinearForecaster
+from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
+from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.linear_map import LinearMap, SpanMaps
+
+MODEL = str(ROOT / "toys" / "flux")
+FLAGS = [
+    "--model", MODEL, "--num_prompts", "6", "--num_inference_steps", "7", "--max_lag", "2",
+    "--buckets", "2", "--dtype", "float32",
+]  # fmt: skip
+SIZE = {"height": 128, "width": 128, "max_sequence_length": 32, "output_type": "latent"}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# ---- by hand ------------------------------------------------------------------------------------
+
+
+def some_maps(dim: int, scale: float = 0.1, seed: int = 0) -> dict[str, SpanMaps]:
+    """Return maps of two buckets: diagonal and rank 2 for the image, a bias for the text."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=rng)
+
+    image = (
+        LinearMap(diagonal=random(dim), bias=random(dim)),
+        LinearMap(diagonal=random(dim), u=random(dim, 2), v=random(dim, 2)),
+    )
+    maps = SpanMaps((0.2, 0.6), image, (None, LinearMap(bias=random(dim))))
+    return {"linear": maps, "linear_taylor": SpanMaps((0.2, 0.6), image[::-1], (None, None))}
+
+
+def maps_for(pipe: Any, **changes: Any) -> FittedMaps:
+    metadata = fitted_for(pipe, STEPS).metadata
+    return FittedMaps(some_maps(pipe.transformer.inner_dim, **changes), metadata)
+
+
+def saved(path: Path, fitted: FittedMaps) -> str:
+    fitted.save(path)
+    return str(path)
+
+
+def tensors_of(fitted: FittedMaps) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{stream}.{bucket}.{tensor}": value
+        for name, maps in fitted.of.items()
+        for stream in ("image", "text")
+        for bucket, used in enumerate(getattr(maps, stream))
+        if used is not None
+        for tensor, value in used.tensors().items()
+    }
+
+
+def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
+    made = maps_for(tiny_flux()[0])
+    found = load_maps(saved(tmp_path / "deep" / "file", made))
+    one, other = tensors_of(found), tensors_of(made)
+    assert one.keys() == other.keys() and len(one) == 13
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {maps.edges for maps in found.of.values()} == {(0.2, 0.6)}
+    assert found.metadata == made.metadata
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
+    again = load_maps(saved(tmp_path / "again", made)).digest
+    apart = load_maps(saved(tmp_path / "apart", maps_for(tiny_flux()[0], seed=1))).digest
+    assert found.digest == again != apart
+
+
+def test_a_file_without_any_map_is_one(tmp_path: Path) -> None:
+    none = SpanMaps((0.5,), (None,), (None,))
+    fitted = FittedMaps({"linear": none, "linear_taylor": none}, {})
+    assert tensors_of(load_maps(saved(tmp_path / "file", fitted))) == {}
+
+
+def written(**changes: Any) -> Callable[[Path], None]:
+    """Return what writes a file of maps with other metadata or tables; None leaves one out."""
+
+    def write(path: Path) -> None:
+        tables = {"linear.image.0.diagonal": torch.ones(4).numpy()}
+        meta = {"edges": [0.1, 0.2], "maps_version": 1}
+        for name, value in changes.items():
+            (meta if name in meta else tables)[name.replace("__", ".")] = value
+        tables, meta = ({k: v for k, v in held.items() if v is not None} for held in (tables, meta))
+        write_file(path, tables, meta)
+
+    return write
+
+
+def cut_off(path: Path) -> None:
+    written()(path)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (lambda path: None, "cannot read the linear_maps .*file"),
+    "truncated": (cut_off, "no whole linear_maps file .*anew with scripts/fit_maps.py"),
+    "calibration": (
+        lambda path: fitted_for(tiny_flux()[0], STEPS).save(path),
+        "holds linear maps of version None; this release reads version 1",
+    ),
+    "version": (written(maps_version=2), "linear maps of version 2; this release reads version 1"),
+    "no edges": (written(edges=None), "contradicts itself: 'edges'"),
+    "edges": (written(edges=[0.2, 0.1]), "contradicts itself: edges are .*; allowed: finite, asc"),
+    "bucket": (
+        written(linear__image__2__bias=torch.ones(4).numpy()),
+        "contradicts itself: linear.image.2.bias is unknown; allowed are tensors of",
+    ),
+    "tensor": (
+        written(linear__text__1__slope=torch.ones(4).numpy()),
+        "linear.text.1.slope of shape .* is unknown",
+    ),
+    "NaN": (
+        written(linear__text__1__bias=torch.full((4,), torch.nan).numpy()),
+        "linear.text.1.bias of shape .* not finite",
+    ),
+    "widths": (
+        written(linear__text__1__bias=torch.ones(5).numpy()),
+        r"maps are for tokens of widths \[4, 5\]; allowed: one width",
+    ),
+}
+
+
+@pytest.mark.parametrize(("write", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_is_no_whole_file_of_maps_is_refused(
+    tmp_path: Path, write: Callable[[Path], None], words: str
+) -> None:
+    write(tmp_path / "file")
+    with pytest.raises(ValueError, match=words):
+        load_maps(tmp_path / "file")
+
+
+def test_a_file_of_maps_is_no_calibration(tmp_path: Path) -> None:
+    flux = Flux()
+    path = saved(tmp_path / "file", maps_for(flux.pipe))
+    with pytest.raises(ValueError, match=r"holds version None with linear\.image\.0\.bias"):
+        flux.cache(calibration=path)
+
+
+OTHERS: dict[str, tuple[Callable[[Flux], Any], str]] = {
+    "dtype": (lambda flux: flux.transformer.bfloat16(), r"dtype family: float32 in the file, half"),
+    "weights": (
+        lambda flux: [p.neg_() for p in flux.transformer.time_text_embed.parameters()],
+        r"\(weights: ",
+    ),
+    "blocks": (
+        lambda flux: flux.transformer.single_transformer_blocks.append(
+            flux.transformer.single_transformer_blocks[-1]
+        ),
+        r"\(blocks: 6 in the file, 7 here\); make one for this model with scripts/fit_maps",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OTHERS.values(), ids=OTHERS)
+def test_maps_of_another_model_are_refused_by_what_differs(
+    tmp_path: Path, change: Callable[[Flux], Any], words: str
+) -> None:
+    flux = Flux()
+    path = saved(tmp_path / "file", maps_for(flux.pipe))
+    change(flux)
+    with pytest.raises(ValueError, match=f"the linear_maps '{path}' was made for .*{words}"):
+        flux.cache(linear_maps=path)
+    assert hook_on(flux.transformer) is None
+
+
+# ---- the option ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"linear_maps": 3}, TypeError, "linear_maps=3 is not allowed; give path, or none"),
+        ({"forecaster": "taylor"}, ValueError, "'taylor' takes no linear_maps; choose linear_tay"),
+        ({"granularity": 3}, ValueError, "granularity=3 does not go with linear_maps, which are"),
+        ({"calibration": "y"}, ValueError, "linear_maps do not go with a calibration, which fore"),
+        ({"merge_ratio": 0.5}, ValueError, "token plans do not go with linear_maps, which are fit"),
+    ],
+)
+def test_options_that_do_not_go_with_maps_are_refused(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        CacheConfig(**{"linear_maps": "x", **options})
+
+
+@pytest.mark.parametrize("backend", ["Fast", "Tea", "TaylorSeer", "Ada"])
+def test_maps_bring_their_forecaster(backend: str) -> None:
+    config = CacheConfig(use_cache=backend, linear_maps="x")
+    assert config.forecaster == "linear_taylor"
+    assert CacheConfig.from_dict(config.to_dict()) == config
+    assert CacheConfig(linear_maps="x", forecaster="linear").forecaster == "linear"
+
+
+def test_a_gate_that_computes_the_first_block_apart_is_refused(tmp_path: Path) -> None:
+    flux = Flux()
+    path = saved(tmp_path / "file", maps_for(flux.pipe))
+    with pytest.raises(ValueError, match="'Fb' rests on .* apart, where linear_maps are fitted"):
+        flux.cache(use_cache="Fb", linear_maps=path)
+    assert hook_on(flux.transformer) is None
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_taylor"])
+def test_statistics_count_what_maps_cost(tmp_path: Path, name: str) -> None:
+    """64 image tokens and 8 of text; step 0 is computed, and 1 of 8 and 2 of 8 are the gaps."""
+    flux = Flux()
+    fitted = maps_for(flux.pipe)
+    mask = [1, 0, 0] + [1] * (STEPS - 3)
+    flux.cache(steps_mask=mask, forecaster=name)
+    flux()
+    plain = get_cache_statistics(flux.transformer)
+    remove_cache(flux.transformer)
+    flux.cache(steps_mask=mask, forecaster=name, linear_maps=saved(tmp_path / "file", fitted))
+    flux()
+    found = get_cache_statistics(flux.transformer)
+    maps, blocks = fitted.of[name], flux.transformer
+    costs = [used.multiply_adds_per_token for used in maps.image if used is not None]
+    parameters = sum(
+        len(listed) * sum(p.numel() for p in listed[0].parameters())
+        for listed in (blocks.transformer_blocks, blocks.single_transformer_blocks)
+    )
+    spent = sum(costs) * 64 / 72 / parameters / STEPS
+    saving = [s["estimated_flops_saved_ratio"] for s in (plain, found)]
+    assert saving[0] - saving[1] == pytest.approx(spent, rel=1e-6)
+    assert found["block_approx_ratio"] == plain["block_approx_ratio"] > 0
+    if name == "linear":  # whose online slope goes
+        slope = 2 * blocks.inner_dim * 4
+        assert found["cache_bytes"] - plain["cache_bytes"] == maps.nbytes() - slope
+        assert maps.nbytes() > 1000
+
+
+# ---- what is recorded ---------------------------------------------------------------------------
+
+
+def smooth_branch(steps: int) -> list[Passage]:
+    rng = torch.Generator().manual_seed(0)
+    tensors = torch.randn(steps, 2, 1, 5, 4, generator=rng)
+    return [Passage(Streams(x), Streams(r)) for x, r in tensors]
+
+
+@pytest.mark.parametrize(
+    ("forecaster", "count"), [(LinearForecaster(), 5 + 4), (LinearTaylorForecaster(), 4 + 3 + 2)]
+)
+def test_pairs_are_what_the_forecaster_asks_for(forecaster: Any, count: int) -> None:
+    """Of 7 steps with max_lag 2: 5 that are judged have an anchor 1 step before, 4 one 2 before.
+
+    An older one lies 1 step before the newer for 4 of the former, 2 for 3; and 2 for 2 of the rest.
+    """
+    branch, levels = smooth_branch(7), [1.0 - step / 7 for step in range(7)]
+    found = list(pairs(branch, levels, forecaster, 2))
+    assert len(found) == count
+    gap, dx, dr = found[-1]
+    assert gap == pytest.approx(1 / 7)
+    wanted = [branch[5].inputs.hidden_states, branch[5].residual.hidden_states]
+    before = [(p.inputs.hidden_states, p.residual.hidden_states) for p in branch]
+    moved = [w - before[4][i] for i, w in enumerate(wanted)]
+    if forecaster.depth == 2:
+        moved = [m - (before[4][i] - before[3][i]) for i, m in enumerate(moved)]
+    assert torch.allclose(dx.hidden_states, moved[0], atol=1e-5)
+    assert torch.allclose(dr.hidden_states, moved[1], atol=1e-5)
+
+
+def test_the_recorder_sees_the_stack_and_leaves_the_outputs_alone() -> None:
+    flux = Flux()
+    plain = flux()
+    seen: list[torch.Tensor] = []
+    handle = flux.transformer.norm_out.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    with StackRecorder(flux.transformer, FluxAdapter, 1024) as recorder:
+        assert torch.equal(flux(), plain)
+        (branch,) = recorder.take(STEPS)
+    for at, left in zip(branch, seen, strict=True):
+        assert torch.allclose(at.inputs.hidden_states + at.residual.hidden_states, left, atol=1e-5)
+        assert at.residual.encoder_hidden_states is not None
+    handle.remove()
+    assert not flux.transformer._forward_pre_hooks
+    with StackRecorder(flux.transformer, FluxAdapter, 16) as recorder:
+        flux()
+        assert recorder.take(STEPS)[0][3].inputs.hidden_states.shape == (1, 16, 32)
+        flux()
+        with pytest.raises(ValueError, match=r"of 3 steps whose branches ran \[8\] times"):
+            recorder.take(3)
+
+
+def test_a_stream_that_the_last_block_drops_gets_no_map() -> None:
+    from tiny_models import tiny_sd3
+
+    pipe, call = tiny_sd3()
+    pipe.set_progress_bar_config(disable=True)
+    with StackRecorder(pipe.transformer, SD3Adapter, 64) as recorder:
+        pipe(**{**call, "num_inference_steps": 5})
+        branches = recorder.take(5)
+    assert branches[0][0].inputs.encoder_hidden_states is not None
+    sums = StackSums([1.0, 0.8, 0.6, 0.4, 0.2], 2, 1)
+    sums.add(branches, held_out=False)
+    assert {place.stream for place in sums.choices()} == {"image"}
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes for the toy FLUX as it is."""
+    path = tmp_path_factory.mktemp("maps") / "toy.safetensors"
+    with torch.no_grad():
+        assert fit_maps.main([*FLAGS, "--output", str(path)]) == 0
+    return path
+
+
+def planted(pipe: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the stack's residual affine in its input; return slope and constant."""
+    model = pipe.transformer
+    rng = torch.Generator().manual_seed(5)
+    slope, constant = 0.5 * torch.randn(2, model.inner_dim, generator=rng)
+
+    def passing(hidden_states: Any, encoder_hidden_states: Any, **_: Any) -> tuple[Any, Any]:
+        return encoder_hidden_states, hidden_states
+
+    def affine(hidden_states: Any, encoder_hidden_states: Any, **_: Any) -> tuple[Any, Any]:
+        return encoder_hidden_states, hidden_states + hidden_states * slope + constant
+
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.forward = passing
+    model.single_transformer_blocks[-1].forward = affine
+    return slope, constant
+
+
+def test_an_affine_residual_is_found_and_forecast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = calibrate.load_pipeline(MODEL, "float32")
+    slope, _ = planted(pipe)
+    monkeypatch.setattr(calibrate, "load_pipeline", lambda *_: pipe)
+    path = tmp_path / "maps.safetensors"
+    assert fit_maps.main([*FLAGS, "--output", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "linear_taylor" in printed and "diagonal" in printed and "reuse" in printed
+
+    fitted = load_maps(path)
+    for maps in fitted.of.values():
+        for used in maps.image:
+            assert used is not None and used.diagonal is not None and used.u is None
+            assert torch.allclose(used.diagonal, slope, atol=0.02)
+        # Text enters the stack alike at every step.
+        assert maps.text == (None, None)
+
+    def latents(**options: Any) -> torch.Tensor:
+        apply_cache_on_transformer(
+            pipe.transformer, scheduler=pipe.scheduler, steps_mask=[1, 0, 0, 1, 0, 0, 1], **options
+        )
+        try:
+            return run(pipe, 7)
+        finally:
+            remove_cache(pipe.transformer)
+
+    truth = run(pipe, 7)
+    reused = (latents(forecaster="reuse") - truth).norm()
+    for name in fitted.of:
+        assert (latents(linear_maps=str(path), forecaster=name) - truth).norm() < 0.01 * reused
+
+
+def run(pipe: Any, steps: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(PROMPTS[0], num_inference_steps=steps, generator=generator, **SIZE).images
+
+
+def test_the_file_says_what_it_was_made_of(toy_maps: Path) -> None:
+    found = load_maps(toy_maps).metadata
+    assert found["generations"] == 6 and found["num_inference_steps"] == 7
+    assert found["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert (found["blocks"], found["max_lag"], found["seed"]) == ("12", 2, 0)
+    assert "significance_levels" not in found and set(found["versions"]) == {"torch", "diffusers"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_prompts", "5"], "--num_prompts 5: give 6 or more"),
+        (["--max_lag", "0"], "--max_lag 0: give 1 or more"),
+        (["--num_inference_steps", "2"], "--num_inference_steps 2: give 3 or more"),
+    ],
+)
+def test_flags_out_of_range_are_refused(
+    flags: Sequence[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        fit_maps.main([*FLAGS, "--output", "never", *flags])
+    assert words in capsys.readouterr().err
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gloo
+def test_one_file_serves_two_ranks_and_two_files_are_refused(
+    toy_maps: Path, tmp_path: Path
+) -> None:
+    fitted = load_maps(toy_maps)
+    other = saved(
+        tmp_path / "other", dataclasses.replace(fitted, metadata={**fitted.metadata, "seed": 9})
+    )
+    world = run_world("maps_worker.py", 2, "2", "1", str(toy_maps), other, str(tmp_path))
+    pipe = calibrate.load_pipeline(MODEL, "float32")
+    apply_cache_on_transformer(
+        pipe.transformer, scheduler=pipe.scheduler, steps_mask=MASK, linear_maps=str(toy_maps)
+    )
+    alone = run(pipe, TOY_STEPS)
+    statistics = get_cache_statistics(pipe.transformer)
+    assert torch.allclose(torch.load(tmp_path / "latents.pt"), alone, atol=1e-3)
+    for report in world.values():
+        assert report["error"] == "" and not report["left"]
+        assert "ConsensusError" in report["two files"]
+        for name in ("estimated_flops_saved_ratio", "block_approx_ratio", "decisions_digest"):
+            assert report["statistics"][name] == pytest.approx(statistics[name])
+
+
+@pytest.mark.gloo
+def test_a_pipeline_stage_refuses_maps_of_the_whole_stack(toy_maps: Path, tmp_path: Path) -> None:
+    path = str(toy_maps)
+    world = run_world("maps_worker.py", 2, "1", "2", path, path, str(tmp_path))
+    for report in world.values():
+        assert report["error"].startswith("ValueError: linear_maps=") and not report["left"]
+        assert "each of the 2 pipeline stages holds a part" in report["error"]
