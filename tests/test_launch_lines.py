@@ -39,8 +39,8 @@ def test_a_documented_line_takes_our_flag(model: str, tmp_path: Path) -> None:
     assert (tmp_path / "cached.png").exists()
 
 
-# The calls of xDiT's example scripts, in their order, of any pipeline. Theirs say "cuda" for a
-# device, and do not import us.
+# The calls of xDiT's example scripts, in their order, of any pipeline; theirs say "cuda" for a
+# device. The import at the top is needed on a machine without a GPU, the last one is the line more.
 EXAMPLE = """
     import sys
     sys.path.insert(0, {root!r})
@@ -83,7 +83,6 @@ EXAMPLE = """
 
 @pytest.mark.gloo
 def test_a_script_of_xdits_form_needs_one_line_and_one_flag(tmp_path: Path) -> None:
-    """The import comes after xfuser's, as sorted imports have it."""
     path = tmp_path / "pixartalpha_example.py"
     path.write_text(
         textwrap.dedent(EXAMPLE).format(root=str(ROOT), pipeline="xFuserPixArtAlphaPipeline")
