@@ -146,7 +146,15 @@ def _offloading() -> list[Check]:
         "`enable_group_offload`, by layers": offload_groups("leaf_level"),
         "`enable_group_offload`, by blocks": offload_groups("block_level"),
     }
-    absent = partial(row, model="flux", outcome=ELSEWHERE)
+    # Calls that have to be tried where there is an accelerator.
+    absent = (
+        ()
+        if torch.accelerator.is_available()
+        else (
+            "enable_model_cpu_offload",
+            "enable_sequential_cpu_offload",
+        )
+    )
     return [
         *(
             row(f"{way}, {when} the cache", "flux", works(**{when: change}))
@@ -154,15 +162,17 @@ def _offloading() -> list[Check]:
         ),
         row("`remove_all_hooks` under the cache", "flux", lets_go),
         *(
-            absent(
-                feature=f"`{name}()`, uncached",
-                run=meets(
+            row(
+                f"`{name}()`, uncached",
+                "flux",
+                meets(
                     lambda subject, name=name: getattr(subject.pipe, name)(),
                     RuntimeError,
                     "requires accelerator, but not found",
                 ),
+                ELSEWHERE,
             )
-            for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
+            for name in absent
         ),
     ]
 

@@ -87,7 +87,7 @@ def is_random(subject: Subject) -> None:
     ("how", "words"),
     [
         ({"before": is_random}, "threshold 0 is not uncached to the bit"),
-        ({"after": is_random}, "threshold 0 is not uncached to the bit"),
+        ({"after": is_random}, "removal does not restore"),
         ({"cache_ratio_threshold": 0}, "nothing is skipped"),
         ({"idle": True}, "skipped, where nothing was to be"),
     ],
