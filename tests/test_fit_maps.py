@@ -32,7 +32,7 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.calibration.stack import Passage, StackRecorder, StackSums, pairs
-from xfuser_fastcache.fitted import write_file
+from xfuser_fastcache.fitted_file import write_file
 from xfuser_fastcache.fitted_maps import FittedMaps, load_maps
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
