@@ -50,7 +50,7 @@ def main() -> None:
         latents = generate(pipe)
         found["statistics"] = get_cache_statistics(pipe.transformer)
         remove_cache(pipe.transformer)
-        if rank == 0:
+        if latents is not None:
             torch.save(latents, Path(folder) / "latents.pt")
         found["two files"] = cached(theirs if rank else ours)
     found["left"] = hook_on(pipe.transformer) is not None

@@ -42,6 +42,7 @@ ROOMS = (
     "consensus",
     "fitted_maps",
     "fitted",
+    "fitted_file",
     "moments",
     "option_tables",
     "config",

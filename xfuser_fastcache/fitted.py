@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.fitted_file import Kind, read_file, write_file
 
+CALIBRATION = Kind("calibration", "scripts/calibrate.py")
 # Of the layout of the file.
 VERSION = 3
 # The plan's noise levels are compared in this precision.
@@ -27,35 +29,6 @@ _NUMBERS = ("exponent", "upper", "scales", "masks")
 # What the metadata says of the model and of the test; a file for others is refused.
 MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
 _FAMILIES = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
-
-
-class Kind(NamedTuple):
-    """What a file is for.
-
-    Attributes:
-        option: of `CacheConfig` that takes it; also its name in messages.
-        script: makes it.
-    """
-
-    option: str
-    script: str
-
-
-CALIBRATION = Kind("calibration", "scripts/calibrate.py")
-
-
-class Held(NamedTuple):
-    """What a file holds.
-
-    Attributes:
-        tables: its tensors by name.
-        metadata: its metadata, each value read as JSON.
-        digest: of both, in hexadecimal.
-    """
-
-    tables: dict[str, NDArray[Any]]
-    metadata: dict[str, Any]
-    digest: str
 
 
 class Cell(NamedTuple):
@@ -233,53 +206,6 @@ class Fitted:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         tables = {name: getattr(self, name) for name in _TABLES}
         write_file(path, tables, {**self.metadata, **numbers, "version": VERSION})
-
-
-def write_file(path: str | Path, tables: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
-    """Write a safetensors file in one go: another process sees all of it or nothing.
-
-    Args:
-        path: its folder is made where there is none.
-        tables: tensors by name.
-        metadata: values that JSON can hold.
-    """
-    from safetensors.numpy import save_file
-
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: np.ascontiguousarray(table) for name, table in tables.items()},
-        part,
-        metadata={key: json.dumps(value) for key, value in metadata.items()},
-    )
-    part.replace(path)
-
-
-def read_file(path: str | Path, kind: Kind) -> Held:
-    """Read what `write_file` wrote.
-
-    Raises:
-        ValueError: no such file, or a truncated one; with the reason.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}
-            meta = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-    except OSError as error:
-        raise ValueError(f"cannot read the {kind.option} {str(path)!r}: {error}") from error
-    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no whole {kind.option} file ({error}); make it anew with "
-            f"{kind.script}"
-        ) from error
-    # Not of the file's bytes: safetensors writes the metadata in any order.
-    content = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(held):
-        content.update(held[name].tobytes())
-    return Held(held, meta, content.hexdigest())
 
 
 def load_fitted(path: str | Path) -> Fitted:

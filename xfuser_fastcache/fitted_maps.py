@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xfuser_fastcache.config import MAPPED
-from xfuser_fastcache.fitted import Kind, read_file, write_file
+from xfuser_fastcache.fitted_file import Kind, read_file, write_file
 from xfuser_fastcache.linear_map import LinearMap, SpanMaps
 
 LINEAR_MAPS = Kind("linear_maps", "scripts/fit_maps.py")
