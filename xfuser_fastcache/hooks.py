@@ -217,11 +217,12 @@ def _beneath_accelerate(module: nn.Module) -> Iterator[None]:
     if "_old_forward" not in module.__dict__:
         yield
         return
-    outer, module.forward = module.forward, module._old_forward
+    wrapped: Any = module
+    outer, wrapped.forward = wrapped.forward, wrapped._old_forward
     try:
         yield
     finally:
-        module._old_forward, module.forward = module.forward, outer
+        wrapped._old_forward, wrapped.forward = wrapped.forward, outer
 
 
 def _registry(module: nn.Module) -> HookRegistry:
