@@ -141,7 +141,9 @@ def test_two_hosts_serve_together(tmp_path: Path, record_property: pytest.Fixtur
                 capture_output=True, text=True, timeout=150,
             )  # fmt: skip
             assert answer.returncode == 0, (answer.stderr, logs[0].read_text()[-3000:])
-            assert json.loads(answer.stdout)["statistics"]["block_approx_ratio"] == pytest.approx(18 / 28)
+            assert json.loads(answer.stdout)["statistics"]["block_approx_ratio"] == pytest.approx(
+                18 / 28
+            )
             os.kill(int(leader), signal.SIGTERM)
             assert [launcher.wait(60) for launcher in launchers] == [0, 0]
             for host, log in enumerate(logs):
