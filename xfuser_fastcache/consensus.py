@@ -164,13 +164,13 @@ class Consensus:
             self._process_group = self._pool.pop()
             return
         try:
-            # Local synchronisation: replicas make their groups without waiting for each other,
-            # and do not sum across each other.
-            self._process_group = dist.new_group(
-                list(self.group.ranks),
-                timeout=timedelta(seconds=self.timeout_s),
-                backend="gloo",
-                use_local_synchronization=True,
+            # Not `dist.new_group`: that names a group by how many this process has, which differs
+            # between ranks where xDiT's parallel VAE has made some, and then they never meet.
+            self._process_group = dist.ProcessGroupGloo(
+                dist.PrefixStore("group", self._store),
+                self.group.ranks.index(self.group.rank),
+                self.group.world_size,
+                timedelta(seconds=self.timeout_s),
             )
         except RuntimeError as error:
             raise self._missing(what, error) from error
@@ -220,7 +220,7 @@ class Consensus:
         """The collective; nothing else in the cache communicates during a generation."""
         self._arrive(str(header))
         try:
-            return dist.all_reduce(vector, group=self._process_group, async_op=True)
+            return self._process_group.allreduce([vector])
         except RuntimeError as error:
             raise self._missing(str(header), error) from error
 
@@ -267,7 +267,7 @@ class Consensus:
             return GatherTicket([row], None, what)
         rows = [torch.empty_like(row) for _ in self.group.ranks]
         self._arrive(what)
-        work = dist.all_gather(rows, row, group=self._process_group, async_op=True)
+        work = self._process_group.allgather([rows], [row])
         return GatherTicket(rows, work, what)
 
     def wait_gather(self, ticket: GatherTicket) -> dict[int, list[int]]:
@@ -334,8 +334,8 @@ class Consensus:
         self._distributed = False
 
 
-# Groups whose consensus is closed. They are used again and never destroyed: torch gives the next
-# group of the same ranks the same name, and with it the dead group's addresses in the store.
+# Groups whose consensus is closed. They are used again and never destroyed: a rank may close while
+# another still reads what it was sent.
 _idle_groups: dict[tuple[tuple[int, ...], float], list[Any]] = {}
 _instances: dict[tuple[int, ...], int] = {}
 
