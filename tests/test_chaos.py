@@ -22,6 +22,7 @@ def flags(report: dict[str, Any]) -> list[int]:
     return [entry[3] for entry in report["decisions"]]
 
 
+@pytest.mark.slow
 def test_without_consensus_a_disagreement_hangs() -> None:
     """The hazard is real: the rank that skips never enters the attention's all-to-all."""
     with pytest.raises(WorldFailed) as failed:

@@ -117,10 +117,11 @@ def test_removal_gives_back_what_was_compiled(when: str) -> None:
     if when == "before":
         compile_blocks(subject, "eager")
         before = attributes(subject.pipe.transformer)
+        compiled = [block._compiled_call_impl for block in blocks]
     subject.cache()
     if when == "after":
         compile_blocks(subject, "eager")
-    compiled = [block._compiled_call_impl for block in blocks]
+        compiled = [block._compiled_call_impl for block in blocks]
     subject()
     subject.uncache()
     assert [block._compiled_call_impl for block in blocks] == compiled

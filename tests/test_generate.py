@@ -174,6 +174,7 @@ def test_replicas_write_their_own_pictures(
     check_decisions(tmp_path, steps=6, spans=3)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_being_there_costs_little() -> None:
     """The never-skip ratio of scripts/overhead.py is not shown to be above 1.05.

@@ -98,6 +98,7 @@ def test_sd35_under_pipefusion_and_ulysses_equals_one_rank_mended(
     assert stale["norm"] != pytest.approx(one_rank["sd3.5"]["norm"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_flux_counts_undivided_text_on_every_rank_unmended_and_equals_one_rank_mended(
     one_rank: dict[str, dict[str, Any]], mended: Path
@@ -115,6 +116,7 @@ def test_flux_counts_undivided_text_on_every_rank_unmended_and_equals_one_rank_m
     assert_close(output, one_rank["flux"])
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_sd3_pads_to_256_tokens_on_several_ranks_unmended_and_as_asked_mended(
     tmp_path: Path,

@@ -21,7 +21,7 @@ from _serve.requests import RequestRefused
 logger = logging.getLogger("xfuser_fastcache")
 
 _TICK_S = 0.25
-_LAST_WORDS_S = 1.0
+_LAST_WORDS_S = 3.0
 
 
 class QueueFull(RuntimeError):
