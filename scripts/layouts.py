@@ -199,7 +199,9 @@ def pipeline_slots(
             arrived = latents[patch]
             for stage in range(stages):
                 ahead = stagger and stage + patch >= patches and step not in together
-                computed = step + ahead < steps and not skipped[step + ahead]
+                computed = not skipped[min(step + ahead, steps - 1)]
+                if ahead and step == steps - 1:  # computed a step before, if on its own
+                    computed = computed and not skipped[step - 1]
                 arrived = max(arrived, free[stage]) + computed
                 free[stage] = arrived
             latents[patch] = arrived

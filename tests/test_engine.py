@@ -397,14 +397,23 @@ def test_a_span_is_measured_once_by_the_stage_that_begins_it(
 
 @pytest.mark.parametrize(("stages", "patches"), [(2, 2), (4, 4), (2, 4), (3, 2)])
 @pytest.mark.parametrize("stagger", [False, True])
-@pytest.mark.parametrize("masked", [False, True], ids=["gate", "mask"])
+@pytest.mark.parametrize(
+    ("masked", "decided"),
+    [
+        # Two skips in a row at most; the first two steps and the last always.
+        (False, [1, 4, 7, 10, 11]),
+        (True, [1, 4, 7, 10, 11]),
+        (True, [1, 4, 7, 11]),
+        (True, list(range(1, 12))),
+    ],
+    ids=["gate", "mask", "mask, last alone", "mask of all"],
+)
 def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_it(
-    masked: bool, stages: int, patches: int, stagger: bool
+    masked: bool, decided: list[int], stages: int, patches: int, stagger: bool
 ) -> None:
     """The flags of a stage and patch are those of the first stage, a step earlier from its turn."""
     steps = 12
-    # Two skips in a row at most; the first two steps and the last always. Step 0 has no patches.
-    decided = [1, 4, 7, 10, 11]
+    # Step 0 has no patches.
     levels = [1 - index / steps for index in range(steps)]
     schedule = Schedule(torch.tensor(levels), tuple(Step(x, x) for x in levels))
 
@@ -445,8 +454,9 @@ def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_i
     for stage in range(stages):
         for patch, ran in computed(stage).items():
             ahead = stagger and stage + patch >= patches
-            # The gate is not asked at those; in a mask, stages are ahead of them, too.
-            always = set() if masked else {1, steps - 1}
+            # The gate is not asked at step 1 and the last. In a mask, stages are ahead of those,
+            # too, but for the second of two computed steps at the end.
+            always = {1, steps - 1} if not masked else {steps - 1} & {x + 1 for x in decided}
             wanted = {step - ahead for step in decided} | always
             assert [step for step in ran if step] == sorted(wanted - {0}), (stage, patch)
 

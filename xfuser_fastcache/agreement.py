@@ -160,8 +160,9 @@ class Agreement:
         if not ahead or shared.forced:
             return shared.orders
         if following is None:
-            # What a mask computes in the last step was computed in the step before.
-            done = call.is_last_step and self.config.steps_mask is not None and not shared.poisoned
+            # A last step that a mask computes on its own was computed in the step before.
+            mask = self.config.steps_mask if call.is_last_step and not shared.poisoned else None
+            done = mask is not None and not mask[call.planned_step - 1]
             return Orders([True] * len(shared.spans)) if done else shared.orders
         self._receive_due(shared)
         judgements, _ = self._judgements(shared, following)

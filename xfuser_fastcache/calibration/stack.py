@@ -9,21 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from xfuser_fastcache.backends import WITH_MAPS
 from xfuser_fastcache.block_contract import ModelAdapter, Streams
 from xfuser_fastcache.calibration.maps import Choice, choose, gap_edges
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.calibration.ridge import RidgeSums
 from xfuser_fastcache.fitted_maps import STREAMS
 from xfuser_fastcache.forecasters.base import LinearMapForecaster
-from xfuser_fastcache.forecasters.linear import LinearForecaster
-from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
 from xfuser_fastcache.linear_map import SpanMaps, bucket_of
 from xfuser_fastcache.state import Anchor, Memory
-
-FORECASTERS: dict[str, type[LinearMapForecaster]] = {
-    "linear": LinearForecaster,
-    "linear_taylor": LinearTaylorForecaster,
-}
 
 
 class Passage(NamedTuple):
@@ -194,7 +188,7 @@ class StackSums:
         into: dict[Place, RidgeSums] = {} if held_out else self._fit
         if held_out:
             self._held_out.append(into)
-        for name, kind in FORECASTERS.items():
+        for name, kind in WITH_MAPS.items():
             for branch in branches:
                 for gap, dx, dr in pairs(branch, self.levels, kind(), self.max_lag):
                     bucket = bucket_of(self.edges, gap)
@@ -234,5 +228,5 @@ class StackSums:
 
         return {
             name: SpanMaps(self.edges, chosen(name, "image"), chosen(name, "text"))
-            for name in FORECASTERS
+            for name in WITH_MAPS
         }
