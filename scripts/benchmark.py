@@ -180,7 +180,7 @@ def command_of(settings: Settings, directory: Path, *arguments: str) -> list[str
 def surroundings() -> dict[str, str]:
     """Environment of the workers: one thread a process unless the user says otherwise, quiet."""
     path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    quiet = {"XDIT_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {"LOG_LEVEL": "warning", "TRANSFORMERS_VERBOSITY": "error"}
     return {"OMP_NUM_THREADS": "1", **quiet, **os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
 
 

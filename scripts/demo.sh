@@ -12,7 +12,7 @@ cd "$root"
 # Two ranks share the machine: one thread each. The toy needs no network.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # The libraries' chatter would hide the progress bars.
-export XDIT_LOGGING_LEVEL=ERROR TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
+export LOG_LEVEL=warning TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 exec "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node 2 \
     scripts/generate.py --config configs/toy_flux_fast.yaml --ulysses_degree 2 \
     --baseline --repeat 3 --output_dir runs/demo "$@"

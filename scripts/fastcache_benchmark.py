@@ -235,7 +235,6 @@ def print_rows(rows: list[dict[str, Any]], analyze: bool, console: Console) -> N
 
 def main(arguments: list[str]) -> int:
     """Measure, print and write; return the exit status."""
-    os.environ.setdefault("LOG_LEVEL", "error")  # xfuser reads it when it is imported
     options = parse(arguments)
     console = Console(width=120)
     try:
@@ -283,4 +282,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("LOG_LEVEL", "warning")  # xfuser reads it when it is imported
     sys.exit(main(sys.argv[1:]))

@@ -128,7 +128,7 @@ def launch(arguments: list[str], limit_s: float) -> str:
     Raises:
         RuntimeError: it failed, or ran past `limit_s` seconds; with the end of its output.
     """
-    quiet = {"XDIT_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {"LOG_LEVEL": "warning", "TRANSFORMERS_VERBOSITY": "error"}
     environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     full = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
     with subprocess.Popen(

@@ -51,7 +51,7 @@ def run(
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "XDIT_LOGGING_LEVEL": "INFO",
+        "LOG_LEVEL": "info",
         "MASTER_ADDR": "127.0.0.1",
     }
     done = subprocess.run(
