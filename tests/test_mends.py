@@ -165,6 +165,24 @@ def test_sd3_pads_to_256_tokens_on_several_ranks_unmended_and_as_asked_mended(
         assert right == pytest.approx(alone["norm"], rel=1e-5)
 
 
+@pytest.mark.gloo
+def test_text_of_another_length_than_before_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path
+) -> None:
+    """Longer text first, then shorter text first; all steps synchronous."""
+    steps = (*PIPEFUSION, "--warmup_steps", "3")
+    before, after = (*steps, "--text_before", "8", *ODD_TEXT), (*steps, "--text_before", "5")
+    flux = ("--model", "flux")
+    (odd,) = lines(launch("xdit_control.py", 1, *flux, *ODD_TEXT, timeout_s=120))
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, *flux, *before, timeout_s=120)
+    assert "must match the size" in failed.value.output
+    (shorter,) = lines(launch(mended, 2, *flux, *before, timeout_s=120))
+    assert_close(shorter, odd)
+    for output in lines(launch(mended, 2, "--model", "flux", "sd3", *after, timeout_s=120)):
+        assert_close(output, one_rank[output["model"]])
+
+
 class MendedJoint:
     """How xfuser could mend its joint attention itself."""
 
@@ -196,12 +214,21 @@ class MendedSD3:
         self.encode_prompt(max_sequence_length=max_sequence_length)
 
 
+class MendedState:
+    """How xfuser could mend its receive buffers itself."""
+
+    def set_input_parameters(self, *size: int) -> None:
+        self._input_size_change(*size)
+        self._reset_recv_buffer()
+
+
 @pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
 def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module = types.ModuleType("mended")
     module.xFuserJointAttnProcessor2_0 = MendedJoint
     module.xFuserFluxAttnProcessor = MendedFlux
     module.xFuserStableDiffusion3Pipeline = MendedSD3
+    module.DiTRuntimeState = MendedState
     assert not mend.is_needed(module)
 
 

@@ -112,7 +112,7 @@ def test_the_command_starts_the_ranks_and_flux_runs_cached(hub: Path, tmp_path: 
         ("black-forest-labs/FLUX.1-dev", "--ulysses_degree 2"),
         ("FLUX.1-dev", "--ring_degree 2"),
         ("FLUX.1-dev", "--pipefusion_parallel_degree 2"),
-        ("FLUX.1-dev", "--data_parallel_degree 2"),
+        ("FLUX.1-dev", "--data_parallel_degree 2 --prompt red blue"),
         ("SD3.5", "--ulysses_degree 2"),
         ("stable-diffusion-3.5-large", "--use_cfg_parallel"),
         ("stabilityai/stable-diffusion-3.5-large", "--pipefusion_parallel_degree 2"),

@@ -20,6 +20,7 @@ _JOINT = "xFuserJointAttnProcessor2_0.__call__"
 _FLUX = "xFuserFluxAttnProcessor.__call__"
 _SD3_CALL = "xFuserStableDiffusion3Pipeline.__call__"
 _FLUX_FORWARD = "xFuserFluxTransformer2DWrapper.forward"
+_INPUT = "DiTRuntimeState.set_input_parameters"
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,28 @@ def _keep_max_sequence_length(module: ModuleType) -> None:
     replace(module, _SD3_CALL, call_with_length)
 
 
+def _keeps_receive_buffers(source: str) -> bool:
+    """Stages agree on shapes anew where the picture's size or the batch changes, and only there."""
+    return "_input_size_change(" in source and "_reset_recv_buffer" not in source
+
+
+def _renew_receive_buffers(module: ModuleType) -> None:
+    """Let stages tell each other their shapes at the beginning of every generation.
+
+    Otherwise text is received into a buffer as long as the first generation's: shorter text keeps
+    an end of other text, and longer text does not fit.
+    """
+    set_input_parameters = require(module, _INPUT)
+
+    @functools.wraps(set_input_parameters)
+    def set_and_forget_shapes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = set_input_parameters(self, *args, **kwargs)
+        self._reset_recv_buffer()
+        return found
+
+    replace(module, _INPUT, set_and_forget_shapes)
+
+
 _ATTENTION = "xfuser.model_executor.layers.attention_processor"
 
 MENDS = (
@@ -250,5 +273,12 @@ MENDS = (
         _SD3_CALL,
         _drops_max_sequence_length,
         _keep_max_sequence_length,
+    ),
+    Mend(
+        "PipeFusion: text of another length than in the generation before is received wrong",
+        "xfuser.core.distributed.runtime_state",
+        _INPUT,
+        _keeps_receive_buffers,
+        _renew_receive_buffers,
     ),
 )
