@@ -240,22 +240,42 @@ def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any
     report: dict[str, Any] = {}
     if options.computed_steps:
         fitted, report["masks"] = MaskTrials(runs, fitted, parts, console).search()
-    # The states that a cache visits are not those of a full run, so each scalar is chosen again on
-    # records with the cache on at the first; the smaller one holds for both.
     first = build.conformal_scales(fitted, parts.calibrate, alphas)
-    second = {}
-    kind = "corrected" if fitted.weights.any() else "plain"
-    with saved(replace(fitted, scales=first), options.output) as path:
-        for alpha in alphas:
-            name = f"{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{first[alpha]}"
-            cache = {"calibration": path, "significance_level": alpha}
-            tail = indices[-len(parts.calibrate) :]
-            tail = track(tail, f"cache on, alpha {alpha}", console=console)
-            cached = [runs.record(i, f"cached-{name}", **cache) for i in tail]
-            second |= build.conformal_scales(fitted, cached, [alpha])
-    scales = {alpha: min(first[alpha], second[alpha]) for alpha in alphas}
-    report |= {"scales_full": first, "scales_cached": second}
+    scales, report["scales_full"], report["scales_cached"] = {}, first, {}
+    for alpha in alphas:
+        scales[alpha], tried = settle(runs, fitted, parts, alpha, first[alpha], console)
+        report["scales_cached"][alpha] = tried
     return replace(fitted, scales=scales), report
+
+
+def settle(
+    runs: Calibrator,
+    fitted: Fitted,
+    parts: build.Split,
+    alpha: float,
+    first: float,
+    console: Console,
+) -> tuple[float, dict[float, float]]:
+    """Choose a scale again on runs with the cache on, whose states are not those of full runs.
+
+    Returns:
+        The scale, and what the runs with each scale that was tried allow.
+    """
+    options, tried = runs.options, {}
+    count = len(runs.prompts)
+    kind = "corrected" if fitted.weights.any() else "plain"
+
+    def allowed(scale: float) -> float:
+        name = f"cached-{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{scale}"
+        title = f"cache on, alpha {alpha}, scale {scale:.3f}"
+        with saved(replace(fitted, scales={alpha: scale}), options.output) as path:
+            cache = {"calibration": path, "significance_level": alpha}
+            tail = track(range(count - len(parts.calibrate), count), title, console=console)
+            cached = [runs.record(index, name, **cache) for index in tail]
+        tried[scale] = build.conformal_scales(fitted, cached, [alpha])[alpha]
+        return tried[scale]
+
+    return build.settled_scale(first, allowed), tried
 
 
 def audit(runs: Calibrator, console: Console) -> dict[str, Any]:

@@ -369,6 +369,38 @@ def test_a_scale_keeps_its_promise_on_the_generations_that_chose_it(
             assert (bound <= alpha) == (scale <= chosen), (alpha, scale)
 
 
+@pytest.mark.parametrize(
+    ("most", "floor", "wanted", "tried"),
+    [
+        (100, 40, 100, [100]),  # runs with the first scale allow it
+        (90, 60, 90, [100, 80, 90]),  # the larger ones are halved from what those runs allow
+        (85, 60, 80, [100, 80, 90]),
+        (70, 60, 70, [100, 80, 70]),
+        (65, 60, 60, [100, 80, 70]),
+        (100, 99, 100, [100]),
+        (99, 99, 99, [100]),  # nothing between
+    ],
+)
+def test_a_scale_is_settled_by_runs_of_its_own(
+    most: int, floor: int, wanted: int, tried: list[int]
+) -> None:
+    """Runs with a scale above `most` allow `floor`, others what they ran with."""
+    seen: list[int] = []
+
+    def allowed(scale: float) -> float:
+        seen.append(int(np.flatnonzero(build.SCALES == scale)[0]))
+        return float(build.SCALES[floor if seen[-1] > most else seen[-1]])
+
+    assert build.settled_scale(float(build.SCALES[100]), allowed) == build.SCALES[wanted]
+    assert seen == tried
+
+
+def test_a_scale_of_0_is_settled_without_a_run() -> None:
+    assert build.settled_scale(0.0, lambda scale: pytest.fail("nothing to run")) == 0.0
+    # What nothing allows is 0, too.
+    assert build.settled_scale(float(build.SCALES[1]), lambda scale: 0.0) == 0.0
+
+
 def test_too_few_generations_for_alpha_are_refused() -> None:
     generations = [[trajectory(*smooth(seed, T))] for seed in range(4)]
     with pytest.raises(ValueError, match="20"):

@@ -34,6 +34,8 @@ from xfuser_fastcache.fitted import Cell, Fitted
 SHARES = (0.35, 0.15)
 # Of the scalar lambda; fixed before any loss is seen.
 SCALES = np.geomspace(0.05, 20.0, 240)
+# How often scales between one that is allowed and one that is not are halved.
+HALVINGS = 2
 # FastCache's literal threshold on the squared relative change lies just above this.
 LITERAL = 1.0
 
@@ -147,6 +149,38 @@ def conformal_scales(
         counts = by_generation(simulate(tables, epsilon, gate), generations)
         losses[:, column] = harmful_share(counts.harmful, counts.skips)
     return {alpha: conformal_scale(losses, SCALES, alpha) for alpha in alphas}
+
+
+def settled_scale(first: float, allowed: Callable[[float], float]) -> float:
+    """Return the scale that holds in the states that a cache visits.
+
+    Full runs allow `first`; a run with a scale visits other states, which may allow less. What
+    those of a larger scale allow is then too strict, since they are further from full ones: the
+    scales between are halved, twice, and one is taken whose own runs allow it.
+
+    Args:
+        first: one of `SCALES` or 0, the largest that may be taken.
+        allowed: scale -> the largest scale that records with the cache on at it allow.
+
+    Example:
+        >>> settled_scale(SCALES[100], lambda scale: scale) == SCALES[100]
+        True
+        >>> settled_scale(SCALES[100], lambda scale: SCALES[40]) == SCALES[40]
+        True
+    """
+    found = allowed(first) if first else 0.0
+    if found >= first:
+        return first
+    low, high = (int(np.searchsorted(SCALES, scale, "right")) - 1 for scale in (found, first))
+    for _ in range(HALVINGS):
+        middle = (low + high) // 2
+        if middle == low:
+            break
+        if allowed(SCALES[middle]) >= SCALES[middle]:
+            low = middle
+        else:
+            high = middle
+    return 0.0 if low < 0 else float(SCALES[low])
 
 
 def audit(fitted: Fitted, generations: Sequence[Generation], epsilon: float) -> dict[str, Any]:
