@@ -395,6 +395,15 @@ def test_a_scale_is_settled_by_runs_of_its_own(
     assert seen == tried
 
 
+def test_a_scale_is_settled_by_what_the_nearest_larger_runs_allow() -> None:
+    allowed = {100: 60, 80: 75, 77: 76}
+    found = build.settled_scale(
+        float(build.SCALES[100]),
+        lambda scale: float(build.SCALES[allowed[int(np.flatnonzero(build.SCALES == scale)[0])]]),
+    )
+    assert found == build.SCALES[76]
+
+
 def test_a_scale_of_0_is_settled_without_a_run() -> None:
     assert build.settled_scale(0.0, lambda scale: pytest.fail("nothing to run")) == 0.0
     # What nothing allows is 0, too.

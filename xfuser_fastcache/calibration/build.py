@@ -155,8 +155,8 @@ def settled_scale(first: float, allowed: Callable[[float], float]) -> float:
     """Return the scale that holds in the states that a cache visits.
 
     Full runs allow `first`; a run with a scale visits other states, which may allow less. What
-    those of a larger scale allow is then too strict, since they are further from full ones: the
-    scales between are halved, twice, and one is taken whose own runs allow it.
+    those of a larger scale allow is strict, since they are further from full ones. So the scales
+    between are halved, twice: one whose own runs allow it is taken, or what they do allow.
 
     Args:
         first: one of `SCALES` or 0, the largest that may be taken.
@@ -176,10 +176,11 @@ def settled_scale(first: float, allowed: Callable[[float], float]) -> float:
         middle = (low + high) // 2
         if middle == low:
             break
-        if allowed(SCALES[middle]) >= SCALES[middle]:
+        found = allowed(SCALES[middle])
+        if found >= SCALES[middle]:
             low = middle
         else:
-            high = middle
+            low, high = max(low, int(np.searchsorted(SCALES, found, "right")) - 1), middle
     return 0.0 if low < 0 else float(SCALES[low])
 
 
