@@ -207,19 +207,16 @@ class MendedFlux:
         self.usp(uses_pipeline_parallelism)
 
 
-class MendedSD3:
-    """How xfuser could mend its SD3 pipeline itself."""
+class MendedPipeline:
+    """How xfuser could mend its pipelines themselves."""
 
     def __call__(self, max_sequence_length: int = 256, **kwargs: Any) -> None:
         self.encode_prompt(max_sequence_length=max_sequence_length)
 
-
-class MendedState:
-    """How xfuser could mend its receive buffers itself."""
-
-    def set_input_parameters(self, *size: int) -> None:
-        self._input_size_change(*size)
-        self._reset_recv_buffer()
+    def _sync_pipeline(self, latents: Any, prompt_embeds: Any, state: Any, group: Any) -> None:
+        if prompt_embeds.shape != self.shape:
+            state._reset_recv_buffer()
+        group.pipeline_recv()
 
 
 @pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
@@ -227,8 +224,8 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module = types.ModuleType("mended")
     module.xFuserJointAttnProcessor2_0 = MendedJoint
     module.xFuserFluxAttnProcessor = MendedFlux
-    module.xFuserStableDiffusion3Pipeline = MendedSD3
-    module.DiTRuntimeState = MendedState
+    module.xFuserStableDiffusion3Pipeline = MendedPipeline
+    module.xFuserFluxPipeline = MendedPipeline
     assert not mend.is_needed(module)
 
 

@@ -20,7 +20,6 @@ _JOINT = "xFuserJointAttnProcessor2_0.__call__"
 _FLUX = "xFuserFluxAttnProcessor.__call__"
 _SD3_CALL = "xFuserStableDiffusion3Pipeline.__call__"
 _FLUX_FORWARD = "xFuserFluxTransformer2DWrapper.forward"
-_INPUT = "DiTRuntimeState.set_input_parameters"
 
 
 @dataclass(frozen=True)
@@ -222,25 +221,35 @@ def _keep_max_sequence_length(module: ModuleType) -> None:
 
 
 def _keeps_receive_buffers(source: str) -> bool:
-    """Stages agree on shapes anew where the picture's size or the batch changes, and only there."""
-    return "_input_size_change(" in source and "_reset_recv_buffer" not in source
+    """Stages receive into buffers that are renewed only where the size or the batch changes."""
+    return "pipeline_recv(" in source and "_reset_recv_buffer" not in source
 
 
-def _renew_receive_buffers(module: ModuleType) -> None:
-    """Let stages tell each other their shapes at the beginning of every generation.
+def _renew_receive_buffers(pipeline: str) -> Callable[[ModuleType], None]:
+    """Return what lets stages tell each other their shapes again where the text's has changed.
 
     Otherwise text is received into a buffer as long as the first generation's: shorter text keeps
-    an end of other text, and longer text does not fit.
+    an end of other text, and longer text does not fit. Every stage knows the text itself.
     """
-    set_input_parameters = require(module, _INPUT)
+    path = f"{pipeline}._sync_pipeline"
 
-    @functools.wraps(set_input_parameters)
-    def set_and_forget_shapes(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = set_input_parameters(self, *args, **kwargs)
-        self._reset_recv_buffer()
-        return found
+    def apply(module: ModuleType) -> None:
+        run = require(module, path)
+        get_runtime_state = require(module, "get_runtime_state")
+        get_pp_group = require(module, "get_pp_group")
 
-    replace(module, _INPUT, set_and_forget_shapes)
+        @functools.wraps(run)
+        def run_with_own_shapes(self: Any, *args: Any, **kwargs: Any) -> Any:
+            told = vars(get_pp_group())
+            text = (pipeline, kwargs["prompt_embeds"].shape)
+            if told.get("__text__") != text:
+                told["__text__"] = text
+                get_runtime_state()._reset_recv_buffer()
+            return run(self, *args, **kwargs)
+
+        replace(module, path, run_with_own_shapes)
+
+    return apply
 
 
 _ATTENTION = "xfuser.model_executor.layers.attention_processor"
@@ -274,11 +283,17 @@ MENDS = (
         _drops_max_sequence_length,
         _keep_max_sequence_length,
     ),
-    Mend(
-        "PipeFusion: text of another length than in the generation before is received wrong",
-        "xfuser.core.distributed.runtime_state",
-        _INPUT,
-        _keeps_receive_buffers,
-        _renew_receive_buffers,
+    *(
+        Mend(
+            f"{name} under PipeFusion: text of another length than before is received wrong",
+            f"xfuser.model_executor.pipelines.{module}",
+            f"{pipeline}._sync_pipeline",
+            _keeps_receive_buffers,
+            _renew_receive_buffers(pipeline),
+        )
+        for name, module, pipeline in (
+            ("FLUX", "pipeline_flux", "xFuserFluxPipeline"),
+            ("SD3", "pipeline_stable_diffusion_3", "xFuserStableDiffusion3Pipeline"),
+        )
     ),
 )
