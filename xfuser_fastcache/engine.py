@@ -429,7 +429,9 @@ class CacheEngine:
         memory = local.memory(span, call.position)
         tokens = self.tokens if self.tokens is not None and self.tokens.splits else None
         if tokens is not None:
-            outputs = tokens.leave(self._entered, outputs, memory)
+            outputs = tokens.leave(self._entered, outputs, memory, call.noise_level)
+            spent = tokens.static_multiply_adds(self._entered)
+            self.agreement.counters.record_forecast(spent / self._cost)
         anchor = Anchor(
             noise_level=call.noise_level,
             inputs=self._entered,
