@@ -189,7 +189,7 @@ def _token_plan(
         sum(map(_parameters, contract.attention_of(block).values())) / _parameters(block)
         for block, contract in zip(blocks, contracts, strict=True)
     ]
-    # A static token's map has no slope to look back on.
+    # They keep the last residual, which is what these maps correct.
     static = None if maps is None else maps.of["linear"]
     plan = token_plan(config, contracts, attention_costs, static)
     if plan is not None and group.stages > 1:

@@ -89,7 +89,8 @@ class CacheEngine:
         polynomial: for a gate that estimates the change of the output by one: what is published
             for the model, highest power first; None for nothing.
         tokens: which tokens computed spans run on; None for all of them. For one stage only.
-        maps: fitted linear maps of the one span; None for none. For one stage only.
+        maps: fitted linear maps of the one span, where it is skipped; None for none. For one stage
+            only.
     """
 
     def __init__(

@@ -214,7 +214,8 @@ class TokenPlan:
     def leave(
         self, inputs: Streams, outputs: Streams, memory: Memory, noise_level: float
     ) -> Streams:
-        """Return a span's output: computed tokens as they left it, static ones moved as before.
+        """Return a span's output: computed tokens as they left it, static ones moved as when they
+        were last computed, corrected by the map of their age.
 
         Args:
             inputs: what entered the span.
