@@ -6,10 +6,12 @@
 
 Records what enters and leaves the stack, fits how the residual's change follows the input's on two
 generations of three, and judges on the third: a map stands where it clearly beats the forecast
-without one. One file for both forecasters, every layout but PipeFusion and every number of steps:
+without one. One file for both forecasters, static tokens of a motion/static split, every layout but
+PipeFusion and every number of steps:
 
     CacheConfig(linear_maps="runs/flux_maps.safetensors")                          # linear_taylor
     CacheConfig(linear_maps="runs/flux_maps.safetensors", forecaster="linear")
+    CacheConfig(linear_maps="runs/flux_maps.safetensors", motion_threshold=0.01)   # static tokens
 
 Host memory, with D channels, T steps and h generations held out: 8 T D bytes a recorded token of a
 stream, and 16 D^2 bytes (half of that on a GPU, and there) for each of 2 forecasters x streams x

@@ -213,7 +213,16 @@ def test_maps_of_another_model_are_refused_by_what_differs(
         ({"forecaster": "taylor"}, ValueError, "'taylor' takes no linear_maps; choose linear_tay"),
         ({"granularity": 3}, ValueError, "granularity=3 does not go with linear_maps, which are"),
         ({"calibration": "y"}, ValueError, "linear_maps do not go with a calibration, which fore"),
-        ({"merge_ratio": 0.5}, ValueError, "token plans do not go with linear_maps, which are fit"),
+        (
+            {"merge_ratio": 0.5},
+            ValueError,
+            "enable_token_merge does not go with linear_maps, which",
+        ),
+        (
+            {"motion_threshold": 0.1, "granularity": 3},
+            ValueError,
+            "granularity=3 does not go with linear_maps, which are",
+        ),
     ],
 )
 def test_options_that_do_not_go_with_maps_are_refused(
@@ -229,6 +238,51 @@ def test_maps_bring_their_forecaster(backend: str) -> None:
     assert config.forecaster == "linear_taylor"
     assert CacheConfig.from_dict(config.to_dict()) == config
     assert CacheConfig(linear_maps="x", forecaster="linear").forecaster == "linear"
+
+
+@pytest.mark.parametrize("forecaster", [None, "reuse", "linear", "taylor2"])
+def test_with_a_split_the_forecaster_is_what_it_is_without_maps(forecaster: str | None) -> None:
+    """Also where the tokens that move are merged."""
+    config = CacheConfig(linear_maps="x", motion_threshold=0.1, num_stages=2, forecaster=forecaster)
+    assert config.forecaster == (forecaster or "taylor")
+    assert CacheConfig.from_dict(config.to_dict()) == config
+
+
+class SplitFlux(Flux):
+    """Leaves out tokens at three computed steps, and skips two."""
+
+    def latents(self, **options: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        mask = [1, 1, 1, 0, 1, 1, 0, 1]
+        self.cache(**{"motion_threshold": 1e6, "steps_mask": mask, **options})
+        try:
+            return self(), get_cache_statistics(self.transformer)
+        finally:
+            remove_cache(self.transformer)
+
+
+def test_with_a_split_maps_are_for_static_tokens_at_computed_steps(tmp_path: Path) -> None:
+    flux = SplitFlux()
+    path = saved(tmp_path / "file", maps_for(flux.pipe))
+    plain, without = flux.latents()
+    mapped, found = flux.latents(linear_maps=path)
+    assert mapped.isfinite().all() and not torch.equal(mapped, plain)
+    assert found["spatial_approx_ratio"] == without["spatial_approx_ratio"] > 0.1
+    assert found["block_approx_ratio"] == without["block_approx_ratio"] > 0.1
+    assert found["estimated_flops_saved_ratio"] < without["estimated_flops_saved_ratio"]
+    # No token is static: what is skipped is forecast as without a file.
+    plain, _ = flux.latents(motion_threshold=0)
+    assert torch.equal(flux.latents(motion_threshold=0, linear_maps=path)[0], plain)
+
+
+def test_with_a_split_a_file_without_maps_changes_nothing(tmp_path: Path) -> None:
+    flux = SplitFlux()
+    fitted = maps_for(flux.pipe)
+    fitted.of["linear"] = SpanMaps((0.2, 0.6), (None, None), fitted.of["linear"].text)
+    plain, without = flux.latents()
+    images, found = flux.latents(linear_maps=saved(tmp_path / "file", fitted))
+    assert torch.equal(images, plain)
+    for name in ("estimated_flops_saved_ratio", "spatial_approx_ratio", "blocks"):
+        assert found[name] == without[name]
 
 
 def test_a_gate_that_computes_the_first_block_apart_is_refused(tmp_path: Path) -> None:

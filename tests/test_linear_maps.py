@@ -203,6 +203,21 @@ def test_buckets_are_open_below_and_closed_above() -> None:
     assert maps.nbytes() == 3 * D * 8
 
 
+def test_tokens_of_several_gaps_each_get_the_change_of_their_own() -> None:
+    """What each token gets is what `at` gives for its gap; no text is corrected."""
+    near, far = (some_map(("full", "bias"), seed=i) for i in range(2))
+    maps = SpanMaps((0.125, 0.25, 0.5), image=(near, None, far), text=(near, near, near))
+    gaps = torch.tensor([[0.0, 0.0625, 0.125, 0.1875], [0.3125, 0.5, 0.5625, 0.125]])[..., None]
+    dx = random(2, 4, D, seed=9)
+    found = maps.change_of_each(dx, gaps)
+    for token in ((i, j) for i in range(2) for j in range(4)):
+        used, _ = maps.at(float(gaps[token]))
+        wanted = torch.zeros(D) if used is None else used.change(dx[token])
+        torch.testing.assert_close(found[token], wanted.to(dx.dtype))
+    assert maps.multiply_adds_of_each(Streams(dx)) == 2 * D * D
+    assert maps.multiply_adds_of_each(Streams(dx, dx[:, :1])) == 2 * D * D * 4 / 5
+
+
 @pytest.mark.parametrize("edges", [(0.2, 0.1), (0.1, 0.1), (0.0, 0.1), (math.nan,), (math.inf,)])
 def test_edges_that_do_not_ascend_are_refused(edges: tuple[float, ...]) -> None:
     none = (None,) * len(edges)

@@ -69,6 +69,23 @@ def test_a_still_rank_computes_as_many_tokens_as_one_that_moves(layout: str, mod
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [c for c in CELLS if c[0] != "1 rank" and c[1] in TOGETHER["1 rank"]],
+)
+def test_maps_of_static_tokens_give_two_ranks_what_they_give_one(layout: str, model: str) -> None:
+    alone = world("1 rank")[0]["models"][model]
+    for rank in world(layout):
+        found = rank["models"][model]
+        # Half of the tokens at 7 of 10 steps.
+        shares = [held[0] for held in (found["mapped"], found["last residual"], alone["mapped"])]
+        assert shares == [pytest.approx(0.35)] * 3
+        if len(found["mapped"]) > 1:
+            assert found["mapped"] == pytest.approx(alone["mapped"], abs=1e-3)
+            assert found["mapped"] != pytest.approx(found["last residual"], abs=1e-1)
+
+
+@pytest.mark.gloo
 def test_under_pipefusion_plans_do_nothing_and_say_so_once() -> None:
     flags = ("--pipefusion_parallel_degree=2",)
     found = run_world("tokens_worker.py", 2, "--model", "flux", "pixart", *flags, timeout_s=400)

@@ -20,6 +20,7 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.linear_map import LinearMap, SpanMaps
 from xfuser_fastcache.token_plan import TokenPlan, token_plan
 from xfuser_fastcache.tokens.saliency import BUCKETS
 
@@ -34,27 +35,31 @@ def without_gradients() -> Iterator[None]:
 
 
 class Stack(PlainStack):
-    """Arithmetic blocks under a token plan; `seen` has the number of tokens of each block run."""
+    """Arithmetic blocks under a token plan; `seen` has the number of tokens of each block run.
 
-    def __init__(self, blocks: int = 2, **options: Any):
+    Each adds its number and `slope` times what it was given.
+    """
+
+    def __init__(self, blocks: int = 2, maps: SpanMaps | None = None, **options: Any):
         options = {
             "cache_ratio_threshold": 0, "num_warmup_steps": 1, "static_kv": "drop", **options,
         }  # fmt: skip
         super().__init__(blocks=blocks, **options)
         plain = self.engine
-        plan = token_plan(plain.config, [BARE] * blocks, [0.0] * blocks)
+        plan = token_plan(plain.config, [BARE] * blocks, [0.0] * blocks, maps)
         assert isinstance(plan, TokenPlan)
         self.engine = CacheEngine(
             plain.config, plain.consensus, plain.blocks, [BARE] * blocks, 0, DIM,
             modulated=lambda args, kwargs: args[0], tokens=plan,
         )  # fmt: skip
         self.seen: list[int] = []
+        self.slope = 0.0
 
     def _block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             self.ran.append(index)
             self.seen.append(x.shape[1])
-            return x + self.added[index]
+            return x + self.slope * x + self.added[index]
 
         return forward
 
@@ -99,6 +104,56 @@ def test_tokens_that_moved_are_computed_and_static_ones_get_their_last_residual(
     assert out[0, chosen, 0] == third[0, chosen, 0] + 300
     static = [i for i in (3, 8) if out[0, i, 0] != third[0, i, 0] + 300]
     assert static and all(out[0, i, 0] == third[0, i, 0] + 30 for i in static)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_map_that_is_right_gives_static_tokens_what_computing_them_would(right: bool) -> None:
+    """The residual is x / 2 + 1, so that it changes by half of what the input does."""
+    half = LinearMap(diagonal=torch.full((DIM,), 0.5))
+    maps = SpanMaps((1.0,), (half if right else None,), (None,))
+    stack = Stack(blocks=1, motion_threshold=0.1, maps=maps)
+    stack.slope, stack.added = 0.5, [1.0]
+    x = plane()
+    for step in range(4):
+        x = moved(x, step) + 0.0625
+        out, seen = stack.step(x, 1 - step / 10)
+        assert seen == [2 if step else COUNT]
+        exact = torch.equal(out, 1.5 * x + 1)
+        assert exact if right or not step else not exact
+
+
+def test_each_static_token_has_the_map_of_its_own_age() -> None:
+    biases = tuple(LinearMap(bias=torch.full((DIM,), constant)) for constant in (1.0, 2.0))
+    maps = SpanMaps((0.15, 0.35), biases, (None, None))
+    stack = Stack(blocks=1, motion_threshold=0.1, maps=maps)
+    stack.added, x, gained = [3.0], plane(), []
+    for level, moves in ((1.0, ()), (0.9, (0, 1)), (0.8, (2, 3)), (0.6, (4, 5))):
+        x = moved(x, *moves)
+        out, _ = stack.step(x, level)
+        gained.append((out - x)[0, ::2, 0].tolist())
+    # Token 0 was computed at the second step, 2 at the third, 4 at the last, the others at the
+    # first alone; a gap of 0.4 is beyond all maps.
+    assert gained == [
+        [3.0] * 8,
+        [3.0, *[4.0] * 7],
+        [4.0, 3.0, *[5.0] * 6],
+        [5.0, 5.0, 3.0, *[3.0] * 5],
+    ]
+
+
+def test_statistics_count_what_maps_of_static_tokens_cost() -> None:
+    """Four multiply-adds a token beside the blocks' two, at one of three steps."""
+    maps = SpanMaps((1.0,), (LinearMap(diagonal=torch.zeros(DIM)),), (None,))
+    found = []
+    for used in (None, maps):
+        stack = Stack(motion_threshold=0.1, maps=used)
+        for level, x in ((1.0, plane()), (0.9, moved(plane(), 3)), (0.8, 9 * plane())):
+            stack.step(x, level)
+        found.append(stack.statistics)
+    saved = [statistics["estimated_flops_saved_ratio"] for statistics in found]
+    assert saved[0] - saved[1] == pytest.approx(4 / 2 / 3)
+    assert found[0]["spatial_approx_ratio"] == found[1]["spatial_approx_ratio"] > 0
+    assert found[1]["cache_bytes"] - found[0]["cache_bytes"] == maps.nbytes() > 0
 
 
 def test_each_token_is_forecast_from_the_steps_at_which_it_was_computed() -> None:

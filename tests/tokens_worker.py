@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from matrix_worker import build, same  # noqa: E402
+from calibrations import fitted_for  # noqa: E402
+from matrix_worker import SIZES, STEPS, build, same  # noqa: E402
+from tiny_models import TINY_PIPELINES  # noqa: E402
 from worlds import report  # noqa: E402
 from xdit_control import own_share  # noqa: E402
 
+from xfuser_fastcache.apply import adapter_of  # noqa: E402
+from xfuser_fastcache.fitted_maps import FittedMaps  # noqa: E402
+from xfuser_fastcache.linear_map import LinearMap, SpanMaps  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
 
@@ -37,28 +43,68 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@contextmanager
-def only_some_move(transformer: torch.nn.Module, moving: bool) -> Iterator[None]:
-    """Hold the latents still, but for half of the tokens where `moving`."""
-    first: list[torch.Tensor] = []
+Latents = Callable[[torch.Tensor, int], torch.Tensor]
 
-    def hold(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        first.append(x)
-        held = first[0].clone()
+
+def a_half(x: torch.Tensor) -> torch.Tensor:
+    """Return every second token, or the left half of a picture, as a view."""
+    return x[:, ::2] if x.dim() == 3 else x[..., : x.shape[-1] // 2]
+
+
+def hold(moving: bool) -> Latents:
+    """Hold the latents still, but for half of the tokens where `moving`."""
+
+    def latents(first: torch.Tensor, call: int) -> torch.Tensor:
+        held = first.clone()
         if moving:
-            # Every second token, or the left half of a picture.
-            half = held[:, ::2] if held.dim() == 3 else held[..., : held.shape[-1] // 2]
-            half += torch.randn(half.shape, generator=torch.Generator().manual_seed(len(first)))
+            half = a_half(held)
+            half += torch.randn(half.shape, generator=torch.Generator().manual_seed(call))
+        return held
+
+    return latents
+
+
+def drift(first: torch.Tensor, call: int) -> torch.Tensor:
+    """Turn half of the latents round at every call and let the others drift, on any shard alike."""
+    held = first * (1 + 0.01 * (call % 4))
+    a_half(held).mul_((-1) ** call)
+    return held
+
+
+@contextmanager
+def latents_are(transformer: torch.nn.Module, latents: Latents) -> Iterator[None]:
+    """Give the transformer what `latents` makes of those of its first call, at calls 1, 2, ..."""
+    given: list[torch.Tensor] = []
+
+    def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        held = latents(given[0], len(given))
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": held}
         return (held, *args[1:]), kwargs
 
-    handle = transformer.register_forward_pre_hook(hold, with_kwargs=True)
+    handle = transformer.register_forward_pre_hook(replace, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def maps_file(model: str, folder: str) -> str:
+    """Write linear maps of a model's stack, of two buckets, and return the path."""
+    pipe, _ = TINY_PIPELINES[model](**SIZES.get(model, {}))
+    dim = adapter_of(pipe.transformer).dim(pipe.transformer)
+    slope, constant = torch.randn(2, dim, generator=torch.Generator().manual_seed(2))
+    used = LinearMap(diagonal=slope, bias=constant), LinearMap(bias=-constant)
+    of = {"linear": SpanMaps((0.15, 1.0), used, (None, None))}
+    path = f"{folder}/{model}.safetensors"
+    FittedMaps(of, fitted_for(pipe, STEPS).metadata).save(path)
+    return path
+
+
+def some_numbers(images: torch.Tensor | None) -> list[float]:
+    """Return a few pixels; none on a rank without output."""
+    return [] if images is None else images.flatten()[:: images.numel() // 40].tolist()
 
 
 def main() -> None:
@@ -114,9 +160,16 @@ def main() -> None:
             found["uneven"] = []
             for kept in ("reuse", "drop"):
                 options = {"motion_threshold": 1e-3, "static_kv": kept}
-                with only_some_move(pipe.transformer, moving=dist.get_rank() == 0):
+                with latents_are(pipe.transformer, hold(moving=dist.get_rank() == 0)):
                     *_, statistics = cached(generate, **options)
                 found["uneven"].append(statistics["spatial_approx_ratio"])
+        if flags["pipefusion_parallel_degree"] == 1:
+            with tempfile.TemporaryDirectory() as folder:
+                path = maps_file(model, folder)
+                for name, given in (("last residual", {}), ("mapped", {"linear_maps": path})):
+                    with latents_are(pipe.transformer, drift):
+                        images, _, statistics = cached(generate, motion_threshold=0.01, **given)
+                    found[name] = [statistics["spatial_approx_ratio"], *some_numbers(images)]
         found["restored"] = same(generate(), control)
         return found
 

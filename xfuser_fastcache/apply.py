@@ -16,7 +16,7 @@ from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.fitted import CALIBRATION, check_model, fingerprint, load_fitted, settled
-from xfuser_fastcache.fitted_maps import LINEAR_MAPS, load_maps
+from xfuser_fastcache.fitted_maps import LINEAR_MAPS, FittedMaps, load_maps
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.layout import DecisionGroup, PlainLayout
@@ -148,7 +148,7 @@ def apply_cache_on_transformer(
     else:
         of_blocks = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
         contracts, dim = list(of_blocks), adapter.dim(model)
-        tokens = _token_plan(config, group, blocks, of_blocks)
+        tokens = _token_plan(config, group, blocks, of_blocks, maps)
     first_block = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
     engine = CacheEngine(
         config,
@@ -161,7 +161,7 @@ def apply_cache_on_transformer(
         modulated=partial(adapter.modulated_input, blocks[0]) if first_block == 0 else None,
         polynomial=adapter.tea_polynomial,
         tokens=tokens,
-        maps=None if maps is None else maps.of[config.forecaster],
+        maps=None if maps is None or config.splits_tokens else maps.of[config.forecaster],
     )
     embedder = model.get_submodule(adapter.embedder)
     attachment = Attachment(transformer, model, blocks, embedder)
@@ -182,13 +182,16 @@ def _token_plan(
     group: DecisionGroup,
     blocks: list[nn.Module],
     contracts: list[BlockContract],
+    maps: FittedMaps | None,
 ) -> TokenPlan | None:
     """Return the token plan that a config asks for; None where there is none, or none can be."""
     attention_costs = [
         sum(map(_parameters, contract.attention_of(block).values())) / _parameters(block)
         for block, contract in zip(blocks, contracts, strict=True)
     ]
-    plan = token_plan(config, contracts, attention_costs)
+    # They keep the last residual, which is what these maps correct.
+    static = None if maps is None else maps.of["linear"]
+    plan = token_plan(config, contracts, attention_costs, static)
     if plan is not None and group.stages > 1:
         _say_inert()
         return None

@@ -203,7 +203,8 @@ class CacheConfig:
         None,
         "path, or none",
         "file of scripts/fit_maps.py: fitted linear maps of the stack of blocks, in place of the "
-        "slope fitted online; forecaster is then linear_taylor, or linear where that is given",
+        "slope fitted online; forecaster is then linear_taylor, or linear where that is given. "
+        "With a motion/static split they are for static tokens, and the forecaster is as without",
     )
     shadow_audit: float | None = _option(
         None, "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
@@ -354,7 +355,7 @@ class CacheConfig:
             known = name in own or defaults.get(name) is not None
             if getattr(self, name) is not None and not known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is {place}")
-        if self.linear_maps is not None:
+        if self.linear_maps is not None and not self.splits_tokens:
             defaults["forecaster"] = MAPPED[0]
         for name, value in {**defaults, **own}.items():
             if getattr(self, name) is None:
@@ -407,7 +408,7 @@ class CacheConfig:
         """Refuse options that do not go with linear maps of the whole stack of blocks."""
         if not isinstance(self.linear_maps, str):
             self._refuse("linear_maps", TypeError)
-        if self.forecaster not in MAPPED:
+        if self.forecaster not in MAPPED and not self.splits_tokens:
             raise ValueError(
                 f"forecaster={self.forecaster!r} takes no linear_maps; choose "
                 f"{' or '.join(MAPPED)}, or leave forecaster or linear_maps out"
@@ -417,11 +418,11 @@ class CacheConfig:
                 f"granularity={self.granularity!r} does not go with linear_maps, which are fitted "
                 "for the whole stack of blocks; leave one of them out"
             )
-        if self.splits_tokens or self.merges_tokens:
+        if self.merges_tokens and not self.splits_tokens:
             raise ValueError(
-                "token plans do not go with linear_maps, which are fitted where all tokens were "
-                "computed at one step; leave linear_maps out, or enable_spatial_approx, "
-                "enable_token_merge and their options"
+                "enable_token_merge does not go with linear_maps, which are fitted where no tokens "
+                "were merged; leave one of them out, or set enable_spatial_approx, whose static "
+                "tokens take the maps"
             )
 
     def _refuse(self, name: str, error: type[Exception]) -> NoReturn:

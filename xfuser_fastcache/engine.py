@@ -89,7 +89,8 @@ class CacheEngine:
         polynomial: for a gate that estimates the change of the output by one: what is published
             for the model, highest power first; None for nothing.
         tokens: which tokens computed spans run on; None for all of them. For one stage only.
-        maps: fitted linear maps of the one span; None for none. For one stage only.
+        maps: fitted linear maps of the one span, where it is skipped; None for none. For one stage
+            only.
     """
 
     def __init__(
@@ -429,7 +430,9 @@ class CacheEngine:
         memory = local.memory(span, call.position)
         tokens = self.tokens if self.tokens is not None and self.tokens.splits else None
         if tokens is not None:
-            outputs = tokens.leave(self._entered, outputs, memory)
+            outputs = tokens.leave(self._entered, outputs, memory, call.noise_level)
+            spent = tokens.static_multiply_adds(self._entered)
+            self.agreement.counters.record_forecast(spent / self._cost)
         anchor = Anchor(
             noise_level=call.noise_level,
             inputs=self._entered,

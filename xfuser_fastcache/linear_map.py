@@ -259,6 +259,33 @@ class SpanMaps:
             words = words + text.change(moved.encoder_hidden_states)
         return Streams(hidden, words)
 
+    def change_of_each(self, dx: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+        """Return the residual's change of image tokens that each have a gap of their own.
+
+        Every image map runs on every token, so that nothing waits for the device; 0 where there is
+        no map.
+
+        Args:
+            dx: the input's change, `(batch, tokens, dim)`.
+            gaps: see `at`, float32 `(batch, tokens, 1)`.
+        """
+        change = torch.zeros_like(dx)
+        below = (0.0, *self.edges[:-1])
+        for low, high, used in zip(below, self.edges, self.image, strict=True):
+            if used is not None:
+                change = torch.where((gaps > low) & (gaps <= high), used.change(dx), change)
+        return change
+
+    def multiply_adds_of_each(self, inputs: Streams) -> float:
+        """Return the cost of `change_of_each`, the mean over the tokens of all streams.
+
+        Args:
+            inputs: what enters the span.
+        """
+        image, text = inputs.hidden_states.shape[1], inputs.encoder_hidden_states
+        spent = sum(used.multiply_adds_per_token for used in self.image if used is not None)
+        return spent * image / (image + (0 if text is None else text.shape[1]))
+
     def multiply_adds_per_token(self, inputs: Streams, gap: float) -> float:
         """Return the cost of `corrected`, the mean over the tokens of all streams.
 

@@ -75,7 +75,7 @@ class Counters:
         self._saved[block] = self._saved.get(block, 0.0) + saved
 
     def record_forecast(self, spent: float) -> None:
-        """Count what a forecast cost, as a share of the cost of all blocks, 0 to 1."""
+        """Count what a forecast, also of static tokens, cost: a share of that of all blocks."""
         self._spent += spent
 
     def saw_bytes(self, held: int) -> None:

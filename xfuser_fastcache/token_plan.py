@@ -11,6 +11,7 @@ import torch
 from xfuser_fastcache.block_contract import BlockContract, Streams
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.forecasters.base import Forecaster
+from xfuser_fastcache.linear_map import SpanMaps
 from xfuser_fastcache.moments import Reference
 from xfuser_fastcache.state import Anchor, Memory, Orders
 from xfuser_fastcache.statistics import Counters
@@ -51,8 +52,9 @@ class TokenPlan:
 
     Split: what entered the first span that is not always computed says which tokens moved; all
     ranks agree on how many run, and each takes its own that moved most. A static token gets the
-    residual of when it was last computed. Merging: of the tokens that run, the later stages see
-    clusters, in fixed numbers, so that ranks agree without a word. Text always runs.
+    residual of when it was last computed, corrected by a linear map where one was fitted. Merging:
+    of the tokens that run, the later stages see clusters, in fixed numbers, so that ranks agree
+    without a word. Text always runs.
 
     Args:
         motion: how motion is told from stillness; None without a split.
@@ -60,6 +62,8 @@ class TokenPlan:
         contracts: of all blocks, in order.
         attention_costs: share of each block's cost that its attention modules have, 0 to 1, where
             static tokens stay in attention; None where they do not.
+        maps: of the whole stack, for static tokens: `r = r_0 + L(x - x_0)`, of the forecaster
+            `linear`; None for none.
     """
 
     def __init__(
@@ -68,11 +72,13 @@ class TokenPlan:
         pyramid: Pyramid | None,
         contracts: Sequence[BlockContract],
         attention_costs: Sequence[float] | None = None,
+        maps: SpanMaps | None = None,
     ):
         self.motion = motion
         self._pyramid = pyramid
         self._blocks = len(contracts)
         self._attention_costs = attention_costs
+        self._maps = maps
         self._static = StaticTokens() if attention_costs is not None else None
         # A table's row is one for the whole batch, and so is then the choice.
         self._same_rows = any(contract.tables for contract in contracts)
@@ -103,7 +109,7 @@ class TokenPlan:
 
     def nbytes(self) -> int:
         """Bytes held for static tokens."""
-        return 0 if self._static is None else self._static.nbytes()
+        return sum(held.nbytes() for held in (self._static, self._maps) if held is not None)
 
     def measure(
         self, hidden_states: torch.Tensor, reference: Reference, slots: torch.Tensor, rank: int
@@ -205,18 +211,34 @@ class TokenPlan:
         assert self._static is not None
         return self._static.attend(key, self._narrowing, self._tokens, forward, args, kwargs)
 
-    def leave(self, inputs: Streams, outputs: Streams, memory: Memory) -> Streams:
-        """Return a span's output: computed tokens as they left it, static ones moved as before.
+    def leave(
+        self, inputs: Streams, outputs: Streams, memory: Memory, noise_level: float
+    ) -> Streams:
+        """Return a span's output: computed tokens as they left it, static ones moved as when they
+        were last computed, corrected by the map of their age.
 
         Args:
             inputs: what entered the span.
             outputs: of its last block.
             memory: of the span before this step.
+            noise_level: sigma of this step.
         """
         assert self._split is not None
-        static = inputs.hidden_states + memory.anchors[0].residual.hidden_states
+        anchor = memory.anchors[0]
+        static = inputs.hidden_states + anchor.residual.hidden_states
+        if self._maps is not None:
+            dx = inputs.hidden_states - anchor.inputs.hidden_states
+            static += self._maps.change_of_each(dx, (noise_level - _levels(anchor)).abs())
         image = self._split.mixed(outputs.hidden_states, static)
         return Streams(image, outputs.encoder_hidden_states)
+
+    def static_multiply_adds(self, inputs: Streams) -> float:
+        """Return what maps of static tokens cost, the mean over the tokens of all streams.
+
+        Args:
+            inputs: what entered the span.
+        """
+        return 0.0 if self._maps is None else self._maps.multiply_adds_of_each(inputs)
 
     def remembered(self, memory: Memory, anchor: Anchor, forecaster: Forecaster) -> Memory:
         """Return a span's memory after it ran on some tokens: each token keeps its own anchors.
@@ -264,7 +286,10 @@ def _levels(anchor: Anchor) -> torch.Tensor:
 
 
 def token_plan(
-    config: CacheConfig, contracts: Sequence[BlockContract], attention_costs: Sequence[float]
+    config: CacheConfig,
+    contracts: Sequence[BlockContract],
+    attention_costs: Sequence[float],
+    maps: SpanMaps | None = None,
 ) -> TokenPlan | None:
     """Return the plan that a config asks for, or None.
 
@@ -272,6 +297,7 @@ def token_plan(
         config: validated options.
         contracts: of all blocks, in order.
         attention_costs: share of each block's cost that its attention modules have, 0 to 1.
+        maps: of the whole stack, for static tokens; see `TokenPlan`.
     """
     if not config.splits_tokens and not config.merges_tokens:
         return None
@@ -290,4 +316,4 @@ def token_plan(
             MOTION_THRESHOLD if threshold is None else threshold, config.adaptive_beta
         )
         kept_in_attention = None if config.static_kv == "drop" else attention_costs
-    return TokenPlan(rule, pyramid, contracts, kept_in_attention)
+    return TokenPlan(rule, pyramid, contracts, kept_in_attention, maps)
