@@ -162,6 +162,11 @@ def settled_scale(first: float, allowed: Callable[[float], float]) -> float:
         first: one of `SCALES` or 0, the largest that may be taken.
         allowed: scale -> the largest scale that records with the cache on at it allow.
 
+    Returns:
+        One of `SCALES`, at most `first`; 0.0 where none is allowed.
+
+    Source: docs/methods/statistics.md, "Why calibrate twice".
+
     Example:
         >>> settled_scale(SCALES[100], lambda scale: scale) == SCALES[100]
         True
