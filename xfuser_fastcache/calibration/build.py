@@ -168,9 +168,9 @@ def settled_scale(first: float, allowed: Callable[[float], float]) -> float:
     Source: docs/methods/statistics.md, "Why calibrate twice".
 
     Example:
-        >>> settled_scale(SCALES[100], lambda scale: scale) == SCALES[100]
-        True
-        >>> settled_scale(SCALES[100], lambda scale: SCALES[40]) == SCALES[40]
+        >>> settled_scale(0.5, lambda scale: scale)
+        0.5
+        >>> settled_scale(SCALES[100], lambda scale: SCALES[40]) == float(SCALES[40])
         True
     """
     found = allowed(first) if first else 0.0
