@@ -154,7 +154,8 @@ def launch(arguments: list[str], limit_s: float) -> str:
 def run_cell(model: str, layout: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one cell and return generate.py's report."""
     directory = Path(options.output_dir) / model / layout.replace(" ", "_")
-    flags = (f"--repeat={options.repeat}", f"--output_dir={directory}")
+    captions = sample_captions(options.pictures, seed=0, split="unseen")
+    flags = (f"--repeat={options.repeat}", f"--output_dir={directory}", "--prompt", *captions)
     launch(command(model, layout, *flags), options.limit_s)
     report = json.loads((ROOT / directory / "report.json").read_text())
     stages = report["parallel"]["pipefusion"]
@@ -368,6 +369,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(adapters()))
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS))
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each kind a cell")
+    parser.add_argument("--pictures", type=int, default=16, help="that a cell makes at once")
     parser.add_argument(
         "--captions", type=int, default=64, help="unseen captions to mark a model; 0 for none"
     )
