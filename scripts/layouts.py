@@ -107,6 +107,12 @@ def cells() -> list[tuple[str, str]]:
     ]
 
 
+def pictures_of(model: str, sequences: int) -> int:
+    """Return how many pictures make so many sequences of tokens a step; with guidance half."""
+    guided = not any((model, CFG) == (e.model, e.flag) for e in EXCLUDED)
+    return sequences // 2 if guided else sequences
+
+
 def command(model: str, layout: str, *flags: str) -> list[str]:
     """Return the command of a cell, from torchrun's flags on."""
     ranks, of_layout = LAYOUTS[layout]
@@ -154,7 +160,8 @@ def launch(arguments: list[str], limit_s: float) -> str:
 def run_cell(model: str, layout: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one cell and return generate.py's report."""
     directory = Path(options.output_dir) / model / layout.replace(" ", "_")
-    captions = sample_captions(options.pictures, seed=0, split="unseen")
+    pictures = pictures_of(model, options.sequences)
+    captions = sample_captions(pictures, seed=0, split="unseen")
     flags = (f"--repeat={options.repeat}", f"--output_dir={directory}", "--prompt", *captions)
     launch(command(model, layout, *flags), options.limit_s)
     report = json.loads((ROOT / directory / "report.json").read_text())
@@ -310,7 +317,8 @@ def document(
         "over gloo, one thread a rank.",
         "",
         f"Each row is the embedded toy of that model, {first['num_inference_steps']} steps, "
-        f"{len(first['prompts'])} pictures of {first['height']} x {first['width']}, with "
+        f"{options.sequences} sequences a step (so many pictures, with guidance half of them) of "
+        f"{first['height']} x {first['width']}, with "
         "`configs/toy_MODEL_fast.yaml`; times are of the denoising loop (slowest rank, median of "
         f"{first['repeat']} runs, uncached and cached in turn). PSNR and SSIM compare with the "
         "uncached pictures of the same layout. *Gain kept* is the speedup divided by that of "
@@ -369,7 +377,12 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(adapters()))
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS))
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each kind a cell")
-    parser.add_argument("--pictures", type=int, default=16, help="that a cell makes at once")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=32,
+        help="that a step computes at once: a picture is one, with guidance two (default 32)",
+    )
     parser.add_argument(
         "--captions", type=int, default=64, help="unseen captions to mark a model; 0 for none"
     )

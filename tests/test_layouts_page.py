@@ -46,6 +46,12 @@ def test_a_cell_is_a_command_that_the_user_may_give(model: str) -> None:
     assert {"--pipefusion_parallel_degree=2", "--ulysses_degree=2"} < set(arguments)
 
 
+def test_guidance_counts_a_picture_twice() -> None:
+    assert {model: layouts.pictures_of(model, 8) for model in adapters()} == {
+        model: 8 if (model, "cfg 2") not in layouts.cells() else 4 for model in adapters()
+    }
+
+
 def test_a_model_without_a_toy_is_an_error_that_says_what_to_add() -> None:
     with pytest.raises(FileNotFoundError, match=r"'wan' is registered but configs/toy_wan_fast"):
         layouts.command("wan", "1 rank")
@@ -109,7 +115,8 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     """One cell for real; what xDiT cannot run is run as well, and its error compared."""
     page = tmp_path / "layouts.md"
     command = [sys.executable, "scripts/layouts.py", "--models", "pixart", "--layouts", "cfg 2"]
-    command += ["--repeat", "1", "--captions", "0", "--output_dir", str(tmp_path)]
+    command += ["--repeat", "1", "--captions", "0", "--sequences", "8"]
+    command += ["--output_dir", str(tmp_path)]
     done = subprocess.run(
         [*command, "--output", str(page)], cwd=ROOT, capture_output=True, text=True, timeout=400
     )
