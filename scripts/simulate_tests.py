@@ -51,10 +51,9 @@ from xfuser_fastcache.calibration.risk import (
     chi2_factor,
     conformal_scale,
     degrees_of_freedom,
-    false_skip_rate,
-    harmful_share,
     least_generations,
 )
+from xfuser_fastcache.false_skips import false_skip_rate, harmful_share
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 

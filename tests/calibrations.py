@@ -27,7 +27,7 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
         "weights_blind": np.zeros((*cells, 2), np.float32),
         "slopes": np.ones(cells),
         "degrees": np.full(cells, 10.0),
-        "exponent": 1.0,
+        "exponents": (1.0, 0.0),
         "upper": 1.0,
         "scales": {0.05: 1.0, 0.1: 2.0},
         "masks": {},
@@ -56,7 +56,7 @@ def trajectory(
     rows = np.concatenate((outputs, latents))
     steps = len(outputs)
     still = {"skipped": np.zeros(steps, bool), "errors": np.zeros(steps)}
-    return Trajectory(gram=rows @ rows.T, **{**still, **changes})
+    return Trajectory(gram=rows @ rows.T / rows.shape[1], **{**still, **changes})
 
 
 def smooth(

@@ -213,7 +213,7 @@ def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -
     ours = {name.lower() for name in BACKENDS} | {"fast-calibrated"}
     variants = {f"fast-{name}" for name in FORECASTERS}
     plans = {f"fast-{name}" for name in ("split-reuse", "split-drop", "merge", "split-merge")}
-    assert ours | variants | plans | set(ISSUE) == set(known)
+    assert ours | variants | plans | {"oracle"} | set(ISSUE) == set(known)
     assert set(methods.choose(["all"], 28)) == ours | set(ISSUE)
     assert set(methods.choose(["forecasters"], 28)) == variants
     assert set(methods.choose(["fast", "tokens"], 28)) == {"fast"} | plans
@@ -550,10 +550,41 @@ def test_a_method_that_cannot_run_stays_in_the_documents_table(
     assert "TeaCache could not run: AttributeError: no such blocks" in capsys.readouterr().out
 
 
-def test_a_method_without_its_calibration_is_listed_with_the_way_to_make_one() -> None:
+@pytest.mark.parametrize("name", ["fast-calibrated", "oracle"])
+def test_a_method_without_its_calibration_is_listed_with_the_way_to_make_one(name: str) -> None:
     pipe = SimpleNamespace(set_progress_bar_config=lambda **_: None)
-    with pytest.raises(FileNotFoundError, match="scripts/calibrate.py --computed_steps"):
-        methods.all_methods()["fast-calibrated"].prepare(Subject(pipe, 28, {}), "7")
+    with (
+        pytest.raises(FileNotFoundError, match="scripts/calibrate.py --computed_steps"),
+        methods.all_methods()[name].prepare(Subject(pipe, 28, {}), "7"),
+    ):
+        pass
+
+
+def test_the_oracle_skips_by_true_errors_and_pays_for_what_it_keeps() -> None:
+    from diffusers import FluxPipeline
+
+    from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+
+    pipe = FluxPipeline.from_pretrained(TOY, local_files_only=True)
+    file = f"{TOY}/fastcache.safetensors"
+    subject = Subject(pipe, 28, call_arguments(TOY), calibration=file)
+    prompt, transformer = sample_captions(1, seed=3), pipe.transformer
+    found = {}
+    for value in ("0", "0.02", "1e9"):
+        with methods.all_methods()["oracle"].prepare(subject, value):
+            found[value] = subject.generate(prompt, [0])
+    uncached = subject.generate(prompt, [0])
+    assert "forward" not in transformer.__dict__ and not subject.free_s
+    assert np.array_equal(found["0"].images[0], uncached.images[0])
+    assert found["1e9"].seconds < 0.3 * uncached.seconds < 0.6 * found["0"].seconds
+    assert found["1e9"].seconds < found["0.02"].seconds < found["0"].seconds
+    # Where no error is too large, it is the cache with one computed step.
+    options = {"calibration": file, "steps_mask": [1] + [0] * 27}
+    apply_cache_on_transformer(transformer, scheduler=pipe.scheduler, **options)
+    cached = subject.generate(prompt, [0])
+    remove_cache(transformer)
+    assert np.array_equal(found["1e9"].images[0], cached.images[0])
+    assert not np.array_equal(found["0.02"].images[0], cached.images[0])
 
 
 def test_the_interval_of_a_frechet_distance_holds_it() -> None:

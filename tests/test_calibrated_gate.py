@@ -53,24 +53,26 @@ def evidence(ratio: float, steps: tuple[int, int, int | None] = (5, 3, 1)) -> Ev
 # ---- the gate -----------------------------------------------------------------------------------
 
 
-EXPONENTS = (1.0, 0.5, -0.7)
+EXPONENTS = ((1.0, 0.0), (0.5, -1.5), (-0.7, 0.8))
 
 
-def change_at(error: float, slope: float, exponent: float) -> float:
-    """Return the squared relative change that this error is predicted of."""
-    return (error / slope) ** (2 / exponent)
+def change_at(error: float, slope: float, exponents: tuple[float, float]) -> float:
+    """Return the squared relative change that this error is predicted of, by `evidence`."""
+    of_change, of_energy = exponents
+    rho = math.sqrt(7.0 / (64 * 16))
+    return (error / (slope * rho**of_energy)) ** (2 / of_change)
 
 
-@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize("exponents", EXPONENTS)
 @pytest.mark.parametrize(("scale", "slope", "epsilon"), [(1.0, 1.0, 0.3), (0.4, 2.5, 0.05)])
 def test_conformal_skips_where_the_predicted_error_is_below_lambda_times_epsilon(
-    scale: float, slope: float, epsilon: float, exponent: float
+    scale: float, slope: float, epsilon: float, exponents: tuple[float, float]
 ) -> None:
-    fitted = fitted_on(LEVELS, exponent=exponent, upper=5.0, scales={0.05: scale, 0.1: 99.0})
+    fitted = fitted_on(LEVELS, exponents=exponents, upper=5.0, scales={0.05: scale, 0.1: 99.0})
     fitted.slopes[HERE] = slope
     gate = CalibratedGate(fitted, epsilon, "conformal", 0.05)
     below, above = (
-        gate.judge(evidence(change_at(side * scale * epsilon, slope, exponent)))
+        gate.judge(evidence(change_at(side * scale * epsilon, slope, exponents)))
         for side in (BELOW, ABOVE)
     )
     assert below.may_skip and not above.may_skip
@@ -78,18 +80,18 @@ def test_conformal_skips_where_the_predicted_error_is_below_lambda_times_epsilon
     assert above.statistic == pytest.approx(scale * epsilon)
 
 
-@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize("exponents", EXPONENTS)
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize("degrees", [1.0, 7.5, 400.0])
 def test_chi2_skips_below_the_quantile_of_the_cells_own_degrees(
-    alpha: float, degrees: float, exponent: float
+    alpha: float, degrees: float, exponents: tuple[float, float]
 ) -> None:
-    fitted = fitted_on(LEVELS, exponent=exponent, upper=1.3)
+    fitted = fitted_on(LEVELS, exponents=exponents, upper=1.3)
     fitted.slopes[HERE], fitted.degrees[HERE] = 2.0, degrees
     gate = CalibratedGate(fitted, 0.3, "chi2", alpha)
     limit = math.sqrt((0.3 / 1.3) ** 2 * chi2.ppf(alpha, degrees) / degrees)
-    assert gate.judge(evidence(change_at(limit * BELOW, 2.0, exponent))).may_skip
-    assert not gate.judge(evidence(change_at(limit * ABOVE, 2.0, exponent))).may_skip
+    assert gate.judge(evidence(change_at(limit * BELOW, 2.0, exponents))).may_skip
+    assert not gate.judge(evidence(change_at(limit * ABOVE, 2.0, exponents))).may_skip
 
 
 def test_a_statistic_that_did_not_vary_leaves_the_factor_at_one() -> None:
@@ -101,9 +103,9 @@ def test_a_statistic_that_did_not_vary_leaves_the_factor_at_one() -> None:
 
 @pytest.mark.parametrize("test", ["conformal", "chi2"])
 def test_a_change_of_nothing_skips_unless_errors_fall_with_the_change(test: str) -> None:
-    for exponent in EXPONENTS:
-        gate = CalibratedGate(fitted_on(LEVELS, exponent=exponent), 0.3, test, 0.05)
-        assert gate.judge(evidence(0.0)).may_skip == (exponent > 0)
+    for exponents in EXPONENTS:
+        gate = CalibratedGate(fitted_on(LEVELS, exponents=exponents), 0.3, test, 0.05)
+        assert gate.judge(evidence(0.0)).may_skip == (exponents[0] > 0)
 
 
 @pytest.mark.parametrize("test", ["conformal", "chi2"])

@@ -26,7 +26,7 @@ from xfuser_fastcache.calibration.cells import (
     anchors_of,
     cells,
     degrees_of,
-    exponent_of,
+    exponents_of,
     fit_weights,
     predictions,
     slopes_of,
@@ -34,9 +34,10 @@ from xfuser_fastcache.calibration.cells import (
     upper_of,
 )
 from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
-from xfuser_fastcache.calibration.risk import harmful_share, least_generations
+from xfuser_fastcache.calibration.risk import least_generations
 from xfuser_fastcache.consensus import BlockList, Consensus
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.false_skips import harmful_share
 from xfuser_fastcache.fitted import Cell, Fitted, settled
 from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.layout import DecisionGroup, Position
@@ -109,6 +110,8 @@ def test_changes_and_errors_are_those_of_the_vectors(size: float) -> None:
             x, x0 = latents[cell.step], latents[anchors_of(cell)[0]]
             change = found.changes[index, cell.step, cell.lag]
             assert change == pytest.approx(relative(x, x0) ** 2)
+            energy = found.energies[index, cell.step, cell.lag]
+            assert energy == pytest.approx(np.square(x0).mean())
 
 
 # ---- corrections --------------------------------------------------------------------------------
@@ -180,48 +183,52 @@ def test_the_ridge_shrinks_by_its_share() -> None:
 # ---- predicted errors ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exponent", [1.0, 0.0, -0.7])
-def test_predictions_are_medians_and_moments_of_each_cell(exponent: float) -> None:
+@pytest.mark.parametrize("exponents", [(1.0, 0.0), (0.0, 0.0), (-0.7, 0.4), (0.0, 2.0)])
+def test_predictions_are_medians_and_moments_of_each_cell(exponents: tuple[float, float]) -> None:
     tables = tables_of([trajectory(*smooth(s, T)) for s in range(12)], LEVELS, random_weights())
-    slopes, degrees = slopes_of(tables, exponent), degrees_of(tables, exponent)
-    predicted = predictions(tables, slopes, exponent)
-    fitted = fitted_on(LEVELS, LAGS, slopes=slopes, exponent=exponent)
+    slopes, degrees = slopes_of(tables, exponents), degrees_of(tables, exponents)
+    predicted = predictions(tables, slopes, exponents)
+    fitted = fitted_on(LEVELS, LAGS, slopes=slopes, exponents=exponents)
     known = set(cells(T, LAGS))
     over = []
     for cell in map(Cell._make, np.ndindex(T, LAGS, LAGS + 1)):
         if cell not in known:
             assert slopes[cell] == np.inf and not (predicted[(slice(None), *cell)] < np.inf).any()
-            assert fitted.predicted_error(cell, 1.0) is None
+            assert fitted.predicted_error(cell, 1.0, 1.0) is None
             continue
         step, lag, spacing = cell
-        changes = tables.changes[:, step, lag]
-        ratios = tables.errors[:, step, lag, spacing] / np.sqrt(changes) ** exponent
+        changes, energies = tables.changes[:, step, lag], tables.energies[:, step, lag]
+        squares = changes ** exponents[0] * energies ** exponents[1]
+        ratios = tables.errors[:, step, lag, spacing] / np.sqrt(squares)
         assert slopes[cell] == pytest.approx(np.median(ratios))
         over += (ratios / np.median(ratios)).tolist()
-        powers = changes**exponent
-        nu = max(1.0, 2 * powers.mean() ** 2 / powers.var(ddof=1)) if exponent else math.inf
+        varies = any(exponents)
+        nu = max(1.0, 2 * squares.mean() ** 2 / squares.var(ddof=1)) if varies else math.inf
         assert degrees[cell] == pytest.approx(nu)
-        for index, change in enumerate(changes):
-            found = fitted.predicted_error(cell, float(change))
+        for index, seen in enumerate(zip(changes, energies, strict=True)):
+            found = fitted.predicted_error(cell, *map(float, seen))
             assert predicted[index][cell] == pytest.approx(found)
-    assert upper_of(tables, slopes, exponent) == pytest.approx(np.quantile(over, UPPER_QUANTILE))
+    assert upper_of(tables, slopes, exponents) == pytest.approx(np.quantile(over, UPPER_QUANTILE))
 
 
-@pytest.mark.parametrize("exponent", [1.0, 0.3, -0.7])
-def test_the_exponent_of_errors_that_follow_a_power_is_found(exponent: float) -> None:
+@pytest.mark.parametrize("exponents", [(1.0, 0.0), (0.3, 0.5), (-0.7, 1.2), (0.0, -2.0)])
+def test_exponents_of_errors_that_follow_powers_are_found(exponents: tuple[float, float]) -> None:
     """Whatever the cells' own levels; noise that does not depend on the change leaves it alone."""
     tables = tables_of([trajectory(*smooth(s, T)) for s in range(40)], LEVELS, random_weights())
     rng = np.random.default_rng(0)
     level = rng.lognormal(0.0, 1.0, tables.errors.shape[1:])
     noise = rng.lognormal(0.0, 0.05, tables.errors.shape)
-    errors = level * noise * (np.sqrt(tables.changes)[..., None] ** exponent)
+    delta, rho = (np.sqrt(seen)[..., None] for seen in (tables.changes, tables.energies))
+    errors = level * noise * delta ** exponents[0] * rho ** exponents[1]
     errors[np.isnan(tables.errors)] = np.nan
-    assert exponent_of(Tables(tables.changes, errors)) == pytest.approx(exponent, abs=0.02)
+    found = exponents_of(Tables(tables.changes, tables.energies, errors))
+    assert found == pytest.approx(exponents, abs=0.03)
 
 
-def test_where_the_change_does_not_vary_there_is_no_exponent() -> None:
+def test_where_nothing_varies_there_is_no_exponent() -> None:
     same = [trajectory(*smooth(0, T))] * 3
-    assert exponent_of(tables_of(same, LEVELS, random_weights())) == 0.0
+    found = exponents_of(tables_of(same, LEVELS, random_weights()))
+    assert found == pytest.approx((0.0, 0.0), abs=1e-9)
 
 
 def test_a_change_of_nothing_has_no_slope() -> None:
@@ -229,15 +236,15 @@ def test_a_change_of_nothing_has_no_slope() -> None:
     latents[4] = latents[3]
     still = trajectory(np.ones((T, 40)), latents)
     none = np.zeros_like(random_weights())
-    for exponent in (1.0, -0.7):
+    for exponents in ((1.0, 0.0), (-0.7, 0.5)):
         for others in ([], [trajectory(*smooth(1, T))], [still]):
             tables = tables_of([trajectory(outputs, latents), *others], LEVELS, none)
-            slopes = slopes_of(tables, exponent)
+            slopes = slopes_of(tables, exponents)
             assert (slopes[4, 0] == np.inf).all() and np.isfinite(slopes[4, 1, 0])
-            assert np.isfinite(exponent_of(tables))
+            assert np.isfinite(exponents_of(tables)).all()
         # Where neither changes, too.
         tables = tables_of([still, trajectory(*smooth(1, T))], LEVELS, none)
-        assert (slopes_of(tables, exponent)[4, 0] == np.inf).all()
+        assert (slopes_of(tables, exponents)[4, 0] == np.inf).all()
 
 
 # ---- what a gate does on a record ---------------------------------------------------------------
@@ -284,9 +291,10 @@ def test_a_gate_is_played_on_a_record_as_the_engine_runs_it() -> None:
     vectors = [smooth(seed, T) for seed in range(12)]
     counts = []
     for seed in range(4):
-        fitted = a_fitted(seed, exponent=(1.0, 0.3, -0.7, 0.0)[seed])
+        exponents = ((1.0, 0.0), (0.3, 0.6), (-0.7, -0.4), (0.0, 0.0))[seed]
+        fitted = a_fitted(seed, exponents=exponents)
         tables = tables_of([trajectory(*v) for v in vectors], LEVELS, fitted.weights)
-        gate = below(predictions(tables, fitted.slopes, fitted.exponent), EPSILON)
+        gate = below(predictions(tables, fitted.slopes, fitted.exponents), EPSILON)
         found = simulate(tables, EPSILON, gate)
         for index, one in enumerate(vectors):
             flags, errors = run_engine(fitted, one)
@@ -342,7 +350,7 @@ def test_counts_of_branches_add_up_by_generation() -> None:
 
 def losses_at(fitted: Fitted, generations: list[Any], scale: float) -> np.ndarray:
     tables = tables_of(build.flat(generations), LEVELS, fitted.weights)
-    gate = below(predictions(tables, fitted.slopes, fitted.exponent), scale * EPSILON)
+    gate = below(predictions(tables, fitted.slopes, fitted.exponents), scale * EPSILON)
     counts = build.by_generation(simulate(tables, EPSILON, gate), generations)
     return harmful_share(counts.harmful, counts.skips)
 
@@ -356,7 +364,7 @@ def test_a_scale_keeps_its_promise_on_the_generations_that_chose_it(
     generations = [[trajectory(*next(vectors)) for _ in range(branches)] for _ in range(21)]
     fitted = a_fitted()
     tables = tables_of(build.flat(generations), LEVELS, fitted.weights)
-    fitted.slopes[:] = slopes_of(tables, fitted.exponent)
+    fitted.slopes[:] = slopes_of(tables, fitted.exponents)
     found = build.conformal_scales(fitted, generations, (0.05, 0.2, 0.5))
     assert 0 < found[0.05] <= found[0.2] <= found[0.5]
     assert found[0.05] < found[0.5]
@@ -426,18 +434,18 @@ def test_fitting_uses_the_first_two_parts_and_never_the_third() -> None:
     assert weights.any() and blind.any()
     tables = tables_of([*train, *test], LEVELS, weights)
     wanted = {"weights": weights, "weights_blind": blind, "noise_levels": LEVELS}
-    exponent = exponent_of(tables)
-    slopes = slopes_of(tables, exponent)
-    wanted |= {"exponent": exponent, "slopes": slopes, "degrees": degrees_of(tables, exponent)}
-    wanted |= {"upper": upper_of(tables, slopes, exponent)}
+    exponents = exponents_of(tables)
+    slopes = slopes_of(tables, exponents)
+    wanted |= {"exponents": exponents, "slopes": slopes, "degrees": degrees_of(tables, exponents)}
+    wanted |= {"upper": upper_of(tables, slopes, exponents)}
     for name, table in wanted.items():
         np.testing.assert_array_equal(getattr(fitted, name), table, name)
     assert (fitted.scales, fitted.masks) == ({}, {})
     plain = build.without_corrections(fitted, parts)
     assert not plain.weights.any() and not plain.weights_blind.any()
     tables = tables_of([*train, *test], LEVELS, plain.weights)
-    assert plain.exponent == exponent_of(tables) != fitted.exponent
-    np.testing.assert_array_equal(plain.slopes, slopes_of(tables, plain.exponent))
+    assert plain.exponents == exponents_of(tables) != fitted.exponents
+    np.testing.assert_array_equal(plain.slopes, slopes_of(tables, plain.exponents))
 
 
 def test_an_audit_counts_what_records_say() -> None:

@@ -20,7 +20,6 @@ from xfuser_fastcache.option_tables import defaults_table, options_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "configuration.md"
-NOT_BUILT = [o.name for o in dataclasses.fields(CacheConfig) if o.metadata["later"]]
 CUSTOM = {
     "cache_ratio_threshold": 1e-5,
     "granularity": 3,
@@ -182,18 +181,6 @@ def test_options_that_need_a_calibration_are_allowed_with_one(options: dict[str,
     assert config.to_dict() == CacheConfig(calibration="x").to_dict() | options
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_an_option_that_is_not_built_yet_says_so(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=rf"^{name}=1 needs .* does not have yet"):
-        CacheConfig(**{name: 1})
-
-
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_false_is_no_value_for_an_option_that_is_no_switch(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{name}=False"):
-        CacheConfig(**{name: False})
-
-
 def test_the_options_of_the_published_call_are_all_known() -> None:
     published = {
         "cache_ratio_threshold", "motion_threshold", "significance_level", "adaptive_beta",
@@ -329,4 +316,5 @@ def test_the_table_gives_type_default_and_range_of_every_option(
     default = "the backend's" if published else f"`{option.default!r}`"
     wanted = [f"`{option.type}`", default, option.metadata["allowed"]]
     assert row[1:4] == [cell.replace("|", "/") for cell in wanted]
-    assert row[4].removesuffix(" |") and ("raises" in row[4]) == bool(option.metadata["later"])
+    meaning = " | ".join(row[4:]).removesuffix(" |")
+    assert meaning == option.metadata["meaning"].replace("|", "/")

@@ -65,7 +65,7 @@ def random_tables(seed: int = 0) -> Fitted:
     return dataclasses.replace(
         fitted,
         **{name: rng.normal(size=(2, 5, n)).astype(np.float32) for name, n in steering.items()},
-        exponent=-0.1 - 0.2,
+        exponents=(-0.1 - 0.2, 0.1 + 0.2),
         upper=1.7,
         scales={0.05: 0.1 + 0.2, 1e-5: 0.0},
         masks={2: [1, 0, 0, 1, 0], 5: [1] * 5},
@@ -79,7 +79,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     for name in TABLES:
         one, other = getattr(found, name), getattr(fitted, name)
         assert (one.dtype, one.tobytes()) == (other.dtype, other.tobytes()), name
-    for name in ("exponent", "upper", "scales", "masks", "metadata"):
+    for name in ("exponents", "upper", "scales", "masks", "metadata"):
         assert getattr(found, name) == getattr(fitted, name)
     assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["file"]
 
@@ -122,7 +122,7 @@ def cut_off(count: int) -> Callable[[Path], None]:
     return write
 
 
-NUMBERS: dict[str, Any] = {"exponent": 1.0, "upper": 1.0, "scales": {}, "masks": {}}
+NUMBERS: dict[str, Any] = {"exponents": [1.0, 0.0], "upper": 1.0, "scales": {}, "masks": {}}
 
 
 def with_metadata(**changes: Any) -> Callable[[Path], None]:
@@ -165,8 +165,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "older": (with_metadata(version=1), f"version 1 .*; this release reads version {VERSION}"),
     "newer": (with_metadata(version=VERSION + 1), f"holds version {VERSION + 1} with degrees, noi"),
     "no version": (with_metadata(version=None), "holds version None .* Make it anew with scripts"),
-    "no slopes": (with_tables(slopes=None), "holds version 3 with degrees, noise_levels, ste"),
-    "unknown table": (with_tables(more=np.ones(2)), "holds version 3 with degrees, more, noise"),
+    "no slopes": (with_tables(slopes=None), "holds version 4 with degrees, noise_levels, ste"),
+    "unknown table": (with_tables(more=np.ones(2)), "holds version 4 with degrees, more, noise"),
     "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),
     "scales of words": (with_metadata(scales={"much": 1.0}), "contradicts itself: could not conv"),
     "levels of another plan": (

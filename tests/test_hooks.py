@@ -72,7 +72,7 @@ def test_what_is_no_supported_transformer_is_refused_by_name(target: Any, words:
         ({"num_stepz": 3}, ValueError, "unknown cache option 'num_stepz'"),
         ({"use_cache": "Slow"}, ValueError, "unknown cache backend 'Slow'; known: Fast"),
         ({"num_steps": 2.5}, TypeError, "num_steps=2.5 is not allowed"),
-        ({"shadow_audit": 0.1}, NotImplementedError, "shadow_audit=0.1 needs"),
+        ({"shadow_audit": 2}, ValueError, "shadow_audit=2 is not allowed; give 0 <= number <= 1"),
         (
             {"config": CacheConfig(), "num_steps": 3, "granularity": 2},
             ValueError,

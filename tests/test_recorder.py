@@ -70,7 +70,7 @@ class Model:
 
 def gram_of(steps: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     rows = np.stack([x.ravel() for part in zip(*steps, strict=True) for x in part])
-    return rows @ rows.T
+    return rows @ rows.T / rows.shape[1]
 
 
 @every_family

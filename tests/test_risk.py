@@ -15,11 +15,9 @@ from xfuser_fastcache.calibration.risk import (
     chi2_factor,
     conformal_scale,
     degrees_of_freedom,
-    false_skip_interval,
-    false_skip_rate,
-    harmful_share,
     least_generations,
 )
+from xfuser_fastcache.false_skips import false_skip_interval, false_skip_rate, harmful_share
 
 OUT_OF_RANGE = [0.0, 1.0, -0.1, 1.5, math.nan]
 

@@ -7,6 +7,7 @@ places, and each vector carries a digest of its decisions to prove it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import torch
@@ -34,9 +35,11 @@ from xfuser_fastcache.gates.base import Evidence, Evidences, Rule
 from xfuser_fastcache.moments import Moments
 from xfuser_fastcache.probes import Group, Probe
 from xfuser_fastcache.state import (
+    Audit,
     GroupState,
     Mark,
     Orders,
+    Posted,
     SharedState,
     Sighting,
     SpanState,
@@ -173,29 +176,32 @@ class Agreement:
 
         Args:
             call: the step that they are posted at.
-            pending: int64 `(groups, SLOTS)`, and more groups for token counts; zeroed here.
+            pending: int64, see `LocalState`; zeroed here.
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
         header = Header(call.generation, call.step, call.branch, digest)
-        shared.tickets.append((self.consensus.post(header, pending), shared.sightings))
-        shared.sightings = [None] * len(shared.groups)
+        ticket = self.consensus.post(header, pending)
+        shared.posted.append(Posted(ticket, shared.sightings, shared.audit))
+        shared.sightings, shared.audit = [None] * len(shared.groups), None
         pending.zero_()
 
     # ---- from a vector to flags --------------------------------------------------------------
 
     def _receive_due(self, shared: SharedState) -> None:
         """Take in the vector of `lag` steps before, unless that was done."""
-        if len(shared.tickets) >= self.lag:
+        if len(shared.posted) >= self.lag:
             self._receive(shared)
 
     def _receive(self, shared: SharedState) -> None:
         """Take in the oldest posted vector."""
-        ticket, sightings = shared.tickets.pop(0)
+        ticket, sightings, audit = shared.posted.pop(0)
         waited_s = self.consensus.wait_s
         reduced = self.consensus.wait(ticket)
-        reduced, counts = reduced[: len(shared.groups)], reduced[len(shared.groups) :]
-        shared.token_counts = [slot for group in counts for slot in group]
+        reduced, below = reduced[: len(shared.groups)], reduced[len(shared.groups) :]
+        shared.token_counts = [slot for group in below for slot in group]
+        if audit is not None:
+            self._count_audit(ticket.header.generation, Moments.decode(below[0], audit.exponent))
         shared.waited_s += self.consensus.wait_s - waited_s
         broken = 0
         for group, numbers, sighting in zip(shared.groups, reduced, sightings, strict=True):
@@ -216,6 +222,15 @@ class Agreement:
                     "computed at the next decision. Counted as nonfinite_steps; said once."
                 )
 
+    def _count_audit(self, generation: int, error: Moments) -> None:
+        """Count an audited skip, harmful from the threshold on; an unknown error is harmful."""
+        if error.tokens == 0:  # the span was not called
+            return
+        limit = self.config.cache_ratio_threshold**2 * error.reference
+        small = error.change == 0 or error.change < limit
+        known = not error.nonfinite and not error.overflow
+        self.counters.record_audit(generation, not (small and known))
+
     def _decide(self, shared: SharedState, call: Call) -> None:
         """Turn reduced numbers into one flag per span, and keep the books."""
         judgements, shared.forced = self._judgements(shared, call)
@@ -234,6 +249,7 @@ class Agreement:
                 if span.anchor is not None:
                     evidence = self._evidence(shared, index, call, span.anchor)
                     span.gate_state = self.gate.learn(span.gate_state, evidence, skip[index])
+        shared.audit = self._audited(shared, call, skip)
         now = Mark(call.noise_level, call.step)
         for span, skipped in zip(shared.spans, skip, strict=True):
             if not skipped:
@@ -244,6 +260,23 @@ class Agreement:
         shared.previous = now
         if not any(skip):
             shared.computed = now
+
+    def _audited(self, shared: SharedState, call: Call, skip: list[bool]) -> Audit | None:
+        """Return which skip of a step is audited, a function of its place and the flags alone.
+
+        After the last step no vector would bring the error home.
+        """
+        skipped = [span for span, flag in enumerate(skip) if flag]
+        if not skipped or self.lag or call.is_last_step:
+            return None
+        place = f"{call.generation}/{call.step}".encode()
+        draw = int.from_bytes(hashlib.sha256(place).digest()[:4], "big")
+        if draw >= self.config.shadow_audit * 2**32:
+            return None
+        span = skipped[draw % len(skipped)]
+        # Of the order of what entered it, which this gate measures.
+        group = self.groups.index(next(g for g in self.groups if g.span == span))
+        return Audit(span, shared.groups[group].exponent)
 
     def _moving(self, shared: SharedState, call: Call) -> int:
         """Return how many tokens move on the rank where most do."""
@@ -363,9 +396,9 @@ class Agreement:
         Raises:
             ConsensusError: with `verify_consensus`, ranks decided differently.
         """
-        tickets = [t for shared in self.branches.values() for t, _ in shared.tickets]
+        tickets = [posted.ticket for shared in self.branches.values() for posted in shared.posted]
         for shared in self.branches.values():
-            shared.tickets.clear()
+            shared.posted.clear()
         if self.consensus.broken:
             self._verifications.clear()
             return

@@ -119,6 +119,11 @@ def apply_cache_on_transformer(
             f"{group.stages} pipeline stages holds a part; leave linear_maps out, or run with "
             "pipefusion_parallel_degree=1"
         )
+    if config.shadow_audit and group.stages > 1:
+        _say_inert(
+            "shadow_audit does nothing under PipeFusion, where computing a skipped patch as well "
+            "would renew its keys and values: audits stays 0."
+        )
     layout.limit_waits(config.sync_timeout_s)
     consensus = Consensus(
         group,
@@ -170,11 +175,8 @@ def apply_cache_on_transformer(
 
 
 @cache
-def _say_inert() -> None:
-    logger.warning(
-        "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
-        "without them, and spatial_approx_ratio stays 0. (Said once.)"
-    )
+def _say_inert(message: str) -> None:
+    logger.warning("%s (Said once.)", message)
 
 
 def _token_plan(
@@ -193,7 +195,10 @@ def _token_plan(
     static = None if maps is None else maps.of["linear"]
     plan = token_plan(config, contracts, attention_costs, static)
     if plan is not None and group.stages > 1:
-        _say_inert()
+        _say_inert(
+            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
+            "without them, and spatial_approx_ratio stays 0."
+        )
         return None
     return plan
 

@@ -8,9 +8,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from xfuser_fastcache import composition, lightx2v, published
+from xfuser_fastcache.checked_options import CheckedOptions, is_number
 from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
@@ -20,27 +21,26 @@ MAPPED = ("linear_taylor", "linear")
 STATIC_KV = ("reuse", "drop")
 
 
-def _option(default: Any, allowed: str, meaning: str, later: str = "") -> Any:
-    """A field with its documentation; `later` names what is missing until the option is built."""
-    return field(default=default, metadata={"allowed": allowed, "meaning": meaning, "later": later})
+def _option(default: Any, allowed: str, meaning: str) -> Any:
+    """A field with its documentation."""
+    return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
 def _published(allowed: str, meaning: str) -> Any:
     """A field whose default is the backend's own; see `published.py`."""
     return field(
         default=None,
-        metadata={"allowed": allowed, "meaning": meaning, "later": "", "published": True},
+        metadata={"allowed": allowed, "meaning": meaning, "published": True},
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(CheckedOptions):
     """Options of a step cache; the table in docs/configuration.md is generated from this class.
 
     Raises:
         TypeError: a value of the wrong type.
         ValueError: an unknown key, a value out of range, or contradicting options.
-        NotImplementedError: an option whose machinery is not built yet.
 
     Example:
         >>> CacheConfig(cache_ratio_threshold=0.1).to_dict()["cache_ratio_threshold"]
@@ -206,8 +206,12 @@ class CacheConfig:
         "slope fitted online; forecaster is then linear_taylor, or linear where that is given. "
         "With a motion/static split they are for static tokens, and the forecaster is as without",
     )
-    shadow_audit: float | None = _option(
-        None, "0 to 1, or none", "fraction of skips that are computed as well", "the audit"
+    shadow_audit: float = _option(
+        0.0,
+        "0 <= number <= 1",
+        "Fast: at this share of steps (ratio) a skipped span is computed as well, and "
+        "get_cache_statistics says how many skips were wrong by cache_ratio_threshold or more; the "
+        "pictures stay as they are",
     )
     steps_mask: list[int] | None = _option(
         None,
@@ -220,13 +224,6 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.use_cache, str):
             self._refuse("use_cache", TypeError)
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if option.metadata["later"] and value is not None:
-                raise NotImplementedError(
-                    f"{option.name}={value!r} needs {option.metadata['later']}, which this version "
-                    f"does not have yet. Leave {option.name} out."
-                )
         self._published_options()
         if self.cache_ratio_threshold is not None:
             self._number("cache_ratio_threshold", lambda v: v >= 0)
@@ -235,6 +232,7 @@ class CacheConfig:
         self._number("adacorr_gamma", lambda v: 0 <= v < math.inf)
         self._number("adacorr_lambda", lambda v: 0 <= v < math.inf)
         self._number("sync_timeout_s", lambda v: 0 < v < math.inf)
+        self._number("shadow_audit", lambda v: 0 <= v <= 1)
         self._integer("num_warmup_steps", 0)
         if self.max_consecutive_skips is not None:
             self._integer("max_consecutive_skips", 1)
@@ -284,6 +282,8 @@ class CacheConfig:
                 "different steps: what the last forecast was wrong by is not known of each. Leave "
                 "it out, or enable_spatial_approx, enable_token_merge and their options"
             )
+        if self.shadow_audit:
+            self._audited_options()
         self._calibrated_options()
         if self.linear_maps is not None:
             self._mapped_options()
@@ -365,7 +365,7 @@ class CacheConfig:
         if self.coefficients is not None:
             if not isinstance(self.coefficients, list) or not self.coefficients:
                 self._refuse("coefficients", TypeError)
-            if not all(_is_number(value) and math.isfinite(value) for value in self.coefficients):
+            if not all(is_number(value) and math.isfinite(value) for value in self.coefficients):
                 self._refuse("coefficients", ValueError)
         if self.codebook is not None:
             book = published.read_codebook(self.codebook)
@@ -404,6 +404,21 @@ class CacheConfig:
                 "forecaster='output'; leave forecaster out"
             )
 
+    def _audited_options(self) -> None:
+        """Refuse options that do not go with audits."""
+        if self.gate is not None or self.use_cache != "Fast":
+            raise ValueError(
+                f"shadow_audit={self.shadow_audit!r} counts skips that are wrong by "
+                "cache_ratio_threshold, which means an error with use_cache='Fast' alone; leave "
+                "shadow_audit out"
+            )
+        if self.splits_tokens or self.merges_tokens:
+            raise ValueError(
+                f"shadow_audit={self.shadow_audit!r} does not go with token plans, which remember "
+                "what blocks compute; leave it out, or enable_spatial_approx, enable_token_merge "
+                "and their options"
+            )
+
     def _mapped_options(self) -> None:
         """Refuse options that do not go with linear maps of the whole stack of blocks."""
         if not isinstance(self.linear_maps, str):
@@ -424,43 +439,6 @@ class CacheConfig:
                 "were merged; leave one of them out, or set enable_spatial_approx, whose static "
                 "tokens take the maps"
             )
-
-    def _refuse(self, name: str, error: type[Exception]) -> NoReturn:
-        allowed = self.__dataclass_fields__[name].metadata["allowed"]
-        raise error(f"{name}={getattr(self, name)!r} is not allowed; give {allowed}")
-
-    def _number(self, name: str, within: Any) -> None:
-        value = getattr(self, name)
-        if not _is_number(value):
-            self._refuse(name, TypeError)
-        if not within(value):
-            self._refuse(name, ValueError)
-        # 1 and 1.0 are one option, so they must have one digest.
-        object.__setattr__(self, name, float(value))
-
-    def _four_numbers(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, list):
-            self._refuse(name, TypeError)
-        if not all(map(_is_number, value)):
-            self._refuse(name, TypeError)
-        if len(value) != 4 or not all(math.isfinite(v) for v in value):
-            self._refuse(name, ValueError)
-        object.__setattr__(self, name, [float(v) for v in value])
-
-    def _integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            self._refuse(name, TypeError)
-        if value < least:
-            self._refuse(name, ValueError)
-
-    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, str):
-            self._refuse(name, TypeError)
-        if value not in choices:
-            self._refuse(name, ValueError)
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> CacheConfig:
@@ -516,7 +494,3 @@ class CacheConfig:
         """Return 48 bits that are the same for equal options, on every rank and machine."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

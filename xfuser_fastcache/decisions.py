@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from xfuser_fastcache.consensus import ConsensusError
+from xfuser_fastcache.statistics import BlockInfo
 from xfuser_fastcache.timeline import Call
 
 _WORD = 62
@@ -156,3 +158,30 @@ class DecisionLog:
             f"ranks {sorted(rows)} decided differently, beyond the first "
             f"{(_ROW - 2) // width} decisions"
         )
+
+    def trace(self, blocks: Sequence[BlockInfo]) -> list[dict[str, Any]]:
+        """Return the current generation's decisions, one entry a step, branch and span, in order.
+
+        Args:
+            blocks: of the whole model, in order.
+        """
+        ends = {block.span: block.name for block in blocks}
+        starts = {block.span: block.name for block in reversed(blocks)}
+        return [
+            {
+                "generation": decision.call.generation,
+                "step": decision.call.step,
+                "branch": decision.call.branch,
+                "noise_level": decision.call.noise_level,
+                "span": span,
+                "first_block": starts[span],
+                "last_block": ends[span],
+                "decision": judged.outcome,
+                "reason": judged.reason,
+                "statistic": judged.statistic,
+                "threshold": judged.threshold,
+                "consensus_wait_s": decision.wait_s,
+            }
+            for decision in self.decisions
+            for span, judged in enumerate(decision.judgements)
+        ]

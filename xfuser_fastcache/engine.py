@@ -36,11 +36,12 @@ from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus import Consensus, ConsensusError
 from xfuser_fastcache.decisions import DecisionLog
 from xfuser_fastcache.fitted import Fitted
-from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
 from xfuser_fastcache.layout import Position
 from xfuser_fastcache.linear_map import SpanMaps
-from xfuser_fastcache.moments import SLOTS, Reference
+from xfuser_fastcache.moments import SLOTS, Reference, measure
 from xfuser_fastcache.ownership import Ownership
+from xfuser_fastcache.planned import refused_plan
 from xfuser_fastcache.probes import Group, Prober, groups_of
 from xfuser_fastcache.spans import pieces_held
 from xfuser_fastcache.state import (
@@ -136,10 +137,12 @@ class CacheEngine:
         weakref.finalize(self, self.watchdog.close)
         self._owes_consensus = False
         self._orders = Orders([])
-        # The span that was entered and not yet left, what entered it, and its flag.
+        # The span that was entered and not yet left, what entered it, its flag, and whether it is
+        # computed although it is skipped.
         self._inside: int | None = None
         self._entered: Streams | None = None
         self._skipping = False
+        self._auditing = False
         self._said: set[str] = set()
 
     @property
@@ -163,10 +166,14 @@ class CacheEngine:
 
         Raises:
             TransformerInUse: another thread's generation is the current one; see `Ownership`.
+            ValueError: see `refused_plan`; it leaves no generation behind.
         """
         self.ownership.claim(noise_level, schedule)
         call = self.timeline.open(timestep, noise_level, signature, position, schedule, branch_name)
-        self._check_plan(call)
+        refused = refused_plan(call, self.timeline, self.config.steps_mask, self.fitted)
+        if refused is not None:
+            self.timeline.restart()
+            raise ValueError(refused)
         if call.starts_generation:
             self._note_bytes()
             self.agreement.begin_generation()
@@ -174,7 +181,8 @@ class CacheEngine:
         if call.branch not in self.branches:
             ranks = self.consensus.group.world_size
             edges = self.tokens.edges if self.tokens is not None else 0
-            shape = (len(self.prober.groups) + count_groups(ranks, edges), SLOTS)
+            below = count_groups(ranks, edges) + bool(self.config.shadow_audit)
+            shape = (len(self.prober.groups) + below, SLOTS)
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
         self.call = call
@@ -192,39 +200,6 @@ class CacheEngine:
             ahead = self._follows_next_step(position)
             following = self.timeline.following(call) if ahead else None
             self._orders = self.agreement.orders(call, ahead, following)
-
-    def _check_plan(self, call: Call) -> None:
-        """Refuse a steps mask or a calibration that is not for the steps that are planned.
-
-        Raises:
-            ValueError: naming both; it leaves no generation behind.
-        """
-        if self.fitted is not None and call.starts_generation:
-            wrong = self.fitted.differs_from(self.timeline.planned_levels)
-            if not wrong and call.planned_step:
-                wrong = (
-                    f"it begins at step {call.planned_step} of the plan, as image-to-image does "
-                    "with strength below 1, and those that it was made with began at step 0"
-                )
-            if wrong:
-                self.timeline.restart()
-                raise ValueError(
-                    f"the calibration is not for this generation: {wrong}. Give the scheduler, "
-                    "the number of steps and the size of picture that it was made with, make "
-                    "another with scripts/calibrate.py, or leave calibration out"
-                )
-        mask = self.config.steps_mask
-        if mask is None:
-            return
-        planned = self.timeline.planned_steps or len(mask)
-        if planned == len(mask) and call.planned_step < planned:
-            return
-        self.timeline.restart()
-        steps = f"has {planned}" if planned != len(mask) else f"goes on after {planned}"
-        raise ValueError(
-            f"steps_mask has {len(mask)} entries, but this generation {steps} steps; give one "
-            "entry a step of the scheduler's plan (num_inference_steps)"
-        )
 
     def _follows_next_step(self, position: Position) -> bool:
         """Say whether a decision for the next step holds here; see the module."""
@@ -287,8 +262,9 @@ class CacheEngine:
         forecaster stands in for that.
 
         A skipped span is forecast at its last block, so that whatever the model adds between
-        blocks finds its place; the blocks before it hand their input on. The model may leave blocks
-        out (`skip_layers` of SD3): a span begins with the first of its blocks that is called.
+        blocks finds its place; the blocks before it hand their input on. Where it is audited, its
+        blocks run. The model may leave blocks out (`skip_layers` of SD3): a span begins with the
+        first of its blocks that is called.
 
         Args:
             index: of the block among those of this rank.
@@ -305,7 +281,7 @@ class CacheEngine:
         piece, contract = self.pieces[index], self.contracts[index]
         if piece.span != self._inside:
             self._enter(index, contract.read(args, kwargs), args, kwargs)
-        if self._skipping:
+        if self._skipping and not self._auditing:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
             return contract.pack(self._forecast(piece.span))
@@ -314,6 +290,10 @@ class CacheEngine:
             output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
         else:
             output = forward(*args, **kwargs)
+        if self._skipping:
+            if index < piece.last:
+                return output
+            return contract.pack(self._audited(piece.span, contract.unpack(output)))
         if index in self.prober.residuals:
             call, local, shared = self._current()
             streams = contract.read(args, kwargs), contract.unpack(output)
@@ -367,6 +347,7 @@ class CacheEngine:
         if self._owes_consensus and decided:
             self._take_consensus(call, local)
         self._skipping = decided and self._orders.skip[span]
+        self._auditing = shared.audit is not None and shared.audit.span == span
         if self._skipping and memory.given_up:
             # A gate that measures the span's input finds no tokens, and does not come here.
             who, mend = "steps_mask", "leave out steps_mask"
@@ -415,6 +396,20 @@ class CacheEngine:
             spent = self.maps.multiply_adds_per_token(self._entered, gap)
             self.agreement.counters.record_forecast(spent / self._cost)
         return self.forecaster.forecast(memory, self._entered, call.noise_level)
+
+    def _audited(self, span: int, truth: Streams) -> Streams:
+        """Stand in for a skipped span that was computed as well, and measure the error."""
+        call, local, shared = self._current()
+        assert shared.audit is not None and self._entered is not None
+        like = self._entered.hidden_states
+        made = self._forecast(span)
+        if self.consensus.group.counts_tokens:
+            true = Reference.of(noise_tokens(truth.hidden_states, like))
+            found = noise_tokens(made.hidden_states, like)
+            local.pending[-1].add_(measure(found, true, shared.audit.exponent))
+        spent = sum(block.cost for block in self.blocks if block.span == span)
+        self.agreement.counters.record_forecast(spent)
+        return made
 
     def _leave(self, span: int, outputs: Streams) -> Streams | None:
         """Remember a computed span, unless it is one that is never skipped.
@@ -495,26 +490,7 @@ class CacheEngine:
 
     def trace(self) -> list[dict[str, Any]]:
         """Return the last generation's decisions, one entry a step, branch and span, in order."""
-        ends = {block.span: block.name for block in self.blocks}
-        starts = {block.span: block.name for block in reversed(self.blocks)}
-        return [
-            {
-                "generation": decision.call.generation,
-                "step": decision.call.step,
-                "branch": decision.call.branch,
-                "noise_level": decision.call.noise_level,
-                "span": span,
-                "first_block": starts[span],
-                "last_block": ends[span],
-                "decision": judged.outcome,
-                "reason": judged.reason,
-                "statistic": judged.statistic,
-                "threshold": judged.threshold,
-                "consensus_wait_s": decision.wait_s,
-            }
-            for decision in self.decisions.decisions
-            for span, judged in enumerate(decision.judgements)
-        ]
+        return self.decisions.trace(self.blocks)
 
     def reset_statistics(self) -> None:
         """Start the counters anew; decisions and anchors stay."""

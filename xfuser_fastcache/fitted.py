@@ -17,14 +17,14 @@ from xfuser_fastcache.fitted_file import Kind, read_file, write_file
 
 CALIBRATION = Kind("calibration", "scripts/calibrate.py")
 # Of the layout of the file.
-VERSION = 3
+VERSION = 4
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
 _TABLES = (
     "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
 )  # fmt: skip
 # These travel in the metadata.
-_NUMBERS = ("exponent", "upper", "scales", "masks")
+_NUMBERS = ("exponents", "upper", "scales", "masks")
 
 # What the metadata says of the model and of the test; a file for others is refused.
 MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
@@ -81,10 +81,11 @@ class Fitted:
             alone was better on generations that were held out.
         weights_blind: the first and third of them, fitted without the latents, which a pipeline's
             last stage is not given, `(T, G, G + 1, 2)`.
-        slopes: median of true relative error over relative change to the power of `exponent`,
+        slopes: median of true relative error over delta and rho, each to its power,
             `(T, G, G + 1)`; infinite where nothing was seen.
         degrees: degrees of freedom of the predicted squared error, same shape.
-        exponent: of the relative change, one for all cells.
+        exponents: powers of delta, the relative change of the latents, and of rho, their root
+            mean square at the anchor; one pair for all cells.
         upper: of true over predicted errors, an upper quantile, one for all cells.
         scales: alpha -> lambda of the conformal test at it; 0 where it allows no skip.
         masks: number of computed steps -> which ones, 1 for computed, `T` entries each.
@@ -101,7 +102,7 @@ class Fitted:
     weights_blind: NDArray[np.float32]
     slopes: NDArray[np.float64]
     degrees: NDArray[np.float64]
-    exponent: float
+    exponents: tuple[float, float]
     upper: float
     scales: dict[float, float]
     masks: dict[int, list[int]]
@@ -152,21 +153,22 @@ class Fitted:
             return None
         return Cell(step, lag, spacing)
 
-    def predicted_error(self, cell: Cell, change: float) -> float | None:
+    def predicted_error(self, cell: Cell, change: float, energy: float) -> float | None:
         """Return the relative error that a skip is predicted to make.
 
         Args:
             cell: of the forecast.
             change: squared relative change of the latents, not below 0.
+            energy: mean square of the latents at the anchor, above 0.
 
         Returns:
-            None in a cell that was not seen, and where nothing has changed at all and the exponent
+            None in a cell that was not seen, and where nothing has changed at all and its exponent
             is below 0: no generation of the calibration was like that.
         """
-        slope = float(self.slopes[cell])
-        if np.isinf(slope) or (change == 0 and self.exponent < 0):
+        slope, (of_change, of_energy) = float(self.slopes[cell]), self.exponents
+        if np.isinf(slope) or (change == 0 and of_change < 0):
             return None
-        return slope * float(change ** (self.exponent / 2))
+        return slope * float(change ** (of_change / 2) * energy ** (of_energy / 2))
 
     def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
         """Return the corrections made for a mask; None without any."""
@@ -225,7 +227,7 @@ def load_fitted(path: str | Path) -> Fitted:
     try:
         return Fitted(
             **held,
-            exponent=meta.pop("exponent"),
+            exponents=tuple(meta.pop("exponents")),
             upper=meta.pop("upper"),
             scales={float(alpha): scale for alpha, scale in meta.pop("scales").items()},
             masks={int(count): mask for count, mask in meta.pop("masks").items()},

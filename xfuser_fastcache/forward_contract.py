@@ -58,3 +58,17 @@ class ForwardContract:
             image = image.transpose(1, 2).contiguous()
         tensors = iter((image, streams.encoder_hidden_states))
         return tree_unflatten([next(tensors) if x is _TENSOR else x for x in leaves], tree)
+
+
+def noise_tokens(image: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return the noise prediction in an output, in the layout of the latents.
+
+    Of a span of blocks, whose image tokens are in that layout already, they are it.
+
+    Args:
+        image: the output as a contract holds it.
+        latents: `(batch, tokens, channels)`.
+    """
+    if image.dim() == 4:
+        image = image.transpose(2, 3).flatten(1, 2)
+    return image[..., : latents.shape[-1]]

@@ -13,12 +13,10 @@ def options_table() -> str:
     rows = ["| option | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
     for option in dataclasses.fields(CacheConfig):
         meta = option.metadata
-        meaning = meta["meaning"] + (f" (raises: needs {meta['later']})" if meta["later"] else "")
         default = "the backend's" if meta.get("published") else f"`{option.default!r}`"
-        cells = (f"`{option.name}`", f"`{option.type}`", default, meta["allowed"])
-        rows.append(
-            " | ".join(("", *(c.replace("|", "\\|") for c in (*cells, meaning)), "")).strip()
-        )
+        meta_cells = (meta["allowed"], meta["meaning"])
+        cells = (f"`{option.name}`", f"`{option.type}`", default, *meta_cells)
+        rows.append(" | ".join(("", *(cell.replace("|", "\\|") for cell in cells), "")).strip())
     return "\n".join(rows) + "\n"
 
 

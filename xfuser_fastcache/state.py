@@ -132,6 +132,32 @@ class Mark(NamedTuple):
     step: int
 
 
+class Audit(NamedTuple):
+    """A skip whose true error is measured: the span is computed as well.
+
+    Attributes:
+        span: that is skipped.
+        exponent: the error is measured at the scale `2**exponent`.
+    """
+
+    span: int
+    exponent: int
+
+
+class Posted(NamedTuple):
+    """A posted vector, with what was measured into it and where; the same on all ranks.
+
+    Attributes:
+        ticket: of the vector.
+        sightings: of its groups of moments; None where nothing was measured.
+        audit: whose error it carries, or None.
+    """
+
+    ticket: Ticket
+    sightings: list[Sighting | None]
+    audit: Audit | None
+
+
 @dataclass
 class SpanState:
     """What all ranks know of one span in one branch: a function of reduced vectors alone.
@@ -176,7 +202,8 @@ class SharedState:
         orders: those of the current step.
         forced: whether no stage may act on those of the next step instead.
         sightings: of the moments measured since the last post, one a group; None where nothing was.
-        tickets: posted vectors not yet used, oldest first, with their sightings.
+        audit: of the current step; None where nothing is audited.
+        posted: vectors not yet used, oldest first.
         poisoned: whether the last reduced vector was not finite or overflowed.
         token_counts: those of the last reduced vector, of one rank after the other.
         waited_s: seconds that this rank waited for it; the one thing here that ranks do not share.
@@ -189,7 +216,8 @@ class SharedState:
     orders: Orders = field(default_factory=lambda: Orders([]))
     forced: bool = False
     sightings: list[Sighting | None] = field(default_factory=list)
-    tickets: list[tuple[Ticket, list[Sighting | None]]] = field(default_factory=list)
+    audit: Audit | None = None
+    posted: list[Posted] = field(default_factory=list)
     poisoned: bool = False
     token_counts: list[int] = field(default_factory=list)
     waited_s: float = 0.0
@@ -209,7 +237,8 @@ class LocalState:
 
     Attributes:
         pending: moments measured since the last post, int64 `(groups, SLOTS)`, and below them the
-            slots of token counts, a row of edges a rank; see `count_groups`.
+            slots of token counts, a row of edges a rank (see `count_groups`), or the moments of an
+            audit.
         memories: span -> patch (`WHOLE` for all tokens) -> what the forecaster remembers.
         references: group -> patch -> what it is measured against, where no anchor holds that.
         seen: group -> what was measured of it in this forward pass.

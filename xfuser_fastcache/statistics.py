@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xfuser_fastcache.consensus import Consensus
+from xfuser_fastcache.false_skips import false_skip_interval, false_skip_rate
+
+# Generations whose audits are remembered; older ones are forgotten.
+AUDITED = 512
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Counters:
         # Of each block: shares of tokens, and of its cost, that a token plan saved.
         self._left_out: dict[int, float] = {}
         self._saved: dict[int, float] = {}
-        # Of all forecasts: what they cost, as shares of the cost of all blocks.
+        # For all skips: what was computed all the same, as shares of the cost of all blocks.
         self._spent = 0.0
+        # Generation -> harmful skips among the audited ones, and these.
+        self._audits: dict[int, tuple[int, int]] = {}
         self._collectives = consensus.collectives
         self._wait_s = consensus.wait_s
 
@@ -75,12 +81,28 @@ class Counters:
         self._saved[block] = self._saved.get(block, 0.0) + saved
 
     def record_forecast(self, spent: float) -> None:
-        """Count what a forecast, also of static tokens, cost: a share of that of all blocks."""
+        """Count what was computed for a skip or for static tokens: a share of all blocks' cost."""
         self._spent += spent
+
+    def record_audit(self, generation: int, harmful: bool) -> None:
+        """Count a skip whose error was measured."""
+        before, audited = self._audits.pop(generation, (0, 0))
+        self._audits[generation] = before + harmful, audited + 1
+        if len(self._audits) > AUDITED:
+            del self._audits[next(iter(self._audits))]
 
     def saw_bytes(self, held: int) -> None:
         """Note how many bytes this rank's anchors, and fitted maps, occupy."""
         self.peak_bytes = max(self.peak_bytes, held)
+
+    def audits(self) -> dict[str, Any]:
+        """Return what the last `AUDITED` generations that had audits say; see `as_dict`."""
+        harmful, audited = ([pair[i] for pair in self._audits.values()] for i in (0, 1))
+        return {
+            "audits": sum(audited),
+            "false_skip_rate": false_skip_rate(harmful, audited) if audited else None,
+            "false_skip_interval": false_skip_interval(harmful, audited) if audited else None,
+        }
 
     def as_dict(self, blocks: list[BlockInfo]) -> dict[str, Any]:
         """Return the counts under the names of `get_cache_statistics`.
@@ -89,7 +111,8 @@ class Counters:
         share of tokens in blocks that were not: no work counts in both, and their sum is what was
         not computed. `estimated_flops_saved_ratio` is the share of the cost of blocks that this
         saves, less what fitted maps cost. Ratios are between 0 and 1, times in seconds, sizes in
-        bytes; `false_skip_rate` is None where nothing was audited.
+        bytes. `audits` are skips whose error was measured, over the last `AUDITED` generations that
+        had any, and `false_skip_rate` is of those; None where there are none.
         """
         decided = self._decisions
         table = {}
@@ -119,8 +142,6 @@ class Counters:
             "collectives_per_step": collectives / decided if decided else 0.0,
             "consensus_wait_s": self.consensus.wait_s - self._wait_s,
             "cache_bytes": self.peak_bytes,
-            "audits": 0,
-            "false_skip_rate": None,
-            "false_skip_interval": None,
+            **self.audits(),
             "nonfinite_steps": self.nonfinite_steps,
         }

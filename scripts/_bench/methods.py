@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _bench.oracle import oracle
 from _bench.subject import Subject
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
@@ -31,8 +32,8 @@ class Method:
         values: number of steps of the reference -> settings, as text.
         prepare: (subject, setting) -> context in which the pipeline runs with the method; it yields
             changes of the call's arguments, and leaves the pipeline as it found it.
-        group: word that chooses it with its like where it is a variant of another method, and so
-            not among `all`; else "".
+        group: word that chooses it with its like where it is not among `all`: a variant of
+            another method, or the oracle; else "".
         whole_plan: whether it runs with the reference's number of steps and no other.
     """
 
@@ -166,12 +167,7 @@ def token_methods() -> list[Method]:
 
 
 def _calibrated(subject: Subject, value: str) -> AbstractContextManager[Changes]:
-    if not subject.calibration:
-        raise FileNotFoundError(
-            "there is no calibration of this model; make one with scripts/calibrate.py "
-            "--computed_steps, and give it as --calibration"
-        )
-    return _cached(subject, calibration=subject.calibration, computed_steps=int(value))
+    return _cached(subject, calibration=subject.needed_calibration(), computed_steps=int(value))
 
 
 def fewer(*shares: float) -> Callable[[int], list[str]]:
@@ -243,6 +239,15 @@ def all_methods() -> dict[str, Method]:
             _calibrated,
             whole_plan=True,
         ),
+        Method(
+            "oracle",
+            "xfuser-fastcache",
+            "true error up to which a step is skipped",
+            fixed(0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35),
+            oracle,
+            group="oracle",
+            whole_plan=True,
+        ),
         Method("fewer-steps", "diffusers, own scheduler", "steps", steps, _fewer_steps),
         Method(
             "fewer-steps-2nd", "diffusers, second-order multistep", "steps", steps, _fewer_steps_2nd
@@ -264,9 +269,9 @@ def _missing(
 def choose(words: list[str], steps: int) -> dict[str, list[str]]:
     """Read `NAME` or `NAME:SETTING,SETTING` into {name: settings}.
 
-    `all` is every method that is no variant of another, `backends` each of our backends with its
-    own gate and forecaster, `forecasters` ours with each forecaster and `tokens` ours with each
-    token plan, both under the gate of `fast`.
+    `all` is every method that is no variant of another and no oracle, `backends` each of our
+    backends with its own gate and forecaster, `forecasters` ours with each forecaster and `tokens`
+    ours with each token plan, both under the gate of `fast`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.

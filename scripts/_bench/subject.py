@@ -46,11 +46,13 @@ class Subject:
     Attributes:
         transformer: what caches are put on.
         kept: what a method measured on this pipeline before its first run, such as ratios.
+        free_s: seconds of the run that goes on which a method is not charged for.
     """
 
     def __init__(self, pipe: Any, steps: int, call: dict[str, Any], calibration: str = ""):
         self.pipe, self.steps, self.call, self.calibration = pipe, steps, call, calibration
         self.kept: dict[str, Any] = {}
+        self.free_s = 0.0
         pipe.set_progress_bar_config(disable=True)
 
     @property
@@ -81,14 +83,28 @@ class Subject:
             "output_type": "np",
             **changes,
         }
+        self.free_s = 0.0
         with PeakMemory() as memory, DenoisingTimer(self.pipe) as timer:
             output = self.pipe(**arguments)
         images = [] if output is None else list(output.images)
-        return self.collect(Sample(timer.seconds, memory.bytes, images))
+        return self.collect(Sample(timer.seconds - self.free_s, memory.bytes, images))
 
     def collect(self, sample: Sample) -> Sample:
         """Bring the ranks' samples together; one process has only its own."""
         return sample
+
+    def needed_calibration(self) -> str:
+        """Return the calibration's file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if not self.calibration:
+            raise FileNotFoundError(
+                "there is no calibration of this model; make one with scripts/calibrate.py "
+                "--computed_steps, and give it as --calibration"
+            )
+        return self.calibration
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return what `measure` gives, measured at the first call under this name."""

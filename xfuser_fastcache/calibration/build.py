@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from xfuser_fastcache.calibration.cells import (
     Tables,
     degrees_of,
-    exponent_of,
+    exponents_of,
     fit_weights,
     predictions,
     slopes_of,
@@ -21,13 +21,8 @@ from xfuser_fastcache.calibration.cells import (
 )
 from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.record import Trajectory
-from xfuser_fastcache.calibration.risk import (
-    conformal_scale,
-    false_skip_interval,
-    false_skip_rate,
-    harmful_share,
-    least_generations,
-)
+from xfuser_fastcache.calibration.risk import conformal_scale, least_generations
+from xfuser_fastcache.false_skips import false_skip_interval, false_skip_rate, harmful_share
 from xfuser_fastcache.fitted import Cell, Fitted
 
 # Shares of the generations to fit on and to hold out; the rest calibrates.
@@ -114,13 +109,13 @@ def without_corrections(fitted: Fitted, parts: Split) -> Fitted:
 
 def _prediction(tables: Tables) -> dict[str, Any]:
     """Return what of a `Fitted` predicts errors."""
-    exponent = exponent_of(tables)
-    slopes = slopes_of(tables, exponent)
+    exponents = exponents_of(tables)
+    slopes = slopes_of(tables, exponents)
     return {
-        "exponent": exponent,
+        "exponents": exponents,
         "slopes": slopes,
-        "upper": upper_of(tables, slopes, exponent),
-        "degrees": degrees_of(tables, exponent),
+        "upper": upper_of(tables, slopes, exponents),
+        "degrees": degrees_of(tables, exponents),
     }
 
 
@@ -142,7 +137,7 @@ def conformal_scales(
     """
     epsilon = fitted.metadata["cache_ratio_threshold"]
     tables = tables_of(flat(generations), fitted.noise_levels, fitted.weights)
-    predicted = predictions(tables, fitted.slopes, fitted.exponent)
+    predicted = predictions(tables, fitted.slopes, fitted.exponents)
     losses = np.empty((len(generations), len(SCALES)))
     for column, scale in enumerate(SCALES):
         gate = below(predicted, scale * epsilon)

@@ -149,11 +149,27 @@ class Tables:
 
     Attributes:
         changes: relative squared change of the latents, `(n, T, G)`.
+        energies: mean square of the latents at the anchor, `(n, T, G)`.
         errors: relative error of the forecast, `(n, T, G, G + 1)`; NaN outside of the cells.
     """
 
     changes: NDArray[np.float64]
+    energies: NDArray[np.float64]
     errors: NDArray[np.float64]
+
+    def shape(self, exponents: tuple[float, float]) -> NDArray[np.float64]:
+        """Return what errors are in proportion to in a cell: delta and rho to their powers.
+
+        Args:
+            exponents: see `exponents_of`.
+
+        Returns:
+            `(n, T, G, 1)`; NaN outside of the cells.
+        """
+        of_change, of_energy = exponents
+        with np.errstate(divide="ignore", invalid="ignore"):
+            powers = self.changes ** (of_change / 2) * self.energies ** (of_energy / 2)
+        return powers[..., None]
 
 
 def tables_of(
@@ -161,56 +177,53 @@ def tables_of(
     levels: NDArray[np.float64],
     weights: NDArray[np.float32],
 ) -> Tables:
-    """Return changes and errors in every cell."""
+    """Return changes, energies and errors in every cell."""
     steps, lags = weights.shape[:2]
-    changes = np.full((len(trajectories), steps, lags), np.nan)
+    changes, energies = np.full((2, len(trajectories), steps, lags), np.nan)
     errors = np.full((len(trajectories), *weights.shape[:3]), np.nan)
     moved = np.array([0, 0, 0, 1.0, -1.0])
     for cell in cells(steps, lags):
         grams = _grams(trajectories, cell, relative=False)
         if cell.spacing == 0:
+            energies[:, cell.step, cell.lag] = grams[:, 4, 4]
             changes[:, cell.step, cell.lag] = _squares(moved, grams) / grams[:, 4, 4]
         wrong = _squares(error_vector(cell, levels, weights), grams)
         errors[:, cell.step, cell.lag, cell.spacing] = np.sqrt(wrong / grams[:, 2, 2])
-    return Tables(changes, errors)
+    return Tables(changes, energies, errors)
 
 
-def exponent_of(tables: Tables) -> float:
-    """Return the power of the relative change that errors follow within cells; 0 for none.
+def exponents_of(tables: Tables) -> tuple[float, float]:
+    """Return the powers that errors follow within cells, of delta and of rho.
 
-    The slope of log error over log change, each centred in its cell, pooled over all cells.
+    delta is the relative change of the latents, rho their root mean square at the anchor. A
+    regression of log error on their logs, each centred in its cell, pooled over all cells; 0 for
+    what does not vary.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.log(tables.errors)
-        changes = np.broadcast_to(np.log(tables.changes)[..., None] / 2, errors.shape)
-    known = (np.isfinite(errors) & np.isfinite(changes)).all(axis=0)
-    errors, changes = errors[:, known], changes[:, known]
-    if not known.any():
-        return 0.0
-    x, y = changes - changes.mean(axis=0), errors - errors.mean(axis=0)
-    energy = float((x * x).sum())
-    return float((x * y).sum() / energy) if energy > 1e-12 else 0.0
+        seen = np.stack((tables.changes, tables.energies))
+        logs = np.broadcast_to(np.log(seen)[..., None] / 2, (2, *errors.shape))
+    known = np.isfinite(errors).all(axis=0) & np.isfinite(logs).all(axis=(0, 1))
+    y, x = errors[:, known], logs[:, :, known]
+    y = (y - y.mean(axis=0)).ravel()
+    x = (x - x.mean(axis=1, keepdims=True)).reshape(2, -1)
+    of_change, of_energy = ridge_weights(x @ x.T, x @ y).tolist()
+    return of_change, of_energy
 
 
-def slopes_of(tables: Tables, exponent: float) -> NDArray[np.float64]:
-    """Return the median of error over change to that power in every cell, `(T, G, G + 1)`."""
+def slopes_of(tables: Tables, exponents: tuple[float, float]) -> NDArray[np.float64]:
+    """Return the median of error over what it is in proportion to, `(T, G, G + 1)`."""
     moved = np.all(tables.changes > 0, axis=0)[..., None]
     known = np.isfinite(tables.errors).all(axis=0) & moved
     slopes = np.full(known.shape, np.inf)
-    ratios = tables.errors[:, known] / _powers(tables, exponent)[:, known]
+    shape = np.broadcast_to(tables.shape(exponents), tables.errors.shape)
+    ratios = tables.errors[:, known] / shape[:, known]
     slopes[known] = np.maximum(np.median(ratios, axis=0), 1e-9)
     return slopes
 
 
-def _powers(tables: Tables, exponent: float) -> NDArray[np.float64]:
-    """Return the relative change to a power, `(n, T, G, G + 1)`; NaN outside of the cells."""
-    with np.errstate(divide="ignore"):
-        powers = tables.changes[..., None] ** (exponent / 2)
-    return np.broadcast_to(powers, tables.errors.shape)
-
-
 def predictions(
-    tables: Tables, slopes: NDArray[np.float64], exponent: float
+    tables: Tables, slopes: NDArray[np.float64], exponents: tuple[float, float]
 ) -> NDArray[np.float64]:
     """Return the error that a skip is predicted to make, as `Fitted.predicted_error` does.
 
@@ -218,24 +231,25 @@ def predictions(
         `(n, T, G, G + 1)`; infinite where nothing was seen, NaN outside of the cells.
     """
     with np.errstate(invalid="ignore"):
-        return np.where(np.isinf(slopes), np.inf, slopes * _powers(tables, exponent))
+        return np.where(np.isinf(slopes), np.inf, slopes * tables.shape(exponents))
 
 
-def upper_of(tables: Tables, slopes: NDArray[np.float64], exponent: float) -> float:
+def upper_of(tables: Tables, slopes: NDArray[np.float64], exponents: tuple[float, float]) -> float:
     """Return an upper quantile of true over predicted errors, over all cells and trajectories."""
     known = np.isfinite(slopes)
     if not known.any():
         return 1.0
-    ratios = tables.errors[:, known] / predictions(tables, slopes, exponent)[:, known]
+    ratios = tables.errors[:, known] / predictions(tables, slopes, exponents)[:, known]
     return float(np.quantile(ratios, UPPER_QUANTILE))
 
 
-def degrees_of(tables: Tables, exponent: float) -> NDArray[np.float64]:
+def degrees_of(tables: Tables, exponents: tuple[float, float]) -> NDArray[np.float64]:
     """Return the degrees of freedom of the predicted squared error, `(T, G, G + 1)`; 1 if unknown.
 
-    In a cell that is in proportion to the squared relative change to the power of `exponent`.
+    In a cell that is in proportion to the square of `Tables.shape`.
     """
     degrees = np.ones(tables.errors.shape[1:])
+    squares = tables.shape(exponents)[..., 0] ** 2
     for step, lag in np.argwhere(np.all(tables.changes > 0, axis=0)):
-        degrees[step, lag] = degrees_of_freedom(tables.changes[:, step, lag] ** exponent)
+        degrees[step, lag] = degrees_of_freedom(squares[:, step, lag])
     return degrees

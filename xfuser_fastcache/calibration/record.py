@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from xfuser_fastcache.block_contract import ModelAdapter
-from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
 from xfuser_fastcache.hooks import hook_on
 
 
@@ -20,8 +20,9 @@ class Trajectory:
     """One branch of one generation.
 
     Attributes:
-        gram: inner products of the outputs of all `T` steps, then of the latents, `(2 T, 2 T)`.
-            Every forecast that is linear in them, and its error, follows from these.
+        gram: inner products of the outputs of all `T` steps, then of the latents, `(2 T, 2 T)`,
+            means over tokens and channels. Every forecast that is linear in them, and its error,
+            follows from these.
         skipped: at which steps a cache skipped, `(T,)`; what it put out there is not in `gram`, but
             what the model would have.
         errors: relative L2 error of what was put out, `(T,)`; 0 where nothing was skipped.
@@ -113,18 +114,6 @@ class Recorder:
         branch.errors.append(error)
 
 
-def noise_tokens(image: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return the noise prediction in an output, in the layout of the latents.
-
-    Args:
-        image: the output as `ForwardContract` holds it.
-        latents: `(batch, tokens, channels)`.
-    """
-    if image.dim() == 4:
-        image = image.transpose(2, 3).flatten(1, 2)
-    return image[..., : latents.shape[-1]]
-
-
 def sample(tokens: torch.Tensor, most: int) -> torch.Tensor:
     """Return an even selection of at most `most` tokens of `(batch, tokens, channels)`."""
     return tokens[:, :: -(-tokens.shape[1] // most)]
@@ -133,4 +122,5 @@ def sample(tokens: torch.Tensor, most: int) -> torch.Tensor:
 def _trajectory(branch: _Branch) -> Trajectory:
     outputs, latents = zip(*branch.rows, strict=True)
     rows = torch.stack((*outputs, *latents)).double()
-    return Trajectory((rows @ rows.T).numpy(), np.array(branch.skipped), np.array(branch.errors))
+    gram = (rows @ rows.T / rows.shape[1]).numpy()
+    return Trajectory(gram, np.array(branch.skipped), np.array(branch.errors))

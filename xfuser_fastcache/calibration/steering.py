@@ -20,10 +20,10 @@ from torch import nn
 
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.calibration.cells import ridge_weights
-from xfuser_fastcache.calibration.record import noise_tokens, sample
+from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.forecasters.base import extrapolated
 from xfuser_fastcache.forecasters.output import OutputForecaster
-from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
 from xfuser_fastcache.state import Memory
 
 # Largest relative residual of a scheduler that counts as linear.

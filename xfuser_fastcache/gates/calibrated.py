@@ -15,14 +15,15 @@ class CalibratedGate(Gate):
     r"""Skips where the error that a skip would make is predicted to stay below epsilon.
 
     A cell is a step of the plan, the lag `g` to the anchor and the lag `h` from there to the anchor
-    before. In cell `c` the calibration predicts the relative error :math:`k_c \delta^\gamma`,
-    :math:`\delta = \sqrt{Q/R}`, which true errors exceed as often as not.
+    before. In cell `c` the calibration predicts the relative error
+    :math:`e_c = k_c \delta^\gamma \rho^\kappa`, :math:`\delta = \sqrt{Q/R}` and :math:`\rho` the
+    root mean square of the latents at the anchor, which true errors exceed as often as not.
 
-    - `test="conformal"`: skip when :math:`k_c \delta^\gamma < \lambda \epsilon`, with the one
-      scalar :math:`\lambda` that conformal risk control allows at alpha.
-    - `test="chi2"`: skip when :math:`(u k_c \delta^\gamma)^2 < \epsilon^2 \chi^2_{\nu_c,\alpha} /
-      \nu_c` (lower quantile), :math:`u` an upper quantile of true over predicted errors and
-      :math:`\nu_c` matched to the prediction's moments over generations.
+    - `test="conformal"`: skip when :math:`e_c < \lambda \epsilon`, with the one scalar
+      :math:`\lambda` that conformal risk control allows at alpha.
+    - `test="chi2"`: skip when :math:`(u e_c)^2 < \epsilon^2 \chi^2_{\nu_c,\alpha} / \nu_c` (lower
+      quantile), :math:`u` an upper quantile of true over predicted errors and :math:`\nu_c` matched
+      to the prediction's moments over generations.
 
     A cell that the calibration has not seen never skips.
 
@@ -53,5 +54,7 @@ class CalibratedGate(Gate):
         cell = self.fitted.cell(*evidence.noise_levels)
         if cell is None:
             return Verdict(None, 0.0)
-        predicted = self.fitted.predicted_error(cell, evidence.change / evidence.reference)
+        change = evidence.change / evidence.reference
+        energy = evidence.reference / (evidence.tokens * evidence.dim)
+        predicted = self.fitted.predicted_error(cell, change, energy)
         return Verdict(predicted, 0.0 if predicted is None else float(self.limits[cell]))
