@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--moving", type=float, default=0.1, help="share of tokens; default 0.1")
     flags.add_argument("--width", type=int, default=512, help="channels of a token; default 512")
     flags.add_argument("--layers", type=int, default=2, help="double blocks, and half the single")
+    flags.add_argument("--plans", nargs="+", choices=list(PLANS), help="default: each")
     flags.add_argument("--turns", type=int, default=5, help="pairs of loops; default 5")
     flags.add_argument("--report", type=Path, help="write all figures as JSON")
     given = flags.parse_args(arguments)
@@ -161,8 +163,10 @@ class Loop:
 
 
 @torch.no_grad()
-def measure(model: Any, side: int, moving: float, turns: int) -> list[Gain]:
-    """Return what each plan saves at one size."""
+def measure(
+    model: Any, side: int, moving: float, turns: int, plans: Iterable[str] = PLANS
+) -> list[Gain]:
+    """Return what each of some plans saves at one size."""
     loop = Loop(model, side, moving)
 
     def cached(**options: Any) -> tuple[float, dict[str, Any]]:
@@ -174,7 +178,8 @@ def measure(model: Any, side: int, moving: float, turns: int) -> list[Gain]:
 
     loop()
     found = []
-    for name, options in PLANS.items():
+    for name in plans:
+        options = PLANS[name]
         cached(**options)
         alone, planned = [], []
         for turn in range(turns):
@@ -209,10 +214,11 @@ def main() -> None:
     """Measure what the command line asks for."""
     options = parse(sys.argv[1:])
     model = build(options.width, options.layers)
+    chosen = options.plans or list(PLANS)
     gains = []
     for side in options.sides:
         with Console(stderr=True).status(f"{side * side} tokens"):
-            gains += measure(model, side, options.moving, options.turns)
+            gains += measure(model, side, options.moving, options.turns, chosen)
     title = (
         f"{options.layers} + {2 * options.layers} blocks, {options.width} wide, "
         f"{options.moving:.0%} of the tokens move; loops of {STEPS} steps"
@@ -232,7 +238,7 @@ def main() -> None:
         )
     console = Console(width=110)
     console.print(table)
-    least = {name: pays_from([g for g in gains if g.plan == name]) for name in PLANS}
+    least = {name: pays_from([g for g in gains if g.plan == name]) for name in chosen}
     for name, tokens in least.items():
         console.print(f"{name}: " + ("slower" if tokens is None else f"pays from {tokens} tokens"))
     if options.report:

@@ -41,6 +41,12 @@ def test_every_plan_leaves_tokens_out_and_the_block_cache_alone_computes() -> No
     assert 0.2 < left_out["merge"] < 0.4 and left_out["split, reuse, merge"] > 0.7 * 7 / 8
 
 
+def test_only_the_plans_that_are_asked_for_are_measured() -> None:
+    chosen = parse(["--plans", "merge", "split, drop"]).plans
+    gains = measure(build(64, 1), 4, moving=0.1, turns=1, plans=chosen)
+    assert [found.plan for found in gains] == ["merge", "split, drop"]
+
+
 def test_a_gate_that_skips_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(token_gain.GATE, "cache_ratio_threshold", 1e6)
     with pytest.raises(RuntimeError, match="measures nothing"):
