@@ -162,7 +162,7 @@ class MaskTrials:
             mask = [int(s != step) for s in range(self.steps)]
             for i, reference in enumerate(references):
                 found = self.runs.latents(i, steps_mask=mask)
-                moved[i, step] = float((found - reference).double().norm())
+                moved[i, step] = float((found - reference).double().square().mean().sqrt())
         records = build.flat(self.parts.fit[:IMPACT])
         impact = step_impact(moved, records, self.fitted.noise_levels)
         if cached is not None:

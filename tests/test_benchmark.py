@@ -576,8 +576,8 @@ def test_the_oracle_skips_by_true_errors_and_pays_for_what_it_keeps() -> None:
     uncached = subject.generate(prompt, [0])
     assert "forward" not in transformer.__dict__ and not subject.free_s
     assert np.array_equal(found["0"].images[0], uncached.images[0])
-    assert found["1e9"].seconds < 0.3 * uncached.seconds < 0.6 * found["0"].seconds
     assert found["1e9"].seconds < found["0.02"].seconds < found["0"].seconds
+    assert found["1e9"].seconds < 0.5 * found["0"].seconds
     # Where no error is too large, it is the cache with one computed step.
     options = {"calibration": file, "steps_mask": [1] + [0] * 27}
     apply_cache_on_transformer(transformer, scheduler=pipe.scheduler, **options)

@@ -124,7 +124,7 @@ def test_the_impact_is_what_an_error_of_the_output_moves_the_latents_by(branches
     for index, vectors in enumerate(records):
         for step in range(1, T):
             error = forecast_error(step, step - 1, max(step - 2, 0), vectors, none)
-            made[index, step] = np.linalg.norm(error)
+            made[index, step] = np.sqrt(np.square(error).mean())
     # The errors of a generation's branches take part with equal weight.
     joint = np.sqrt((made.reshape(2, branches, T) ** 2).sum(axis=1))
     found = step_impact(wanted * joint, [trajectory(*r) for r in records], LEVELS)

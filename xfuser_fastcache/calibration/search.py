@@ -39,8 +39,8 @@ def step_impact(
     """Return how far an error of the output moves the final latents, by step, `(T,)`.
 
     Args:
-        moved: L2 distance of the final latents from those of full computation where that step alone
-            was skipped and its output extrapolated, `(n, T)`.
+        moved: root mean square of the final latents' distance from those of full computation where
+            that step alone was skipped and its output extrapolated, `(n, T)`.
         records: the same generations with full computation, `n` trajectories or a multiple.
         levels: noise levels of the plan.
     """
