@@ -37,13 +37,20 @@ def audit_of(statistics: dict[str, Any]) -> tuple[int, float | None]:
     return statistics["audits"], statistics["false_skip_rate"]
 
 
-@every_family
-@pytest.mark.parametrize(
-    ("forecaster", "granularity"),
-    [(name, "stack") for name in FORECASTERS] + [(name, 2) for name in FORECASTERS[:-1]],
-)
+CASES = [
+    *(("flux", name, "stack") for name in FORECASTERS),
+    *(("flux", name, 2) for name in ("reuse", "linear_taylor")),
+    *(
+        (family, *case)
+        for family in ("sd3", "pixart")
+        for case in (("output", "stack"), ("taylor", 2))
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "forecaster", "granularity"), CASES)
 def test_audits_leave_the_pictures_and_the_decisions_alone(
-    family: str, granularity: Any, forecaster: str
+    family: str, forecaster: str, granularity: Any
 ) -> None:
     found = {}
     for share in (0.0, 1.0):
