@@ -110,6 +110,7 @@ def test_in_a_mask_every_stage_computes_as_often(last: bool) -> None:
     assert layouts.pipeline_slots(skipped, 2, 2, stagger=True, masked=True) == 4 + 2 * (2 + last)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     """One cell for real; what xDiT cannot run is run as well, and its error compared."""

@@ -165,6 +165,7 @@ def test_sd3_pads_to_256_tokens_on_several_ranks_unmended_and_as_asked_mended(
         assert right == pytest.approx(alone["norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_text_of_another_length_than_before_equals_one_rank_mended(
     one_rank: dict[str, dict[str, Any]], mended: Path

@@ -200,6 +200,7 @@ def test_two_ranks_audit_the_same_steps_and_find_what_one_rank_finds() -> None:
         assert audit_of(report["statistics"]) == audit_of(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_pipeline_says_that_it_does_not_audit() -> None:
     world = run_world("audit_worker.py", 2, "1", "2")
