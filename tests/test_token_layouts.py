@@ -35,8 +35,14 @@ CELLS = [
 ]
 
 
+def in_turn(cells: list[tuple[str, str]]) -> list[Any]:
+    """Cells as parameters; those of Ring are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(*cell, marks=slow if cell[0] == "ring" else ()) for cell in cells]
+
+
 @pytest.mark.gloo
-@pytest.mark.parametrize(("layout", "model"), CELLS)
+@pytest.mark.parametrize(("layout", "model"), in_turn(CELLS))
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_token_plan_runs_and_its_ranks_agree(layout: str, model: str, plan: str) -> None:
     found = [rank["models"][model][plan] for rank in world(layout)]
@@ -55,13 +61,15 @@ def test_a_token_plan_runs_and_its_ranks_agree(layout: str, model: str, plan: st
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("layout", "model"), CELLS)
+@pytest.mark.parametrize(("layout", "model"), in_turn(CELLS))
 def test_nothing_of_a_token_plan_stays(layout: str, model: str) -> None:
     assert all(rank["models"][model]["restored"] for rank in world(layout))
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("layout", "model"), [c for c in CELLS if c[0] in ("ulysses", "ring")])
+@pytest.mark.parametrize(
+    ("layout", "model"), in_turn([c for c in CELLS if c[0] in ("ulysses", "ring")])
+)
 def test_a_still_rank_computes_as_many_tokens_as_one_that_moves(layout: str, model: str) -> None:
     found = [ratio for rank in world(layout) for ratio in rank["models"][model]["uneven"]]
     # Half of one rank's tokens move, none of the other's: half run at 7 of 10 steps.
@@ -71,7 +79,7 @@ def test_a_still_rank_computes_as_many_tokens_as_one_that_moves(layout: str, mod
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("layout", "model"),
-    [c for c in CELLS if c[0] != "1 rank" and c[1] in TOGETHER["1 rank"]],
+    in_turn([c for c in CELLS if c[0] != "1 rank" and c[1] in TOGETHER["1 rank"]]),
 )
 def test_maps_of_static_tokens_give_two_ranks_what_they_give_one(layout: str, model: str) -> None:
     alone = world("1 rank")[0]["models"][model]
