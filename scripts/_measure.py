@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 
+def now() -> float:
+    """Return a clock in seconds, once the GPU has done what it was asked to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class DenoisingTimer:
     """Times the denoising loop of a pipeline on this rank, without text encoding and VAE.
 
@@ -30,9 +37,7 @@ class DenoisingTimer:
         self._handles: list[Any] = []
 
     def _mark(self, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._marks.append(time.perf_counter())
+        self._marks.append(now())
 
     def _mark_first(self, *_: Any) -> None:
         if not self._marks:

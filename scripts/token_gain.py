@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from _bench.worker import environment
+from _measure import now
 from rich.console import Console
 from rich.table import Table
 
@@ -151,15 +151,10 @@ class Loop:
 
     def __call__(self) -> float:
         """Run all passes; returns seconds."""
-        started = self._now()
+        started = now()
         for latents, level in zip(self.latents, self.levels, strict=True):
             self.model(hidden_states=latents, timestep=level[None], **self.arguments)
-        return self._now() - started
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now() - started
 
 
 @torch.no_grad()

@@ -110,9 +110,9 @@ class Counters:
         `block_approx_ratio` is the share of blocks that were skipped, `spatial_approx_ratio` the
         share of tokens in blocks that were not: no work counts in both, and their sum is what was
         not computed. `estimated_flops_saved_ratio` is the share of the cost of blocks that this
-        saves, less what fitted maps cost. Ratios are between 0 and 1, times in seconds, sizes in
-        bytes. `audits` are skips whose error was measured, over the last `AUDITED` generations that
-        had any, and `false_skip_rate` is of those; None where there are none.
+        saves, less what fitted maps and audits cost. Ratios are between 0 and 1, times in seconds,
+        sizes in bytes. `audits` are skips whose error was measured, over the last `AUDITED`
+        generations that had any, and `false_skip_rate` is of those; None where there are none.
         """
         decided = self._decisions
         table = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from _measure import now
 
 from _bench.subject import Subject
 from xfuser_fastcache.apply import adapter_of
@@ -22,8 +22,8 @@ def oracle(subject: Subject, value: str) -> Iterator[dict[str, Any]]:
     """Skip each step but the first whose forecast is less wrong than the setting.
 
     The forecast is the calibration's, the error that of the whole batch, relative, in L2. To know
-    it the step is computed; the time of those that are then skipped is not charged. What no gate
-    that judges single steps can beat, and not a bound for masks, which choose steps together.
+    it the step is computed; the time of those that are then skipped is not charged. It shows what
+    knowing the errors is worth to a gate with one threshold; masks choose steps together.
 
     Raises:
         FileNotFoundError: there is no calibration of this model.
@@ -38,9 +38,9 @@ def oracle(subject: Subject, value: str) -> Iterator[dict[str, Any]]:
         level = adapter.plan(subject.pipe.scheduler)[step].noise_level
         step += 1
         inputs = contract.read(args, kwargs)
-        started = _now()
+        started = now()
         output = original(*args, **kwargs)
-        spent = _now() - started
+        spent = now() - started
         truth = contract.unpack(output)
         if memory.anchors:
             made = forecaster.forecast(memory, inputs, level)
@@ -63,9 +63,3 @@ def oracle(subject: Subject, value: str) -> Iterator[dict[str, Any]]:
             subject.transformer.forward = original
         else:
             del subject.transformer.forward
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
