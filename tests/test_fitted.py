@@ -163,10 +163,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: save_file({"a": torch.ones(2).bfloat16()}, p), "is no whole calibration file",
     ),
     "older": (with_metadata(version=1), f"version 1 .*; this release reads version {VERSION}"),
-    "newer": (with_metadata(version=VERSION + 1), f"holds version {VERSION + 1} with degrees, noi"),
+    "newer": (with_metadata(version=VERSION + 1), f"version {VERSION + 1} with degrees, noi"),
     "no version": (with_metadata(version=None), "holds version None .* Make it anew with scripts"),
-    "no slopes": (with_tables(slopes=None), "holds version 4 with degrees, noise_levels, ste"),
-    "unknown table": (with_tables(more=np.ones(2)), "holds version 4 with degrees, more, noise"),
+    "no slopes": (with_tables(slopes=None), f"version {VERSION} with degrees, noise_levels, ste"),
+    "unknown table": (with_tables(more=np.ones(2)), f"version {VERSION} with degrees, more, noise"),
     "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),
     "scales of words": (with_metadata(scales={"much": 1.0}), "contradicts itself: could not conv"),
     "levels of another plan": (

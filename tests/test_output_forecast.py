@@ -163,24 +163,73 @@ def test_corrections_for_a_mask_look_at_three_anchors(
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("sees_latents", [True, False])
+@pytest.mark.parametrize("steps", [(0, 1, 3), (0, 3)], ids=["three", "two anchors"])
+def test_a_computed_step_of_a_mask_is_corrected_by_what_it_says(
+    steps: tuple[int, ...], sees_latents: bool
+) -> None:
+    weights = random(STEPS, 5 if sees_latents else 3).numpy()
+    weights[3] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
+    mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
+    forecaster = OutputForecaster(corrected(), sees_latents, Steering(mask, weights))
+    memory = remembered(steps, False, torch.float64, forecaster)
+    found = forecaster.put_out(memory)
+    assert found is not None
+    anchors = memory.anchors
+    outputs = [anchor.residual.hidden_states for anchor in anchors]
+    f0, f1, f2 = outputs + [outputs[-1]] * (3 - len(outputs))
+    x0, x1 = (anchor.inputs.hidden_states for anchor in anchors[:2])
+    if sees_latents:
+        wanted = 0.3 * (f0 - f1) - 0.2 * (x0 - x1) + 0.05 * f0 + 0.1 * x0 + 0.6 * (f1 - f2)
+    else:
+        wanted = 0.7 * (f0 - f1) - 0.4 * f0 + 0.2 * (f1 - f2)
+    torch.testing.assert_close(found.hidden_states, f0 + wanted, rtol=1e-6, atol=1e-6)
+    # What is remembered stays what was computed, and the text is not touched.
+    assert anchors[0].residual.hidden_states is f0
+    assert torch.equal(found.encoder_hidden_states, anchors[0].residual.encoder_hidden_states)
+
+
+def test_a_computed_step_puts_out_what_was_computed_without_a_masks_corrections() -> None:
+    mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
+    blank = Steering(mask, np.zeros((STEPS, 5), np.float32))
+    full = Steering(mask, np.ones((STEPS, 5), np.float32))
+    for steering, steps in ((None, (0, 1, 3)), (blank, (0, 1, 3)), (full, (3,)), (full, (0, 1.5))):
+        forecaster = OutputForecaster(corrected(), True, steering)
+        assert forecaster.put_out(remembered(steps, False, torch.float64, forecaster)) is None
+
+
 def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> None:
-    mask = [int(step in (0, 4)) for step in range(STEPS)]
+    mask = [int(step in (0, 4, 5)) for step in range(STEPS)]
     weights = random(STEPS, 3).numpy()
     forecaster = OutputForecaster(corrected(), False, Steering(mask, weights))
-    for anchor, now, row in ((4, 5, 5), (3, 5, 6), (3, 4, 5)):
-        memory = remembered((0, anchor), False, torch.float64, forecaster)
-        x = latents(9, torch.float64)
+    x = latents(9, torch.float64)
+
+    def row(memory: Memory, plain: Streams, found: Streams | None) -> int | None:
+        """The step whose weights a forecast or a computed step took."""
+        if found is None or torch.equal(found.hidden_states, plain.hidden_states):
+            return None
+        terms = forecaster.terms(memory, x, memory.anchors[0])
+        for step in range(STEPS):
+            wanted = forecaster.corrected(plain, terms, weights[step].tolist())
+            if torch.equal(wanted.hidden_states, found.hidden_states):
+                return step
+        raise AssertionError("no step's weights")
+
+    forecasts = {
+        ((0, 4, 5), 6): 6,
+        ((0, 3, 4), 5): 6,  # the stage was ahead at 3 and 4
+        ((0, 3, 4), 6): 7,
+        ((0, 3), 4): None,  # at the next step the mask computes
+        ((0, STEPS - 2), STEPS - 1): None,
+    }
+    for (steps, now), wanted in forecasts.items():
+        memory = remembered(steps, False, torch.float64, forecaster)
         plain = OutputForecaster().forecast(memory, x, at(now))
-        wanted = forecaster.corrected(plain, forecaster.terms(memory, x), weights[row].tolist())
-        assert torch.equal(
-            forecaster.forecast(memory, x, at(now)).hidden_states, wanted.hidden_states
-        )
-    memory, x = (
-        remembered((0, STEPS - 2), False, torch.float64, forecaster),
-        latents(9, torch.float64),
-    )
-    found, plain = (f.forecast(memory, x, at(STEPS - 1)) for f in (forecaster, OutputForecaster()))
-    assert torch.equal(found.hidden_states, plain.hidden_states)
+        assert row(memory, plain, forecaster.forecast(memory, x, at(now))) == wanted
+    computed = {(0, 4): 4, (0, 4, 5): 5, (0, 3): 4, (0, 3, 4): 5, (0, 2): None, (3, 4, 5): None}
+    for steps, wanted in computed.items():
+        memory = remembered(steps, False, torch.float64, forecaster)
+        assert row(memory, memory.anchors[0].residual, forecaster.put_out(memory)) == wanted
 
 
 @pytest.mark.parametrize(

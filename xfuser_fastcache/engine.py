@@ -445,8 +445,9 @@ class CacheEngine:
             # Its anchors may hold the NaN, which looking back would bring up again; a span that was
             # given up has none.
             memory = Memory()
-        local.remember(span, call.position, self.forecaster.update(memory, anchor))
-        return None
+        memory = self.forecaster.update(memory, anchor)
+        local.remember(span, call.position, memory)
+        return self.forecaster.put_out(memory)
 
     def _take_consensus(self, call: Call, local: LocalState) -> None:
         self._owes_consensus = False

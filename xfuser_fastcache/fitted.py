@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from xfuser_fastcache.fitted_file import Kind, read_file, write_file
 
 CALIBRATION = Kind("calibration", "scripts/calibrate.py")
 # Of the layout of the file.
-VERSION = 4
+VERSION = 5
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
 _TABLES = (
@@ -56,15 +57,22 @@ class Steering(NamedTuple):
     mask: list[int]
     weights: NDArray[np.float32]
 
-    def at(self, step: int, anchor: int) -> NDArray[np.float32]:
-        """Return the weights of a forecast.
+    def at(self, step: int, anchors: Sequence[int], computed: bool) -> NDArray[np.float32]:
+        """Return the weights of a step; 0 where nothing was fitted.
 
         A stage that is a step ahead in the mask (`stagger_stages`) has computed the step before a
-        computed one: its forecasts stand to their anchors as those of the next step do to the
-        mask's. After the last step nothing stands, and nothing is corrected.
+        computed one: there and from there on it stands to its anchors as the mask does at the next
+        step.
+
+        Args:
+            step: that is forecast or computed.
+            anchors: steps that were computed, newest first; that step itself where it is.
+            computed: whether it is.
         """
-        row = step if self.mask[anchor] else step + 1
-        return self.weights[row] if row < len(self.mask) else np.zeros_like(self.weights[0])
+        row = step if all(self.mask[anchor] for anchor in anchors) else step + 1
+        if row < len(self.mask) and bool(self.mask[row]) == computed:
+            return self.weights[row]
+        return np.zeros_like(self.weights[0])
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ class Fitted:
         masks: number of computed steps -> which ones, 1 for computed, `T` entries each.
         steering: corrections for the masks, in ascending order of their computed steps,
             `(M, T, 5)`: weights as in `weights`, then one of the change between the two outputs
-            before the last; empty, `(0, T, 5)`, where the masks take the cells' corrections.
+            before the last; empty, `(0, T, 5)`, where the masks take the cells' corrections. At a
+            computed step the last output is that step's own, and changes are those since the
+            computed step before.
         steering_blind: the first, third and fifth of them, fitted alone, `(M, T, 3)`.
         metadata: what the file was made of and for; see `scripts/calibrate.py`.
         digest: of the file's content, in hexadecimal.

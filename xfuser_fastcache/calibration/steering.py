@@ -1,10 +1,11 @@
-"""Corrections for one mask of steps, fitted so that each skipped step leads back to the full run.
+"""Corrections for one mask of steps, fitted so that each step leads back to the full run.
 
 A forecast that is nearest to the model's output need not make the nearest picture: errors of
 several skipped steps add up, and the model answers to where they have led. So a batch of
-generations is run with the mask, and at each skipped step the weights are those with which the
-scheduler's next latents come nearest to what full computation had there. The next skipped step
-starts from where these weights have led, and mends what they left.
+generations is run with the mask, and at each step the weights are those with which the
+scheduler's next latents come nearest to what full computation had there. The next step
+starts from where these weights have led, and mends what they left. A computed step mends most: its
+output, beside what was extrapolated, says what the forecasts before it were wrong by.
 """
 
 from __future__ import annotations
@@ -163,10 +164,10 @@ class SteeringForecaster(OutputForecaster):
     """Forecasts a batch of generations, and fits its weights on the first of them as it goes.
 
     It runs in the engine's place of an `OutputForecaster`, on its very terms. With w the weights
-    and F the terms, a skipped step minimises the mean over generations of
+    and F the terms, a step minimises the mean over generations of
     ``|guided(target - plain - F w)|^2 / |guided(full output)|^2``, plus a ridge that shrinks to the
-    plain extrapolation. The target is the output that would take the scheduler from where it is to
-    the full run's next latents.
+    plain output: the extrapolated one, at a computed step that which was computed. The target is
+    the output that would take the scheduler from where it is to the full run's next latents.
 
     Args:
         full: the same batch with full computation.
@@ -174,7 +175,7 @@ class SteeringForecaster(OutputForecaster):
         sees_latents: see `OutputForecaster`.
 
     Attributes:
-        found: the weights, `(T, 5)`, blind `(T, 3)`; 0 at computed steps.
+        found: the weights, `(T, 5)`, blind `(T, 3)`; 0 until a step has been skipped.
     """
 
     depth = 3
@@ -187,9 +188,19 @@ class SteeringForecaster(OutputForecaster):
 
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Fit this step's weights, and return the corrected forecast."""
-        step = len(self.observer.outputs)
-        plain, terms = extrapolated(memory, noise_level), self.terms(memory, inputs)
-        latents = inputs.hidden_states
+        plain = extrapolated(memory, noise_level)
+        return self._steer(plain, self.terms(memory, inputs, memory.anchors[0]), inputs)
+
+    def put_out(self, memory: Memory) -> Streams | None:
+        """Fit this step's weights, and return the corrected output."""
+        if len(memory.anchors) < 2:
+            return None
+        newest, before = memory.anchors[:2]
+        terms = self.terms(memory, newest.inputs, before)
+        return self._steer(newest.residual, terms, newest.inputs)
+
+    def _steer(self, plain: Streams, terms: list[torch.Tensor], inputs: Streams) -> Streams:
+        step, latents = len(self.observer.outputs), inputs.hidden_states
         rows = [self.observer.rows(noise_tokens(x, latents)) for x in (plain.hidden_states, *terms)]
         self.found[step] = self._fit(step, self.observer.rows(latents)[0], rows[0], rows[1:])
         return self.corrected(plain, terms, self.found[step].tolist())

@@ -37,6 +37,14 @@ class Forecaster(ABC):
         """Remember a computed step; returns the new memory and leaves the old one alone."""
         return replace(memory, anchors=(anchor, *memory.anchors)[: self.depth])
 
+    def put_out(self, memory: Memory) -> Streams | None:
+        """Return what a computed span puts out in place of what its blocks did; None for just that.
+
+        Args:
+            memory: updated with the step: its newest anchor is what was computed.
+        """
+        return None
+
     @abstractmethod
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the predicted output of the span.

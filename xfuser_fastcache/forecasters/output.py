@@ -9,7 +9,7 @@ import torch
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.fitted import Fitted, Steering
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.state import Anchor, Memory
 
 
 class OutputForecaster(Forecaster):
@@ -25,6 +25,8 @@ class OutputForecaster(Forecaster):
     w_3 f_0 + w_4 x`, x being the latents; its weights belong to the step and to its anchors' lags.
     With a mask that the calibration has searched they belong to the mask and the step, and
     :math:`w_5 (f_1 - f_2)` comes in. The terms with x are absent where the latents are not at hand.
+    Such a mask's computed steps are corrected, too: what is computed there, now :math:`f_0`, tells
+    what the forecasts before it were wrong by, and thus where they have led the latents astray.
 
     Args:
         fitted: the calibration; None for the extrapolation alone.
@@ -63,12 +65,27 @@ class OutputForecaster(Forecaster):
         weights = self._weights(memory, noise_level)
         if weights is None:
             return plain
-        return self.corrected(plain, self.terms(memory, inputs), weights)
+        return self.corrected(plain, self.terms(memory, inputs, memory.anchors[0]), weights)
 
-    def terms(self, memory: Memory, inputs: Streams) -> list[torch.Tensor]:
+    def put_out(self, memory: Memory) -> Streams | None:
+        """Return what was computed, corrected by what it says of the forecasts before it."""
+        if self.steering is None or len(memory.anchors) < 2:
+            return None
+        newest, before = memory.anchors[:2]
+        weights = self._steered(memory, newest.noise_level, computed=True)
+        if weights is None:
+            return None
+        return self.corrected(newest.residual, self.terms(memory, newest.inputs, before), weights)
+
+    def terms(self, memory: Memory, inputs: Streams, since: Anchor) -> list[torch.Tensor]:
         """Return what corrections are made of, each in the output's layout, in float32.
 
         In the order of the weights; changes that look back further than the anchors are 0.
+
+        Args:
+            memory: holds at least one anchor.
+            inputs: what enters the forward pass now.
+            since: the computed step from which the latents' change is taken.
         """
         image = memory.anchors[0].residual.hidden_states
         # A model that predicts its variance too puts out more channels than it is given.
@@ -79,7 +96,7 @@ class OutputForecaster(Forecaster):
         changes += [torch.zeros_like(last)] * (self.depth - 1 - len(changes))
         if not self.sees_latents:
             return [changes[0], last, *changes[1:]]
-        given = (inputs, memory.anchors[0].inputs)
+        given = inputs, since.inputs
         x, x0 = (_as(streams.hidden_states, image).float() for streams in given)
         return [changes[0], x - x0, last, x, *changes[1:]]
 
@@ -91,21 +108,28 @@ class OutputForecaster(Forecaster):
         return Streams(image, plain.encoder_hidden_states)
 
     def _weights(self, memory: Memory, noise_level: float) -> list[float] | None:
-        """Return the weights of the corrections; None where there is nothing to correct."""
+        """Return the weights of a forecast's corrections; None where there are none."""
         if self.fitted is None:
             return None
-        levels = [anchor.noise_level for anchor in memory.anchors]
         if self.steering is not None:
-            step, at = self.fitted.step_at(noise_level), self.fitted.step_at(levels[0])
-            if step is None or at is None:
-                return None
-            return self.steering.at(step, at).tolist()
+            return self._steered(memory, noise_level, computed=False)
+        levels = [anchor.noise_level for anchor in memory.anchors]
         cell = self.fitted.cell(noise_level, levels[0], levels[1] if levels[1:] else None)
         if cell is None:
             return None
         table = self.fitted.weights if self.sees_latents else self.fitted.weights_blind
         weights = table[cell].tolist()
         return weights if any(weights) else None
+
+    def _steered(self, memory: Memory, noise_level: float, computed: bool) -> list[float] | None:
+        """Return the weights of a mask's corrections; None at a step that is not of the plan."""
+        assert self.fitted is not None and self.steering is not None
+        levels = [noise_level, *(anchor.noise_level for anchor in memory.anchors)]
+        known = [step for level in levels if (step := self.fitted.step_at(level)) is not None]
+        if len(known) < len(levels):
+            return None
+        weights = self.steering.at(known[0], known[1:], computed)
+        return weights.tolist() if weights.any() else None
 
 
 def _noise(output: torch.Tensor, channels: int | None) -> torch.Tensor:
