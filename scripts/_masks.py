@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from xfuser_fastcache import CacheConfig
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
 from xfuser_fastcache.calibration.steering import FullRun, Observer, SteeringForecaster
-from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.fitted import Fitted, load_fitted
 
 if TYPE_CHECKING:
     from calibrate import Calibrator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 IMPACT, TRIED = 2, 6
 # Share of a batch that a mask's corrections are fitted on; the others try it.
 FITTED = 0.6
+# Masks drawn in search of one that was not tried yet.
+DRAWS = 100
 
 
 @contextmanager
@@ -46,20 +49,29 @@ def saved(fitted: Fitted, output: Path) -> Iterator[str]:
 class MaskTrials:
     """Finds the masks of a calibration, and their corrections.
 
-    Masks are proposed by `MaskSearch` and evenly spaced; each is run on a batch of generations,
-    with corrections fitted on some of them (`SteeringForecaster`), and judged by the others: a
-    smaller error of each forecast need not make a better picture. From the best mask on, single
-    steps are moved as long as that helps.
+    Masks are proposed by `MaskSearch`, evenly spaced, and taken from a calibration that is to be
+    bettered; each is run on a batch of generations, with corrections fitted on some of them
+    (`SteeringForecaster`), and judged by the others: a smaller error of each forecast need not make
+    a better picture. From the best mask on, steps are moved at random, and what helps is kept.
 
     Args:
         runs: the pipeline.
         fitted: the calibration so far.
         parts: the records.
+        given: masks to better, by number of computed steps.
         console: for progress.
     """
 
-    def __init__(self, runs: Calibrator, fitted: Fitted, parts: build.Split, console: Console):
+    def __init__(
+        self,
+        runs: Calibrator,
+        fitted: Fitted,
+        parts: build.Split,
+        given: dict[int, list[int]],
+        console: Console,
+    ):
         self.runs, self.fitted, self.parts, self.console = runs, fitted, parts, console
+        self.given = given
         self.steps = len(fitted.noise_levels)
         self.batch = list(range(min(runs.options.batch_size, len(runs.prompts))))
         self.full, self.reference = self._full_run()
@@ -67,7 +79,8 @@ class MaskTrials:
 
     def search(self) -> tuple[Fitted, dict[str, Any]]:
         """Return the calibration with masks, its cells without corrections where they lost."""
-        budgets = sorted(self.runs.options.computed_steps, reverse=True)
+        options = self.runs.options
+        budgets = sorted(options.computed_steps, reverse=True)
         kinds = {
             "corrected": self.fitted,
             "plain": build.without_corrections(self.fitted, self.parts),
@@ -88,13 +101,15 @@ class MaskTrials:
                 "even": even_mask(self.steps, budget),
                 "even, last skipped": even_mask(self.steps, budget, last=False),
             }
+            if budget in self.given:
+                proposed["given"] = self.given[budget]
             found = {name: (self.steered(mask), mask) for name, mask in proposed.items()}
             best = max(found.values())
-            moved, masks[budget] = improved(*best, self.runs.options.moves, self.steered)
+            value, masks[budget] = improved(*best, options.moves, self.steered, options.seed)
             report[str(budget)] = {
                 **{f"{kind}, even": even[kind][budget] for kind in kinds},
-                **{f"steered, {name}": value for name, (value, _) in found.items()},
-                "steered, moved": moved,
+                **{f"steered, {name}": snr for name, (snr, _) in found.items()},
+                "steered, moved": value,
             }
         ascending = [masks[count] for count in sorted(masks)]
         seeing = np.stack([self._steered[tuple(mask)] for mask in ascending])
@@ -170,31 +185,58 @@ class MaskTrials:
         return impact
 
 
+def given_masks(path: Path | None, steps: int) -> dict[int, list[int]]:
+    """Return the masks of the calibration that a search starts from; none without one.
+
+    Raises:
+        ValueError: it is none, or one for another number of steps.
+    """
+    if path is None:
+        return {}
+    given = load_fitted(path)
+    if len(given.noise_levels) != steps:
+        raise ValueError(
+            f"--start_from {str(path)!r} has masks of {len(given.noise_levels)} steps, and this "
+            f"run has {steps}"
+        )
+    return given.masks
+
+
 def improved(
-    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float]
+    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float], seed: int
 ) -> tuple[float, list[int]]:
-    """Move computed steps to free neighbours as long as the value rises, for so many tries."""
-    seen = [mask]
+    """Move computed steps at random, and keep what raises the value, for so many tries.
+
+    Returns:
+        The highest value, and its mask.
+    """
+    rng, seen = random.Random(seed), {tuple(mask)}
     for _ in range(moves):
-        rest = [candidate for candidate in neighbours(mask) if candidate not in seen]
-        if not rest:
+        drawn = (moved(mask, rng) for _ in range(DRAWS))
+        fresh = next((candidate for candidate in drawn if tuple(candidate) not in seen), None)
+        if fresh is None:
             break
-        seen.append(rest[0])
-        found = of(rest[0])
+        seen.add(tuple(fresh))
+        found = of(fresh)
         if found > value:
-            value, mask = found, rest[0]
+            value, mask = found, fresh
     return value, mask
 
 
-def neighbours(mask: list[int]) -> list[list[int]]:
-    """Return the masks with one computed step but the first moved by one."""
-    found = []
-    for step in range(1, len(mask)):
-        for other in (step - 1, step + 1):
-            if mask[step] and 0 < other < len(mask) and not mask[other]:
-                moved = list(mask)
-                moved[step], moved[other] = 0, 1
-                found.append(moved)
+def moved(mask: list[int], rng: random.Random) -> list[int]:
+    """Return a mask with one or two of its computed steps, but not the first, moved to free ones.
+
+    By one step or two; where that place is taken, the step stays.
+    """
+    found = list(mask)
+    for _ in range(rng.choice((1, 1, 2))):
+        places = [step for step in range(1, len(found)) if found[step]]
+        if not places:
+            break
+        step = rng.choice(places)
+        to = step + rng.choice((-2, -1, -1, 1, 1, 2))
+        if 0 < to < len(found) and not found[to]:
+            found[step], found[to] = 0, 1
     return found
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from _bench.settings import call_arguments, read_prompts
 from _bench.subject import DTYPES, known_arguments, load_pipeline
-from _masks import MaskTrials, print_masks, saved
+from _masks import MaskTrials, given_masks, print_masks, saved
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -81,7 +81,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="also search masks of so many computed steps",
     )
     flags.add_argument(
-        "--moves", type=int, default=16, help="masks tried around each best one (default 16)"
+        "--moves", type=int, default=64, help="masks tried around each best one (default 64)"
+    )
+    flags.add_argument(
+        "--start_from", type=Path, help="a calibration whose masks the search is to better"
     )
     flags.add_argument(
         "--batch_size",
@@ -229,6 +232,7 @@ def prepare_folder(options: argparse.Namespace, prompts: list[str]) -> Path:
 def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any]]:
     """Record, fit, search masks, choose scales; see the module."""
     options, alphas = runs.options, sorted(runs.options.significance_level)
+    given = given_masks(options.start_from, options.num_inference_steps)
     indices = list(range(len(runs.prompts)))
     runs.latents(0)  # also sets the scheduler's steps
     full = [runs.record(i, "full") for i in track(indices, "full computation", console=console)]
@@ -239,7 +243,7 @@ def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any
     )
     report: dict[str, Any] = {}
     if options.computed_steps:
-        fitted, report["masks"] = MaskTrials(runs, fitted, parts, console).search()
+        fitted, report["masks"] = MaskTrials(runs, fitted, parts, given, console).search()
     first = build.conformal_scales(fitted, parts.calibrate, alphas)
     scales, report["scales_full"], report["scales_cached"] = {}, first, {}
     for alpha in alphas:
