@@ -81,7 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="also search masks of so many computed steps",
     )
     flags.add_argument(
-        "--moves", type=int, default=64, help="masks tried around each best one (default 64)"
+        "--moves", type=int, default=32, help="masks tried around each best one (default 32)"
     )
     flags.add_argument(
         "--start_from", type=Path, help="a calibration whose masks the search is to better"
@@ -89,8 +89,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument(
         "--batch_size",
         type=int,
-        default=16,
-        help="pictures that masks are fitted and tried on at once, 2 or more (default 16)",
+        default=40,
+        help="pictures that masks are fitted and tried on at once, 2 or more (default 40)",
     )
     flags.add_argument("--max_lag", type=int, default=10, help="largest gap looked at (default 10)")
     flags.add_argument("--max_tokens", type=int, default=4096, help="recorded of a picture")
