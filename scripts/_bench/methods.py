@@ -235,7 +235,7 @@ def all_methods() -> dict[str, Method]:
             "fast-calibrated",
             "xfuser-fastcache",
             "computed steps, found by search",
-            fixed(14, 13, 12, 11, 10, 8, 7, 6, 5, 4, 3),
+            fixed(14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3),
             _calibrated,
             whole_plan=True,
         ),
