@@ -104,6 +104,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     wrong = [count for count in options.computed_steps if not 1 <= count <= steps]
     if wrong:
         flags.error(f"--computed_steps {wrong[0]}: give 1 to {steps}, the --num_inference_steps")
+    if options.start_from is not None and not options.computed_steps:
+        flags.error("--start_from betters masks: say of how many steps with --computed_steps")
     if options.batch_size < 2:
         flags.error(f"--batch_size {options.batch_size}: give 2 or more, to fit on and to try on")
     return options

@@ -196,6 +196,7 @@ def test_a_cache_with_the_file_computes_as_many_steps_as_asked(finished: dict[st
         (["--output", "a", "--computed_steps", "7"], "--computed_steps 7: give 1 to 6, the --num"),
         (["--output", "a", "--computed_steps", "3", "0"], "--computed_steps 0: give 1 to 6"),
         (["--output", "a", "--batch_size", "1"], "--batch_size 1: give 2 or more, to fit on"),
+        (["--output", "a", "--start_from", "b"], "say of how many steps with --computed_steps"),
     ],
 )
 def test_wrong_flags_are_named(
@@ -213,8 +214,14 @@ def test_wrong_flags_are_named(
         (["--significance_level", "1.5"], "alpha = 1.5 must lie between 0 and 1"),
         (["--call", '{"hight": 64}'], "FluxPipeline takes no 'hight'; it takes"),
         (["--prompts", "few.txt", "--num_prompts", "9"], "--num_prompts 9, but few.txt holds 2"),
-        (["--start_from", SHIPPED], "fastcache.safetensors' has masks of 28 steps, and this run"),
-        (["--start_from", "none.safetensors"], "cannot read the calibration 'none.safetensors'"),
+        (
+            ["--computed_steps", "3", "--start_from", SHIPPED],
+            "fastcache.safetensors' has masks of 28 steps, and this run",
+        ),
+        (
+            ["--computed_steps", "3", "--start_from", "none.safetensors"],
+            "cannot read the calibration 'none.safetensors'",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_said_before_anything_is_recorded(

@@ -41,7 +41,8 @@ class Forecaster(ABC):
         """Return what a computed span puts out in place of what its blocks did; None for just that.
 
         Args:
-            memory: updated with the step: its newest anchor is what was computed.
+            memory: updated with the step: its newest anchor is what was computed, in the shapes
+                that are put out.
         """
         return None
 
