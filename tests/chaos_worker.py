@@ -69,7 +69,7 @@ def stay_away(cache: Any) -> None:
 
     def late(header: Any, moments: Any) -> Any:
         if dist.get_rank() == 1 and header.step == BAD_STEP:
-            time.sleep(4 * TIMEOUT_S)
+            time.sleep(2.5 * TIMEOUT_S)
         return post(header, moments)
 
     cache.consensus.post = late
@@ -81,7 +81,7 @@ def stop_in_attention(cache: Any) -> None:
 
     def late(index: int, *arguments: Any) -> Any:
         if dist.get_rank() == 1 and index == 3 and cache.call.step == 1:
-            time.sleep(4 * TIMEOUT_S)
+            time.sleep(2.5 * TIMEOUT_S)
         return run_block(index, *arguments)
 
     cache.run_block = late

@@ -731,8 +731,14 @@ def test_two_caches_on_the_same_ranks_do_not_mix_their_collectives(
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     "flags",
-    [("--ulysses_degree=2",), ("--pipefusion_parallel_degree=2", "--num_pipeline_patch=2")],
-    ids=["ulysses 2", "pipefusion 2"],
+    [
+        pytest.param(("--ulysses_degree=2",), id="ulysses 2"),
+        pytest.param(
+            ("--pipefusion_parallel_degree=2", "--num_pipeline_patch=2"),
+            id="pipefusion 2",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_two_pipelines_of_xfuser_are_cached_side_by_side(flags: tuple[str, ...]) -> None:
     """xfuser has one runtime state a process; uncached, it holds two pipelines of one class."""

@@ -95,7 +95,9 @@ def test_flux_sequence_parallel_equals_one_rank(
 
 @needs_no_accelerator
 @pytest.mark.gloo
-@pytest.mark.parametrize(("world_size", "ulysses"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "ulysses"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_flux_pipefusion(
     one_rank: dict[str, dict[str, Any]], world_size: int, ulysses: int
 ) -> None:

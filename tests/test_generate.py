@@ -157,7 +157,11 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    ("flags", "prompts", "pictures"), [([], 4, 4), (["--prompt", "a large red ring"], 1, 2)]
+    ("flags", "prompts", "pictures"),
+    [
+        pytest.param([], 4, 4, marks=pytest.mark.slow),
+        (["--prompt", "a large red ring"], 1, 2),
+    ],
 )
 def test_replicas_write_their_own_pictures(
     tmp_path: Path, flags: list[str], prompts: int, pictures: int

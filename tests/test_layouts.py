@@ -1,7 +1,7 @@
 """Every layout of xDiT on the toy FLUX, as real processes: uncached control first, then cached.
 
-One spawned world per layout runs all cases (`toy_worker.py`); the tests read its report. Worlds of
-four ranks are slow (`pytest -m slow tests/test_layouts.py`); the matrix has such worlds of tiny
+One spawned world per layout runs all cases (`toy_worker.py`); the tests read its report. All but
+three worlds are slow (`pytest -m slow tests/test_layouts.py`); the matrix has them all, of tiny
 models.
 """
 
@@ -26,14 +26,15 @@ LAYOUTS = {
     "data 2": (2, ("--data_parallel_degree=2",)),
 }
 
+QUICK = ("1 rank", "ulysses 2", "pipefusion 2")
+
 pytestmark = pytest.mark.gloo
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.slow if ranks > 2 else ())
-        for name, (ranks, _) in LAYOUTS.items()
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS
     ],
 )
 def world(request: pytest.FixtureRequest) -> dict[int, dict[str, Any]]:

@@ -75,7 +75,9 @@ def test_sd3_under_pipefusion_crashes_unmended_and_equals_one_rank_mended(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("flag", ["--ulysses_degree", "--ring_degree"])
+@pytest.mark.parametrize(
+    "flag", ["--ulysses_degree", pytest.param("--ring_degree", marks=pytest.mark.slow)]
+)
 def test_sd35_under_sequence_parallelism_crashes_unmended_and_equals_one_rank_mended(
     one_rank: dict[str, dict[str, Any]], mended: Path, flag: str
 ) -> None:
@@ -86,6 +88,7 @@ def test_sd35_under_sequence_parallelism_crashes_unmended_and_equals_one_rank_me
     assert_close(output, one_rank["sd3.5"])
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_sd35_under_pipefusion_and_ulysses_equals_one_rank_mended(
     one_rank: dict[str, dict[str, Any]], mended: Path

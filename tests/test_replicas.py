@@ -10,7 +10,13 @@ from worlds import run_world
 pytestmark = pytest.mark.gloo
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["data 2", "data 2 x ulysses 2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="data 2"),
+        pytest.param(2, id="data 2 x ulysses 2", marks=pytest.mark.slow),
+    ],
+)
 def replicas(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
     """What the ranks of each replica report."""
     ulysses = request.param
