@@ -75,6 +75,7 @@ class MaskTrials:
         self.steps = len(fitted.noise_levels)
         self.batch = list(range(min(runs.options.batch_size, len(runs.prompts))))
         self.full, self.reference = self._full_run()
+        self.guided = len(self.full.outputs[0]) == 2
         self._steered: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def search(self) -> tuple[Fitted, dict[str, Any]]:
@@ -112,19 +113,26 @@ class MaskTrials:
                 "steered, moved": value,
             }
         ascending = [masks[count] for count in sorted(masks)]
-        seeing = np.stack([self._steered[tuple(mask)] for mask in ascending])
-        blind = np.stack([self._run(mask, sees_latents=False)[1] for mask in ascending])
-        fitted = replace(kinds[chosen], masks=masks, steering=seeing, steering_blind=blind)
+        found = {
+            "steering_guided" if self.guided else "steering": [
+                self._steered[tuple(mask)] for mask in ascending
+            ],
+            "steering_blind": [self._run(mask, sees_latents=False)[1] for mask in ascending],
+        }
+        if self.guided:
+            found["steering"] = [self._run(mask)[1] for mask in ascending]
+        tables = {name: np.stack(rows) for name, rows in found.items()}
+        fitted = replace(kinds[chosen], masks=masks, **tables)
         return fitted, {"chosen": chosen, "latent_snr_db": report}
 
     def steered(self, mask: list[int]) -> float:
         """Fit corrections for a mask; return what it makes of the generations held out, in dB."""
-        value, self._steered[tuple(mask)] = self._run(mask, sees_latents=True)
+        value, self._steered[tuple(mask)] = self._run(mask, by_branch=self.guided)
         return value
 
-    def _run(self, mask: list[int], sees_latents: bool) -> tuple[float, NDArray[np.float32]]:
+    def _run(self, mask: list[int], **options: bool) -> tuple[float, NDArray[np.float32]]:
         with self._observer() as observer:
-            forecaster = SteeringForecaster(self.full, observer, sees_latents)
+            forecaster = SteeringForecaster(self.full, observer, **options)
             found = self.runs.latents(*self.batch, forecaster=forecaster, steps_mask=mask)
         rows = range(self.full.fitted, len(self.batch))
         return float(

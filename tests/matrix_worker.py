@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from backend_options import NEVER, OFTEN  # noqa: E402
+from calibrations import fitted_for  # noqa: E402
 from tiny_models import TINY_PIPELINES  # noqa: E402
 from worlds import report  # noqa: E402
 from xdit_control import describe, own_share, wrap  # noqa: E402
 
+from xfuser_fastcache.apply import adapter_of  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
@@ -73,6 +78,34 @@ def synchronous(generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
         runtime.warmup_steps = before
 
 
+def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
+    """Describe a mask whose corrections differ from step to step and with the guidance branch."""
+    from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+
+    mask = VARIANTS["output forecast"]["steps_mask"]
+    weights = np.random.default_rng(0).normal(0.0, 0.1, (1, STEPS, 3, 5)).astype(np.float32)
+    model = XDiTLayout().model_of(pipe.transformer)
+    plan = adapter_of(model).plan(pipe.scheduler)
+    fitted = fitted_for(
+        SimpleNamespace(transformer=model),
+        STEPS,
+        levels=[step.noise_level for step in plan],
+        masks={sum(mask): mask},
+        steering=weights[:, :, 0],
+        steering_blind=weights[:, :, 0, :3],
+        steering_guided=weights[:, :, 1:],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/fitted.safetensors"
+        fitted.save(path)
+        apply_cache_on_transformer(
+            pipe.transformer, scheduler=pipe.scheduler, calibration=path, steps_mask=mask
+        )
+    found = describe(generate())
+    remove_cache(pipe.transformer)
+    return found
+
+
 def cases(
     model: str, backends: list[str], all_variants: bool, flags: dict[str, Any]
 ) -> dict[str, Any]:
@@ -96,6 +129,8 @@ def cases(
         )
 
     found: dict[str, Any] = {"synchronous": synchronous(generate)}
+    if flags["pipefusion_parallel_degree"] == 1:
+        found["corrected"] = corrected(pipe, generate)
     control = generate()
     found["has_output"] = control is not None
     found["control_repeats"] = same(control, generate())
@@ -128,7 +163,14 @@ def references(model: str, batches: list[int]) -> dict[str, Any]:
     found = {}
     for batch in batches:
         pipe, call = build(model, batch)
-        found[str(batch)] = describe(pipe(**own_share(call, batch)).images)
+
+        def generate(pipe: Any = pipe, call: dict[str, Any] = call, batch: int = batch) -> Any:
+            return pipe(**own_share(call, batch)).images
+
+        found[str(batch)] = {
+            "synchronous": describe(generate()),
+            "corrected": corrected(pipe, generate),
+        }
     return found
 
 

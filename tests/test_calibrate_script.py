@@ -133,10 +133,10 @@ def test_masks_are_added_and_nothing_else_changes(finished: dict[str, Any]) -> N
     # More steps, fewer errors.
     assert shown["5"]["steered, moved"] > shown["3"]["steered, moved"] + 3
     # The masks bring corrections of their own, from the first skipped step on.
-    for table in (fitted.steering, fitted.steering_blind):
+    for table in (fitted.steering, fitted.steering_blind, fitted.steering_guided):
         for (count, mask), weights in zip(sorted(fitted.masks.items()), table, strict=True):
-            first = mask.index(0)
-            assert weights.any(axis=1).tolist() == [step >= first for step in range(STEPS)], count
+            first, fitted_at = mask.index(0), weights.reshape(STEPS, -1).any(axis=1)
+            assert fitted_at.tolist() == [step >= first for step in range(STEPS)], count
 
 
 def test_records_of_another_run_are_refused_by_what_differs(

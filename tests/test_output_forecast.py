@@ -7,6 +7,7 @@ whole and in a pipeline's patches; tiny FLUX, SD3 and PixArt in diffusers' own p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,48 @@ def test_a_computed_step_puts_out_what_was_computed_without_a_masks_corrections(
     for steering, steps in ((None, (0, 1, 3)), (blank, (0, 1, 3)), (full, (3,)), (full, (0, 1.5))):
         forecaster = OutputForecaster(corrected(), True, steering)
         assert forecaster.put_out(remembered(steps, False, torch.float64, forecaster)) is None
+
+
+def by_branch(*weights: tuple[float, ...]) -> Steering:
+    """Corrections of step 5 for a mask: common, without guidance, and with it."""
+    tables = np.zeros((STEPS, 3, 5), np.float32)
+    tables[5] = weights
+    return Steering([int(step in (0, 1, 3)) for step in range(STEPS)], tables[:, 0], tables[:, 1:])
+
+
+COMMON, WITHOUT, WITH = (0.1,) * 5, (0.3, -0.2, 0.05, 0.1, 0.6), (0.7, -0.4, 0.2, 0.3, -0.1)
+
+
+@pytest.mark.parametrize("picture", [True, False], ids=["picture", "tokens"])
+def test_pictures_without_and_with_guidance_have_weights_of_their_own(picture: bool) -> None:
+    """Told by a batch whose halves hold the same latents, picture by picture, or by the rank."""
+    x = latents(9, torch.float64).hidden_states
+    moved = x + 1.0
+    steering = by_branch(COMMON, WITHOUT, WITH)
+    one = remembered((0, 1, 3), picture, torch.float64, OutputForecaster(None, True, steering))
+
+    def four(streams: Streams) -> Streams:
+        return streams.map(lambda x: torch.cat([x] * 4))
+
+    anchors = [replace(a, inputs=four(a.inputs), residual=four(a.residual)) for a in one.anchors]
+    memory = replace(one, anchors=tuple(anchors))
+
+    def forecast(rows: list[torch.Tensor], steering: Steering, branch: int | None = None) -> Any:
+        forecaster = OutputForecaster(corrected(), True, steering, branch)
+        return forecaster.forecast(memory, Streams(torch.cat(rows)), at(5)).hidden_states
+
+    alike = {w: forecast([x, moved, x, moved], by_branch(w, w, w)) for w in (COMMON, WITHOUT, WITH)}
+    both = forecast([x, moved, x, moved], steering)
+    wanted = torch.cat([alike[WITHOUT][:2], alike[WITH][2:]])
+    torch.testing.assert_close(both, wanted, rtol=1e-6, atol=1e-6)
+    # One picture is drawn with guidance, the other is two pictures.
+    mixed = forecast([x, moved, x, moved + 1], steering)
+    alone = forecast([x, moved, x, moved + 1], by_branch(COMMON, COMMON, COMMON))
+    torch.testing.assert_close(mixed[[0, 2]], wanted[[0, 2]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mixed[[1, 3]], alone[[1, 3]], rtol=1e-6, atol=1e-6)
+    for branch, own in enumerate((WITHOUT, WITH)):
+        found = forecast([x, moved, x, moved], steering, branch)
+        torch.testing.assert_close(found, alike[own], rtol=1e-6, atol=1e-6)
 
 
 def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> None:

@@ -152,7 +152,7 @@ def test_steered_pictures_are_nearer_to_full_computation(family: str, sees_laten
     assert weights.any(axis=1).tolist() == [step >= MASK.index(0) for step in range(STEPS)]
 
 
-def calibrated(model: Model, weights: np.ndarray, path: Path) -> torch.Tensor:
+def calibrated(model: Model, weights: np.ndarray, path: Path, **tables: Any) -> torch.Tensor:
     """Run the mask with a calibration that holds these weights."""
     plan = adapter_of(model.transformer).plan(model.pipe.scheduler)
     fitted = fitted_for(
@@ -160,8 +160,9 @@ def calibrated(model: Model, weights: np.ndarray, path: Path) -> torch.Tensor:
         STEPS,
         levels=[step.noise_level for step in plan],
         masks={sum(MASK): MASK},
-        steering=weights[None],
+        steering=weights[None].astype(np.float32),
         steering_blind=np.zeros((1, STEPS, 3), np.float32),
+        **tables,
     )
     fitted.save(path)
     return model.masked(calibration=str(path))
@@ -186,6 +187,26 @@ def test_a_computed_step_mends_what_the_forecasts_before_it_left(
     left = calibrated(model, weights, tmp_path / "file")
     mended, before = (error(x[:FITTED], model.uncached[:FITTED]) for x in (found, left))
     assert mended < 0.99 * before
+
+
+def test_weights_a_branch_bring_pictures_nearer_still() -> None:
+    model = Model("sd3", guidance_scale=6.0)
+    full = model.full()
+    common, by_branch = (model.steered(full, by_branch=own)[0] for own in (False, True))
+    before, after = (error(x[:FITTED], model.uncached[:FITTED]) for x in (common, by_branch))
+    assert after < 0.98 * before
+
+
+@pytest.mark.parametrize("family", ["sd3", "pixart"])
+def test_with_guidance_each_branch_has_weights_of_its_own(family: str, tmp_path: Path) -> None:
+    model = Model(family)
+    found, weights = model.steered(model.full(), by_branch=True)
+    assert weights.shape == (STEPS, 2, 5)
+    # The latents are the same in both.
+    without, with_it = weights[-1]
+    assert (without == with_it).tolist() == [False, True, False, True, False]
+    ran = calibrated(model, np.ones((STEPS, 5)), tmp_path / "file", steering_guided=weights[None])
+    assert torch.equal(ran, found)
 
 
 def test_weights_are_fitted_on_the_first_pictures_alone() -> None:

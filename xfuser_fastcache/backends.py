@@ -193,4 +193,4 @@ def forecaster_of(
     last = group.stage == group.stages - 1
     sees_latents = group.stages == 1
     steering = fitted.steering_of(config.steps_mask, sees_latents) if last else None
-    return OutputForecaster(fitted if last else None, sees_latents, steering)
+    return OutputForecaster(fitted if last else None, sees_latents, steering, group.branch)

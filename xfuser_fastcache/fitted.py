@@ -18,11 +18,12 @@ from xfuser_fastcache.fitted_file import Kind, read_file, write_file
 
 CALIBRATION = Kind("calibration", "scripts/calibrate.py")
 # Of the layout of the file.
-VERSION = 5
+VERSION = 6
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
 _TABLES = (
     "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
+    "steering_guided",
 )  # fmt: skip
 # These travel in the metadata.
 _NUMBERS = ("exponents", "upper", "scales", "masks")
@@ -52,13 +53,15 @@ class Steering(NamedTuple):
     Attributes:
         mask: 1 for computed, `T` entries.
         weights: see `Fitted.steering`, `(T, 5)` or blind `(T, 3)`.
+        guided: see `Fitted.steering_guided`, `(T, 2, 5)`; None without any.
     """
 
     mask: list[int]
     weights: NDArray[np.float32]
+    guided: NDArray[np.float32] | None = None
 
-    def at(self, step: int, anchors: Sequence[int], computed: bool) -> NDArray[np.float32]:
-        """Return the weights of a step; 0 where nothing was fitted.
+    def row(self, step: int, anchors: Sequence[int], computed: bool) -> int | None:
+        """Return which row of the weights a step takes; None where nothing was fitted.
 
         A stage that is a step ahead in the mask (`stagger_stages`) has computed the step before a
         computed one: there and from there on it stands to its anchors as the mask does at the next
@@ -70,9 +73,8 @@ class Steering(NamedTuple):
             computed: whether it is.
         """
         row = step if all(self.mask[anchor] for anchor in anchors) else step + 1
-        if row < len(self.mask) and bool(self.mask[row]) == computed:
-            return self.weights[row]
-        return np.zeros_like(self.weights[0])
+        fits = row < len(self.mask) and bool(self.mask[row]) == computed
+        return row if fits and self.weights[row].any() else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ class Fitted:
             computed step the last output is that step's own, and changes are those since the
             computed step before.
         steering_blind: the first, third and fifth of them, fitted alone, `(M, T, 3)`.
+        steering_guided: as `steering`, of the pictures of a batch without guidance and of those
+            with it, fitted together where a call of the transformer held both, `(M, T, 2, 5)`;
+            empty, `(0, T, 2, 5)`, where it did not.
         metadata: what the file was made of and for; see `scripts/calibrate.py`.
         digest: of the file's content, in hexadecimal.
     """
@@ -118,6 +123,7 @@ class Fitted:
     masks: dict[int, list[int]]
     steering: NDArray[np.float32]
     steering_blind: NDArray[np.float32]
+    steering_guided: NDArray[np.float32]
     metadata: dict[str, Any]
     digest: str = field(default="", compare=False)
 
@@ -135,9 +141,10 @@ class Fitted:
             found = getattr(self, name).shape
             if found != shape or 0 in shape:
                 raise ValueError(f"{name} has the shape {found}, and the other tables want {shape}")
-        for name, terms in (("steering", 5), ("steering_blind", 3)):
+        weights = {"steering": (5,), "steering_blind": (3,), "steering_guided": (2, 5)}
+        for name, last in weights.items():
             found = getattr(self, name).shape
-            if found not in ((0, steps, terms), (len(self.masks), steps, terms)):
+            if found not in ((0, steps, *last), (len(self.masks), steps, *last)):
                 raise ValueError(
                     f"{name} has the shape {found}, for {len(self.masks)} masks of {steps} steps"
                 )
@@ -183,9 +190,11 @@ class Fitted:
     def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
         """Return the corrections made for a mask; None without any."""
         table = self.steering if sees_latents else self.steering_blind
-        for row, count in zip(table, sorted(self.masks), strict=False):
+        guided = self.steering_guided if sees_latents else ()
+        for place, count in enumerate(sorted(self.masks)[: len(table)]):
             if self.masks[count] == mask:
-                return Steering(self.masks[count], row)
+                own = guided[place] if len(guided) else None
+                return Steering(self.masks[count], table[place], own)
         return None
 
     def step_at(self, noise_level: float) -> int | None:

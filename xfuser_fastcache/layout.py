@@ -20,6 +20,8 @@ class DecisionGroup:
         stages: number of pipeline stages.
         counts_tokens: False where another rank holds the very same tokens and counts them
             (tensor-parallel replicas).
+        branch: where guidance is parallel, 0 on ranks that run the batch without guidance, 1 on
+            those that run it with; None where a forward pass carries all there is.
         device_group: process group to use with `sync_backend="nccl"`; None without one.
     """
 
@@ -28,6 +30,7 @@ class DecisionGroup:
     stage: int = 0
     stages: int = 1
     counts_tokens: bool = True
+    branch: int | None = None
     device_group: Any = None
 
     @property

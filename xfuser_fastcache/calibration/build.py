@@ -95,6 +95,7 @@ def fit(
         masks={},
         steering=np.zeros((0, len(levels), 5), np.float32),
         steering_blind=np.zeros((0, len(levels), 3), np.float32),
+        steering_guided=np.zeros((0, len(levels), 2, 5), np.float32),
         metadata={**metadata, "cache_ratio_threshold": epsilon},
     )
 

@@ -88,18 +88,21 @@ def _ridge(
     return ridge_weights(terms @ mean @ terms.T, -terms @ mean @ start)
 
 
-def ridge_weights(square: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+def ridge_weights(
+    square: NDArray[np.float64], right: NDArray[np.float64], ridge: float = RIDGE
+) -> NDArray[np.float64]:
     """Solve the normal equations of a ridge regression that shrinks to 0.
 
     Args:
         square: inner products of the terms, `(terms, terms)`.
         right: of the terms with what they are to make, `(terms,)`.
+        ridge: share of a term's own product that is added to it.
 
     Returns:
         `(terms,)`; finite also where a term is 0 throughout.
     """
-    ridge = RIDGE * np.diag(np.diag(square)) + 1e-12 * np.eye(len(square))
-    return np.linalg.solve(square + ridge, right).astype(np.float64, copy=False)
+    added = ridge * np.diag(np.diag(square)) + 1e-12 * np.eye(len(square))
+    return np.linalg.solve(square + added, right).astype(np.float64, copy=False)
 
 
 def _helps(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:

@@ -22,13 +22,16 @@ from torch import nn
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import sample
-from xfuser_fastcache.forecasters.base import extrapolated
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.state import Anchor, Memory
 
 # Largest relative residual of a scheduler that counts as linear.
 LINEAR = 1e-3
+# More than cells have: what the fitted pictures were led to is not quite what others will be.
+RIDGE = 0.05
+# Places of the terms that differ between pictures without and with guidance.
+OF_OUTPUTS = [0, 2, 4]
 
 
 class Observer:
@@ -168,42 +171,60 @@ class SteeringForecaster(OutputForecaster):
     ``|guided(target - plain - F w)|^2 / |guided(full output)|^2``, plus a ridge that shrinks to the
     plain output: the extrapolated one, at a computed step that which was computed. The target is
     the output that would take the scheduler from where it is to the full run's next latents.
+    By branch, the terms without guidance and those with it are fitted side by side. The latents
+    are the same in both, so that their terms have the same weights.
 
     Args:
         full: the same batch with full computation.
         observer: of this run.
         sees_latents: see `OutputForecaster`.
+        by_branch: whether pictures without and with guidance have weights of their own; for a
+            batch of both, seeing the latents.
 
     Attributes:
-        found: the weights, `(T, 5)`, blind `(T, 3)`; 0 until a step has been skipped.
+        found: the weights, `(T, 5)`, blind `(T, 3)`, by branch `(T, 2, 5)`; 0 until a step has been
+            skipped.
     """
 
     depth = 3
 
-    def __init__(self, full: FullRun, observer: Observer, sees_latents: bool = True):
+    def __init__(
+        self,
+        full: FullRun,
+        observer: Observer,
+        sees_latents: bool = True,
+        by_branch: bool = False,
+    ):
         super().__init__(sees_latents=sees_latents)
         self.full = full
         self.observer = observer
-        self.found = np.zeros((len(full.outputs), 5 if sees_latents else 3), np.float32)
+        self.by_branch = by_branch
+        shape = (2, 5) if by_branch else (5,) if sees_latents else (3,)
+        self.found = np.zeros((len(full.outputs), *shape), np.float32)
 
-    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
-        """Fit this step's weights, and return the corrected forecast."""
-        plain = extrapolated(memory, noise_level)
-        return self._steer(plain, self.terms(memory, inputs, memory.anchors[0]), inputs)
-
-    def put_out(self, memory: Memory) -> Streams | None:
-        """Fit this step's weights, and return the corrected output."""
-        if len(memory.anchors) < 2:
-            return None
-        newest, before = memory.anchors[:2]
-        terms = self.terms(memory, newest.inputs, before)
-        return self._steer(newest.residual, terms, newest.inputs)
-
-    def _steer(self, plain: Streams, terms: list[torch.Tensor], inputs: Streams) -> Streams:
+    def _correct(
+        self,
+        plain: Streams,
+        memory: Memory,
+        inputs: Streams,
+        since: Anchor,
+        noise_level: float,
+        computed: bool,
+    ) -> Streams:
+        """Fit this step's weights, and return the forecast, or what was computed, with them."""
+        terms = self.terms(memory, inputs, since)
         step, latents = len(self.observer.outputs), inputs.hidden_states
         rows = [self.observer.rows(noise_tokens(x, latents)) for x in (plain.hidden_states, *terms)]
-        self.found[step] = self._fit(step, self.observer.rows(latents)[0], rows[0], rows[1:])
-        return self.corrected(plain, terms, self.found[step].tolist())
+        given, columns = self.observer.rows(latents)[0], rows[1:]
+        if not self.by_branch:
+            self.found[step] = self._fit(step, given, rows[0], columns)
+            return self.corrected(plain, terms, self.found[step].tolist())
+        more = [torch.stack([torch.zeros_like(columns[i][0]), columns[i][1]]) for i in OF_OUTPUTS]
+        common, added = np.split(self._fit(step, given, rows[0], columns + more), [len(terms)])
+        self.found[step] = common
+        self.found[step][1, OF_OUTPUTS] += added
+        weights = torch.from_numpy(self.found[step].repeat(len(given), axis=0)).to(latents.device)
+        return self.corrected(plain, terms, list(weights.unbind(dim=1)))
 
     def _fit(
         self, step: int, latents: torch.Tensor, plain: torch.Tensor, terms: list[torch.Tensor]
@@ -224,4 +245,4 @@ class SteeringForecaster(OutputForecaster):
 
         columns = np.stack([relative(term) for term in terms], axis=1)
         right = columns.T @ relative(target - plain)
-        return ridge_weights(columns.T @ columns, right).astype(np.float32)
+        return ridge_weights(columns.T @ columns, right, RIDGE).astype(np.float32)

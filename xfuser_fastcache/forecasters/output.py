@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,9 @@ from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.fitted import Fitted, Steering
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.state import Anchor, Memory
+
+# One a term; for all pictures of a batch, or one each, `(batch,)`.
+Weights = Sequence[float | torch.Tensor]
 
 
 class OutputForecaster(Forecaster):
@@ -25,6 +29,9 @@ class OutputForecaster(Forecaster):
     w_3 f_0 + w_4 x`, x being the latents; its weights belong to the step and to its anchors' lags.
     With a mask that the calibration has searched they belong to the mask and the step, and
     :math:`w_5 (f_1 - f_2)` comes in. The terms with x are absent where the latents are not at hand.
+    With classifier-free guidance the pictures without it and those with it have weights of their
+    own, if the calibration has them: which is which is told by `branch`, or else by a batch whose
+    halves hold the same latents, without guidance first, as diffusers' pipelines make it.
     Such a mask's computed steps are corrected, too: what is computed there, now :math:`f_0`, tells
     what the forecasts before it were wrong by, and thus where they have led the latents astray.
 
@@ -33,6 +40,8 @@ class OutputForecaster(Forecaster):
         sees_latents: whether this rank's forward pass is given the latents and puts out the noise
             prediction; False in a pipeline, whose last stage only puts it out.
         steering: corrections for the mask that will run, `Fitted.steering_of`; None for the cells'.
+        branch: of guidance, where the ranks share it out: 0 without it, 1 with it; None where a
+            batch holds all there is.
 
     Source: TaylorSeer, arXiv 2503.06923, order 1, on the output of the model. Deviation:
     differences over the noise level and not over the step index, since computed steps are unevenly
@@ -48,10 +57,12 @@ class OutputForecaster(Forecaster):
         fitted: Fitted | None = None,
         sees_latents: bool = True,
         steering: Steering | None = None,
+        branch: int | None = None,
     ):
         self.fitted = fitted
         self.sees_latents = sees_latents
         self.steering = steering
+        self.branch = branch
         if steering is not None:
             self.depth = 3
 
@@ -62,20 +73,16 @@ class OutputForecaster(Forecaster):
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the extrapolated output, corrected where a calibration knows how."""
         plain = extrapolated(memory, noise_level)
-        weights = self._weights(memory, noise_level)
-        if weights is None:
-            return plain
-        return self.corrected(plain, self.terms(memory, inputs, memory.anchors[0]), weights)
+        found = self._correct(plain, memory, inputs, memory.anchors[0], noise_level, computed=False)
+        return plain if found is None else found
 
     def put_out(self, memory: Memory) -> Streams | None:
         """Return what was computed, corrected by what it says of the forecasts before it."""
-        if self.steering is None or len(memory.anchors) < 2:
+        if len(memory.anchors) < 2:
             return None
         newest, before = memory.anchors[:2]
-        weights = self._steered(memory, newest.noise_level, computed=True)
-        if weights is None:
-            return None
-        return self.corrected(newest.residual, self.terms(memory, newest.inputs, before), weights)
+        now = newest.inputs, before, newest.noise_level
+        return self._correct(newest.residual, memory, *now, computed=True)
 
     def terms(self, memory: Memory, inputs: Streams, since: Anchor) -> list[torch.Tensor]:
         """Return what corrections are made of, each in the output's layout, in float32.
@@ -100,19 +107,35 @@ class OutputForecaster(Forecaster):
         x, x0 = (_as(streams.hidden_states, image).float() for streams in given)
         return [changes[0], x - x0, last, x, *changes[1:]]
 
-    def corrected(self, plain: Streams, terms: list[torch.Tensor], weights: list[float]) -> Streams:
+    def corrected(self, plain: Streams, terms: list[torch.Tensor], weights: Weights) -> Streams:
         """Return a forecast with the weighted terms added to its noise prediction."""
         image = plain.hidden_states.clone()
         noise = _noise(image, terms[0].shape[2] if image.dim() == 4 else None)
-        noise += sum(weight * term for weight, term in zip(weights, terms, strict=True))
+        noise += sum(each(weight, term) * term for weight, term in zip(weights, terms, strict=True))
         return Streams(image, plain.encoder_hidden_states)
 
-    def _weights(self, memory: Memory, noise_level: float) -> list[float] | None:
-        """Return the weights of a forecast's corrections; None where there are none."""
+    def _correct(
+        self,
+        plain: Streams,
+        memory: Memory,
+        inputs: Streams,
+        since: Anchor,
+        noise_level: float,
+        computed: bool,
+    ) -> Streams | None:
+        """Return a forecast, or what was computed, with its corrections; None without any."""
+        if self.steering is not None:
+            weights = self._steered(memory, inputs, noise_level, computed)
+        else:
+            weights = None if computed else self._of_cell(memory, noise_level)
+        if weights is None:
+            return None
+        return self.corrected(plain, self.terms(memory, inputs, since), weights)
+
+    def _of_cell(self, memory: Memory, noise_level: float) -> Weights | None:
+        """Return the weights of a forecast's cell; None where there are none."""
         if self.fitted is None:
             return None
-        if self.steering is not None:
-            return self._steered(memory, noise_level, computed=False)
         levels = [anchor.noise_level for anchor in memory.anchors]
         cell = self.fitted.cell(noise_level, levels[0], levels[1] if levels[1:] else None)
         if cell is None:
@@ -121,15 +144,45 @@ class OutputForecaster(Forecaster):
         weights = table[cell].tolist()
         return weights if any(weights) else None
 
-    def _steered(self, memory: Memory, noise_level: float, computed: bool) -> list[float] | None:
+    def _steered(
+        self, memory: Memory, inputs: Streams, noise_level: float, computed: bool
+    ) -> Weights | None:
         """Return the weights of a mask's corrections; None at a step that is not of the plan."""
         assert self.fitted is not None and self.steering is not None
         levels = [noise_level, *(anchor.noise_level for anchor in memory.anchors)]
         known = [step for level in levels if (step := self.fitted.step_at(level)) is not None]
         if len(known) < len(levels):
             return None
-        weights = self.steering.at(known[0], known[1:], computed)
-        return weights.tolist() if weights.any() else None
+        row = self.steering.row(known[0], known[1:], computed)
+        if row is None:
+            return None
+        common = self.steering.weights[row].tolist()
+        if self.steering.guided is None:
+            return common
+        without, with_it = self.steering.guided[row].tolist()
+        if self.branch is not None:
+            return (without, with_it)[self.branch]
+        paired = halves_agree(inputs.hidden_states)
+        if paired is None:
+            return common
+        own = zip(common, without, with_it, strict=True)
+        return [torch.cat([torch.where(paired, w, one) for w in (a, b)]) for one, a, b in own]
+
+
+def halves_agree(latents: torch.Tensor) -> torch.Tensor | None:
+    """Return which pictures of a batch's first half are those of the second, `(batch / 2,)`, bool.
+
+    Guidance makes such a batch. Decided on the device; None for an odd batch.
+    """
+    if len(latents) % 2:
+        return None
+    first, second = latents.chunk(2)
+    return (first == second).flatten(1).all(dim=1)
+
+
+def each(weight: float | torch.Tensor, term: torch.Tensor) -> float | torch.Tensor:
+    """Return a weight, or one a picture, as it multiplies a term."""
+    return weight if isinstance(weight, float) else weight.view(-1, *[1] * (term.dim() - 1))
 
 
 def _noise(output: torch.Tensor, channels: int | None) -> torch.Tensor:

@@ -65,12 +65,15 @@ class XDiTLayout:
             )
         replica = parallel_state.get_model_replica_group()
         self._stages = parallel_state.get_pipeline_parallel_world_size()
+        guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
+        branch = parallel_state.get_classifier_free_guidance_rank()
         return DecisionGroup(
             ranks=tuple(replica.ranks),
             rank=dist.get_rank(),
             stage=parallel_state.get_pipeline_parallel_rank(),
             stages=self._stages,
             counts_tokens=parallel_state.get_tensor_model_parallel_rank() == 0,
+            branch=branch if guidance_is_parallel else None,
             device_group=replica.device_group,
         )
 
