@@ -133,10 +133,26 @@ def test_masks_are_added_and_nothing_else_changes(finished: dict[str, Any]) -> N
     # More steps, fewer errors.
     assert shown["5"]["steered, moved"] > shown["3"]["steered, moved"] + 3
     # The masks bring corrections of their own, from the first skipped step on.
-    for table in (fitted.steering, fitted.steering_blind, fitted.steering_guided):
+    check_steering(fitted, fitted.steering, fitted.steering_blind)
+    assert fitted.steering_guided.shape == (0, STEPS, 2, 5)
+
+
+def check_steering(fitted: Fitted, *tables: np.ndarray) -> None:
+    """Check that there are corrections from a mask's first skipped step on."""
+    for table in tables:
         for (count, mask), weights in zip(sorted(fitted.masks.items()), table, strict=True):
             first, fitted_at = mask.index(0), weights.reshape(STEPS, -1).any(axis=1)
             assert fitted_at.tolist() == [step >= first for step in range(STEPS)], count
+
+
+def test_with_guidance_masks_bring_corrections_of_each_branch_as_well(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    guided = ("--model", str(ROOT / "toys" / "pixart"), "--computed_steps", "3", "--moves", "0")
+    assert run(*guided) == 0
+    fitted = load_fitted(run.output)
+    check_steering(fitted, fitted.steering, fitted.steering_blind, fitted.steering_guided)
+    without, with_it = fitted.steering_guided[0, -1]
+    assert (without == with_it).tolist() == [False, True, False, True, False]
 
 
 def test_records_of_another_run_are_refused_by_what_differs(

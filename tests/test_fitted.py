@@ -25,6 +25,7 @@ from xfuser_fastcache.hooks import hook_on
 
 TABLES = (
     "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
+    "steering_guided",
 )  # fmt: skip
 
 
@@ -61,10 +62,10 @@ def random_tables(seed: int = 0) -> Fitted:
         table = getattr(fitted, name)
         table[:] = rng.normal(size=table.shape)
     fitted.slopes[0] = np.inf
-    steering = {"steering": 5, "steering_blind": 3}
+    steering = {"steering": (5,), "steering_blind": (3,), "steering_guided": (2, 5)}
     return dataclasses.replace(
         fitted,
-        **{name: rng.normal(size=(2, 5, n)).astype(np.float32) for name, n in steering.items()},
+        **{name: rng.normal(size=(2, 5, *n)).astype(np.float32) for name, n in steering.items()},
         exponents=(-0.1 - 0.2, 0.1 + 0.2),
         upper=1.7,
         scales={0.05: 0.1 + 0.2, 1e-5: 0.0},
@@ -106,6 +107,12 @@ def test_a_mask_finds_the_corrections_that_were_made_for_it() -> None:
             found = fitted.steering_of(mask, sees)
             assert found is not None and found.mask == mask
             assert np.array_equal(found.weights, table[row])
+            # Which pictures are guided is seen from the latents.
+            assert sees == (found.guided is not None)
+            assert not sees or np.array_equal(found.guided, fitted.steering_guided[row])
+    unguided = dataclasses.replace(fitted, steering_guided=fitted.steering_guided[:0])
+    found = unguided.steering_of([1] * 5, True)
+    assert found is not None and found.guided is None
     assert fitted.steering_of([1, 0, 1, 0, 0], True) is None
     assert fitted.steering_of(None, True) is None
     bare = fitted_on(fitted.noise_levels, lags=2, masks=fitted.masks)
@@ -179,6 +186,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "steering without masks": (
         with_tables(steering=np.zeros((1, 2, 5), np.float32)),
         r"steering has the shape \(1, 2, 5\), for 0 masks of 2 steps",
+    ),
+    "one branch": (
+        with_tables(steering_guided=np.zeros((0, 2, 1, 5), np.float32)),
+        r"steering_guided has the shape \(0, 2, 1, 5\)",
     ),
     "steering of other terms": (
         with_tables(steering_blind=np.zeros((0, 2, 2), np.float32)), "steering_blind has the shape",
