@@ -244,7 +244,7 @@ def test_maps_bring_their_forecaster(backend: str) -> None:
 def test_with_a_split_the_forecaster_is_what_it_is_without_maps(forecaster: str | None) -> None:
     """Also where the tokens that move are merged."""
     config = CacheConfig(linear_maps="x", motion_threshold=0.1, num_stages=2, forecaster=forecaster)
-    assert config.forecaster == (forecaster or "taylor")
+    assert config.forecaster == (forecaster or "damped_taylor")
     assert CacheConfig.from_dict(config.to_dict()) == config
 
 

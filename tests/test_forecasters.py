@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.integrate import quad
 
 from xfuser_fastcache import CacheConfig
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of
@@ -14,7 +15,7 @@ from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
-from xfuser_fastcache.forecasters.taylor import TaylorForecaster
+from xfuser_fastcache.forecasters.taylor import SHARE, DampedTaylorForecaster, TaylorForecaster
 from xfuser_fastcache.layout import DecisionGroup
 from xfuser_fastcache.linear_map import RIDGE
 from xfuser_fastcache.state import Anchor, Memory, Reference
@@ -84,6 +85,39 @@ def test_taylor_and_output_are_exact_on_what_is_linear_in_sigma_unevenly_spaced(
     )
     now = streams(5, text)
     assert_close(make().forecast(memory, now, sigma), moved(make, now, residual(sigma)))
+
+
+@both_streams
+@pytest.mark.parametrize("sigma", [0.59, 0.5, 0.3, 0.0])
+def test_the_damped_slope_fades_by_its_share_an_anchors_distance(sigma: float, text: bool) -> None:
+    """Against the integral of a slope that falls exponentially from the last two anchors' on."""
+    old, new = (anchor(s, streams(i, text), streams(i + 5, text)) for i, s in enumerate((0.8, 0.6)))
+    reach, _ = quad(lambda distance: SHARE**distance, 0, (0.6 - sigma) / 0.2)
+    memory, now = remember(DampedTaylorForecaster(), old, new), streams(9, text)
+    ahead = new.residual.map(lambda r0, r1: r0 + reach * (r0 - r1), old.residual)
+    found = DampedTaylorForecaster().forecast(memory, now, sigma)
+    assert_close(found, now.map(torch.add, ahead))
+
+
+def test_each_token_is_damped_by_its_own_distance() -> None:
+    """No two tokens need have the same two anchors; each is forecast as it would be alone."""
+    levels = [torch.linspace(0.5, 0.6, TOKENS), torch.linspace(0.9, 0.7, TOKENS)]
+    parts = [streams(seed, text=False, dtype=torch.float32) for seed in range(5)]
+    each = [level.view(1, -1, 1).expand(BATCH, -1, 1) for level in levels]
+    anchors = [
+        Anchor(0.5, x, r, Reference.of(x.hidden_states), level)
+        for x, r, level in zip(parts[:2], parts[2:4], each, strict=True)
+    ]
+    together = DampedTaylorForecaster().forecast(Memory(tuple(anchors)), parts[4], 0.2)
+    for token in range(TOKENS):
+        one = slice(token, token + 1)
+        alone = tuple(
+            anchor(float(level[token]), *(Streams(s.hidden_states[:, one]) for s in of))
+            for of, level in zip(zip(parts[:2], parts[2:4], strict=True), levels, strict=True)
+        )
+        now = Streams(parts[4].hidden_states[:, one])
+        wanted = DampedTaylorForecaster().forecast(Memory(alone), now, 0.2).hidden_states
+        torch.testing.assert_close(together.hidden_states[:, one], wanted)
 
 
 @both_streams
@@ -281,7 +315,14 @@ def test_memory_counts_the_bytes_of_its_tensors() -> None:
 
 @pytest.mark.parametrize(
     ("name", "depth"),
-    [("reuse", 1), ("linear", 1), ("taylor", 2), ("linear_taylor", 2), ("output", 2)],
+    [
+        ("reuse", 1),
+        ("linear", 1),
+        ("taylor", 2),
+        ("damped_taylor", 2),
+        ("linear_taylor", 2),
+        ("output", 2),
+    ],
 )
 def test_only_as_many_anchors_are_kept_as_are_looked_at(name: str, depth: int) -> None:
     forecaster = FORECASTERS[name]()

@@ -15,7 +15,11 @@ from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
-from xfuser_fastcache.forecasters.taylor import SecondOrderTaylorForecaster, TaylorForecaster
+from xfuser_fastcache.forecasters.taylor import (
+    DampedTaylorForecaster,
+    SecondOrderTaylorForecaster,
+    TaylorForecaster,
+)
 from xfuser_fastcache.gates.accumulated import IDENTITY, AccumulatedGate
 from xfuser_fastcache.gates.base import Gate, Rule
 from xfuser_fastcache.gates.calibrated import CalibratedGate
@@ -37,6 +41,7 @@ WITH_MAPS: dict[str, type[LinearMapForecaster]] = {
 FORECASTERS: dict[str, type[Forecaster]] = {
     "reuse": ReuseForecaster,
     "taylor": TaylorForecaster,
+    "damped_taylor": DampedTaylorForecaster,
     "taylor2": SecondOrderTaylorForecaster,
     "output": OutputForecaster,
     **WITH_MAPS,

@@ -15,7 +15,7 @@ from xfuser_fastcache.checked_options import CheckedOptions, is_number
 from xfuser_fastcache.mappings import read_mapping
 
 TESTS = ("chi2", "paper", "conformal")
-FORECASTERS = ("reuse", "linear", "taylor", "taylor2", "linear_taylor", "output")
+FORECASTERS = ("reuse", "linear", "taylor", "damped_taylor", "taylor2", "linear_taylor", "output")
 # Forecasters that take fitted linear maps; the first one is the default where they are given.
 MAPPED = ("linear_taylor", "linear")
 STATIC_KV = ("reuse", "drop")
@@ -76,7 +76,7 @@ class CacheConfig(CheckedOptions):
         "FastCache's literal rule, which accepts nearly any change below 100 %",
     )
     forecaster: str = _published(
-        "reuse | linear | taylor | taylor2 | linear_taylor | output",
+        "reuse | linear | taylor | damped_taylor | taylor2 | linear_taylor | output",
         "what stands in for a skipped span; output: for the whole forward pass",
     )
     granularity: int | str = _option(

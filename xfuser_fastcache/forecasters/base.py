@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -164,6 +165,14 @@ class TaylorWeights(NamedTuple):
         """Whether the newest anchor is forecast again; not asked where tokens differ in weight."""
         return isinstance(self.image, float) and self.image == 0.0
 
+    def damped(self, share: float) -> TaylorWeights:
+        r"""Return weights for a slope of which, an anchors' distance on, the `share` is left.
+
+        :math:`\int_0^w \varphi^s\,ds = (1 - \varphi^w)/(-\ln \varphi)`: w for small ones, bounded.
+        """
+        fading = -math.log(share)
+        return TaylorWeights((1.0 - share**self.image) / fading, (1.0 - share**self.text) / fading)
+
     def map(
         self,
         function: Callable[[torch.Tensor, torch.Tensor, float | torch.Tensor], torch.Tensor],
@@ -178,12 +187,15 @@ class TaylorWeights(NamedTuple):
         return Streams(image, function(texts[0], texts[1], self.text))
 
 
-def extrapolated(memory: Memory, noise_level: float) -> Streams:
+def extrapolated(memory: Memory, noise_level: float, share: float | None = None) -> Streams:
     r"""First-order divided difference in the noise level of what the last two anchors hold.
 
-    :math:`\hat r(\sigma) = r_0 + w (r_0 - r_1)` with `w` of `TaylorWeights`.
+    :math:`\hat r(\sigma) = r_0 + w (r_0 - r_1)` with `w` of `TaylorWeights`; damped where a `share`
+    is given.
     """
     latest, weights = memory.anchors[0].residual, TaylorWeights.of(memory, noise_level)
+    if share is not None:
+        weights = weights.damped(share)
     if weights.are_zero:
         return latest
     return weights.map(_extrapolate, latest, memory.anchors[1].residual)

@@ -10,6 +10,9 @@ from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.state import Memory
 
+# Of a slope, an anchors' distance on; by measurement (docs/decisions.md).
+SHARE = 0.6
+
 
 class TaylorForecaster(Forecaster):
     r"""First-order divided difference of the residual over the last two computed steps.
@@ -26,6 +29,24 @@ class TaylorForecaster(Forecaster):
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the input moved by the extrapolated residual."""
         return inputs.map(torch.add, extrapolated(memory, noise_level))
+
+
+class DampedTaylorForecaster(TaylorForecaster):
+    r"""First-order Taylor with a slope that fades: the further ahead, the less of it is believed.
+
+    :math:`\hat r(\sigma) = r_0 + (r_0 - r_1)\,(1 - \varphi^w)/(-\ln \varphi)`, where
+    :math:`w = (\sigma - \sigma_0)/(\sigma_0 - \sigma_1)` and `SHARE` is :math:`\varphi`: near the
+    anchor it is `taylor`'s forecast, far ahead it comes to rest at :math:`r_0 + (r_0 - r_1)/(-\ln
+    \varphi)`. Exact where the residual is constant. With one anchor it is `reuse`.
+
+    Source: TaylorSeer, arXiv 2503.06923, order 1, with the damped trend of Gardner and McKenzie,
+    "Forecasting trends in time series", Management Science 31 (1985), in continuous time.
+    Deviation: neither combines the two; see `TaylorForecaster` for the other.
+    """
+
+    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
+        """Return the input moved by the extrapolated residual."""
+        return inputs.map(torch.add, extrapolated(memory, noise_level, SHARE))
 
 
 class SecondOrderTaylorForecaster(TaylorForecaster):
