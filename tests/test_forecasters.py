@@ -15,7 +15,7 @@ from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
-from xfuser_fastcache.forecasters.taylor import SHARE, DampedTaylorForecaster, TaylorForecaster
+from xfuser_fastcache.forecasters.taylor import DampedTaylorForecaster, TaylorForecaster
 from xfuser_fastcache.layout import DecisionGroup
 from xfuser_fastcache.linear_map import RIDGE
 from xfuser_fastcache.state import Anchor, Memory, Reference
@@ -92,7 +92,7 @@ def test_taylor_and_output_are_exact_on_what_is_linear_in_sigma_unevenly_spaced(
 def test_the_damped_slope_fades_by_its_share_an_anchors_distance(sigma: float, text: bool) -> None:
     """Against the integral of a slope that falls exponentially from the last two anchors' on."""
     old, new = (anchor(s, streams(i, text), streams(i + 5, text)) for i, s in enumerate((0.8, 0.6)))
-    reach, _ = quad(lambda distance: SHARE**distance, 0, (0.6 - sigma) / 0.2)
+    reach, _ = quad(lambda distance: DampedTaylorForecaster.share**distance, 0, (0.6 - sigma) / 0.2)
     memory, now = remember(DampedTaylorForecaster(), old, new), streams(9, text)
     ahead = new.residual.map(lambda r0, r1: r0 + reach * (r0 - r1), old.residual)
     found = DampedTaylorForecaster().forecast(memory, now, sigma)

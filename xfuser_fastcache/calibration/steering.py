@@ -24,7 +24,7 @@ from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.state import Memory
 
 # Largest relative residual of a scheduler that counts as linear.
 LINEAR = 1e-3
@@ -203,16 +203,10 @@ class SteeringForecaster(OutputForecaster):
         self.found = np.zeros((len(full.outputs), *shape), np.float32)
 
     def _correct(
-        self,
-        plain: Streams,
-        memory: Memory,
-        inputs: Streams,
-        since: Anchor,
-        noise_level: float,
-        computed: bool,
+        self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Streams:
         """Fit this step's weights, and return the forecast, or what was computed, with them."""
-        terms = self.terms(memory, inputs, since)
+        terms = self.terms(memory, inputs, computed)
         step, latents = len(self.observer.outputs), inputs.hidden_states
         rows = [self.observer.rows(noise_tokens(x, latents)) for x in (plain.hidden_states, *terms)]
         given, columns = self.observer.rows(latents)[0], rows[1:]

@@ -169,6 +169,9 @@ class TaylorWeights(NamedTuple):
         r"""Return weights for a slope of which, an anchors' distance on, the `share` is left.
 
         :math:`\int_0^w \varphi^s\,ds = (1 - \varphi^w)/(-\ln \varphi)`: w for small ones, bounded.
+
+        Args:
+            share: :math:`\varphi`, above 0 and below 1.
         """
         fading = -math.log(share)
         return TaylorWeights((1.0 - share**self.image) / fading, (1.0 - share**self.text) / fading)

@@ -10,7 +10,7 @@ import torch
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.fitted import Fitted, Steering
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.state import Memory
 
 # One a term; for all pictures of a batch, or one each, `(batch,)`.
 Weights = Sequence[float | torch.Tensor]
@@ -73,18 +73,18 @@ class OutputForecaster(Forecaster):
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the extrapolated output, corrected where a calibration knows how."""
         plain = extrapolated(memory, noise_level)
-        found = self._correct(plain, memory, inputs, memory.anchors[0], noise_level, computed=False)
+        found = self._correct(plain, memory, inputs, noise_level, computed=False)
         return plain if found is None else found
 
     def put_out(self, memory: Memory) -> Streams | None:
         """Return what was computed, corrected by what it says of the forecasts before it."""
         if len(memory.anchors) < 2:
             return None
-        newest, before = memory.anchors[:2]
-        now = newest.inputs, before, newest.noise_level
+        newest = memory.anchors[0]
+        now = newest.inputs, newest.noise_level
         return self._correct(newest.residual, memory, *now, computed=True)
 
-    def terms(self, memory: Memory, inputs: Streams, since: Anchor) -> list[torch.Tensor]:
+    def terms(self, memory: Memory, inputs: Streams, computed: bool) -> list[torch.Tensor]:
         """Return what corrections are made of, each in the output's layout, in float32.
 
         In the order of the weights; changes that look back further than the anchors are 0.
@@ -92,7 +92,8 @@ class OutputForecaster(Forecaster):
         Args:
             memory: holds at least one anchor.
             inputs: what enters the forward pass now.
-            since: the computed step from which the latents' change is taken.
+            computed: whether the newest anchor is this very step; the latents' change is then taken
+                from the one before it.
         """
         image = memory.anchors[0].residual.hidden_states
         # A model that predicts its variance too puts out more channels than it is given.
@@ -103,7 +104,7 @@ class OutputForecaster(Forecaster):
         changes += [torch.zeros_like(last)] * (self.depth - 1 - len(changes))
         if not self.sees_latents:
             return [changes[0], last, *changes[1:]]
-        given = inputs, since.inputs
+        given = inputs, memory.anchors[int(computed)].inputs
         x, x0 = (_as(streams.hidden_states, image).float() for streams in given)
         return [changes[0], x - x0, last, x, *changes[1:]]
 
@@ -115,13 +116,7 @@ class OutputForecaster(Forecaster):
         return Streams(image, plain.encoder_hidden_states)
 
     def _correct(
-        self,
-        plain: Streams,
-        memory: Memory,
-        inputs: Streams,
-        since: Anchor,
-        noise_level: float,
-        computed: bool,
+        self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Streams | None:
         """Return a forecast, or what was computed, with its corrections; None without any."""
         if self.steering is not None:
@@ -130,7 +125,7 @@ class OutputForecaster(Forecaster):
             weights = None if computed else self._of_cell(memory, noise_level)
         if weights is None:
             return None
-        return self.corrected(plain, self.terms(memory, inputs, since), weights)
+        return self.corrected(plain, self.terms(memory, inputs, computed), weights)
 
     def _of_cell(self, memory: Memory, noise_level: float) -> Weights | None:
         """Return the weights of a forecast's cell; None where there are none."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 
 from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.state import Memory
-
-# Of a slope, an anchors' distance on; by measurement (docs/decisions.md).
-SHARE = 0.6
 
 
 class TaylorForecaster(Forecaster):
@@ -25,17 +23,19 @@ class TaylorForecaster(Forecaster):
     """
 
     depth = 2
+    # What is left of a slope an anchors' distance ahead; None for all of it.
+    share: ClassVar[float | None] = None
 
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the input moved by the extrapolated residual."""
-        return inputs.map(torch.add, extrapolated(memory, noise_level))
+        return inputs.map(torch.add, extrapolated(memory, noise_level, self.share))
 
 
 class DampedTaylorForecaster(TaylorForecaster):
     r"""First-order Taylor with a slope that fades: the further ahead, the less of it is believed.
 
     :math:`\hat r(\sigma) = r_0 + (r_0 - r_1)\,(1 - \varphi^w)/(-\ln \varphi)`, where
-    :math:`w = (\sigma - \sigma_0)/(\sigma_0 - \sigma_1)` and `SHARE` is :math:`\varphi`: near the
+    :math:`w = (\sigma - \sigma_0)/(\sigma_0 - \sigma_1)` and `share` is :math:`\varphi`: near the
     anchor it is `taylor`'s forecast, far ahead it comes to rest at :math:`r_0 + (r_0 - r_1)/(-\ln
     \varphi)`. Exact where the residual is constant. With one anchor it is `reuse`.
 
@@ -44,9 +44,8 @@ class DampedTaylorForecaster(TaylorForecaster):
     Deviation: neither combines the two; see `TaylorForecaster` for the other.
     """
 
-    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
-        """Return the input moved by the extrapolated residual."""
-        return inputs.map(torch.add, extrapolated(memory, noise_level, SHARE))
+    # By measurement (docs/decisions.md).
+    share = 0.6
 
 
 class SecondOrderTaylorForecaster(TaylorForecaster):
