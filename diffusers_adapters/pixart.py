@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
+from xfuser_fastcache.models.adapter import ModelAdapter, Step
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 
 _BLOCK = BlockContract(
     parameters=(HIDDEN, "attention_mask", ENCODER, "encoder_attention_mask", "timestep"),

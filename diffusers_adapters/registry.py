@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xfuser_fastcache.block_contract import ModelAdapter
+from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 
 

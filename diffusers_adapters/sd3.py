@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, ModelAdapter, Step
+from xfuser_fastcache.models.adapter import ModelAdapter, Step
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 
 _BLOCK = BlockContract(
     parameters=(HIDDEN, ENCODER, "temb", "joint_attention_kwargs"),

@@ -17,10 +17,10 @@ from rich.progress import track
 from rich.table import Table
 
 from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
 from xfuser_fastcache.calibration.steering import FullRun, Observer, SteeringForecaster
-from xfuser_fastcache.fitted import Fitted, load_fitted
 
 if TYPE_CHECKING:
     from calibrate import Calibrator

@@ -16,13 +16,13 @@ from torch.utils.benchmark import Timer
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import FORECASTERS, gate_of
-from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.consensus import Consensus, Header
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.consensus.collective import Consensus, Header
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.gates.base import Evidence
-from xfuser_fastcache.moments import SLOTS, Moments, Reference, measure
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 EVERY, COMPUTED, SKIPPED = "every step", "computed step", "skipped step"
 # Seconds after which the timing of a part ends, steady or not.

@@ -41,9 +41,9 @@ from rich.table import Table
 from toys.captions import sample_captions
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
+from xfuser_fastcache.artifacts.calibration import VERSION, Fitted, fingerprint, load_fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
-from xfuser_fastcache.fitted import VERSION, Fitted, fingerprint, load_fitted
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.hooks import hook_on
 

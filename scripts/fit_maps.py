@@ -38,9 +38,9 @@ from rich.progress import track
 from rich.table import Table
 
 from toys.captions import sample_captions
+from xfuser_fastcache.artifacts.linear_maps import FittedMaps
 from xfuser_fastcache.calibration.maps import Choice
 from xfuser_fastcache.calibration.stack import Place, StackRecorder, StackSums
-from xfuser_fastcache.fitted_maps import FittedMaps
 
 # Every so many generations one is held out; of the held-out ones `choose` needs two.
 HELD_OUT_EVERY = 3

@@ -28,8 +28,8 @@ import torch.distributed as dist
 from _measure import DenoisingTimer, PeakMemory, psnr_db, ssim
 
 from xfuser_fastcache import comparison_sheet, save_heat_map, statistics_table, write_trace
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.mappings import read_mapping
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.config.mappings import read_mapping
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.integration import METHODS, read_options, requested
 from xfuser_fastcache.xdit.mends import mend_xfuser

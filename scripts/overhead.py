@@ -37,11 +37,11 @@ from rich.console import Console
 from rich.progress import track
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
-from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.consensus.collective import BlockList, Consensus
+from xfuser_fastcache.consensus.topology import PlainLayout
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.layout import PlainLayout
+from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.xdit import cpu_platform
 
 # Small enough to reject every change, large enough not to be the "never" that needs no test.

@@ -53,9 +53,9 @@ from xfuser_fastcache.calibration.risk import (
     degrees_of_freedom,
     least_generations,
 )
-from xfuser_fastcache.false_skips import false_skip_rate, harmful_share
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
+from xfuser_fastcache.reports.false_skips import false_skip_rate, harmful_share
 
 TOKENS, DIM, STEPS = 256, 128, 24
 EPSILON = 0.1

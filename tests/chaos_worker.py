@@ -15,17 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
+from support.worlds import report  # noqa: E402
 from toy_worker import generate, load  # noqa: E402
-from worlds import report  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     ConsensusError,
     apply_cache_on_transformer,
     get_cache_statistics,
-    probes,
     remove_cache,
 )
 from xfuser_fastcache.hooks import hook_on  # noqa: E402
+from xfuser_fastcache.state import prober  # noqa: E402
+from xfuser_fastcache.measurements import probes  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
 BAD_STEP = 5
@@ -34,7 +35,7 @@ TIMEOUT_S = 6.0
 
 def disagree(cache: Any) -> None:
     """Rank 1 measures a change that forbids skipping, at every odd step."""
-    measure = probes.measure
+    measure = prober.measure
 
     def inflated(hidden_states: Any, reference: Any, exponent: int, *norm: int) -> Any:
         moments = measure(hidden_states, reference, exponent, *norm)
@@ -42,7 +43,7 @@ def disagree(cache: Any) -> None:
             moments[0] += moments[2]  # CHANGE grows by REFERENCE: a change of 100 %
         return moments
 
-    probes.measure = inflated
+    prober.measure = inflated
 
 
 def decide_alone(cache: Any) -> None:
@@ -53,14 +54,14 @@ def decide_alone(cache: Any) -> None:
 
 def see_nan(cache: Any) -> None:
     """Rank 1 measures NaN at one step."""
-    measure = probes.measure
+    measure = prober.measure
 
     def broken(hidden_states: Any, reference: Any, exponent: int, *norm: int) -> Any:
         if dist.get_rank() == 1 and cache.call.step == BAD_STEP:
             hidden_states = hidden_states * float("nan")
         return measure(hidden_states, reference, exponent, *norm)
 
-    probes.measure = broken
+    prober.measure = broken
 
 
 def stay_away(cache: Any) -> None:

@@ -13,16 +13,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from worlds import report  # noqa: E402
+from support.worlds import report  # noqa: E402
 
-from xfuser_fastcache.consensus import (  # noqa: E402
+from xfuser_fastcache.consensus.collective import (  # noqa: E402
     BlockList,
     Consensus,
     ConsensusError,
     Header,
 )
-from xfuser_fastcache.layout import DecisionGroup, PlainLayout  # noqa: E402
-from xfuser_fastcache.moments import SLOTS, Moments, Reference, measure  # noqa: E402
+from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout  # noqa: E402
+from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure  # noqa: E402
 
 EXPONENT = 5
 # How 13 tokens lie on 4 ranks: tokens in another order, on other ranks, in shards of other sizes.

@@ -19,10 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from backend_options import NEVER, OFTEN  # noqa: E402
-from calibrations import fitted_for  # noqa: E402
-from tiny_models import TINY_PIPELINES  # noqa: E402
-from worlds import report  # noqa: E402
+from support.backend_options import NEVER, OFTEN  # noqa: E402
+from support.calibrations import fitted_for  # noqa: E402
+from support.tiny_models import TINY_PIPELINES  # noqa: E402
+from support.worlds import report  # noqa: E402
 from xdit_control import describe, own_share, wrap  # noqa: E402
 
 from xfuser_fastcache.apply import adapter_of  # noqa: E402

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from worlds import report  # noqa: E402
+from support.worlds import report  # noqa: E402
 
 import xfuser_fastcache  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402

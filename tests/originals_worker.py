@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
-from original_runs import STEPS, Generator  # noqa: E402
-from worlds import report  # noqa: E402
+from support.original_runs import STEPS, Generator  # noqa: E402
+from support.worlds import report  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
-from worlds import report  # noqa: E402
+from support.worlds import report  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 

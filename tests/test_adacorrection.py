@@ -12,11 +12,11 @@ from toy_worker import PROMPTS, psnr
 
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of
-from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.adacorrection import AdaCorrection
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
-from xfuser_fastcache.layout import DecisionGroup
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Memory
 
 SPANS = [name for name, make in FORECASTERS.items() if not make.whole_forward]
 every_forecaster = pytest.mark.parametrize("name", SPANS)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from backend_options import NEVER, OFTEN
+from support.backend_options import NEVER, OFTEN
+from support.tiny_models import TINY_PIPELINES
 from test_engine import (
     TOKENS,
     TWO_STAGES,
@@ -21,7 +22,6 @@ from test_engine import (
     pipelined_step,
     without_gradients,  # noqa: F401
 )
-from tiny_models import TINY_PIPELINES
 
 from xfuser_fastcache import (
     CacheConfig,
@@ -30,9 +30,9 @@ from xfuser_fastcache import (
     remove_cache,
 )
 from xfuser_fastcache.backends import BACKENDS, gate_of
+from xfuser_fastcache.config.published import CODEBOOKS, DEFAULTS
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.published import CODEBOOKS, DEFAULTS
 
 STEPS = 9
 SIZES = {"flux": {"height": 64, "width": 96}}
@@ -262,9 +262,9 @@ def test_a_span_whose_output_was_not_seen_is_an_error_that_names_what_to_take(ba
 )
 def test_a_pipelines_lag_is_that_of_the_stage_that_measures(backend: str, lag: int) -> None:
     """The middle block lies in the second of two stages, the first one in the first."""
-    from xfuser_fastcache.consensus import BlockList
+    from xfuser_fastcache.consensus.collective import BlockList
     from xfuser_fastcache.engine import _lag
-    from xfuser_fastcache.probes import groups_of
+    from xfuser_fastcache.measurements.probes import groups_of
 
     stack = Stack(use_cache=backend, group=TWO_STAGES)
     consensus = stack.engine.consensus

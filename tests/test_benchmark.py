@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from worlds import ROOT
+from support.worlds import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from tiny_models import TINY_PIPELINES, tiny_flux
+from support.tiny_models import TINY_PIPELINES, tiny_flux
+from support.worlds import run_world
 from torch import nn
-from worlds import run_world
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
+from xfuser_fastcache.clock.ownership import TransformerInUse
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.ownership import TransformerInUse
 
 STEPS = 8
 LEVELS = [1 - step / STEPS for step in range(STEPS)]

@@ -18,11 +18,11 @@ import calibrate
 import numpy as np
 import pytest
 import torch
-from worlds import ROOT
+from support.worlds import ROOT
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
 from xfuser_fastcache.calibration.record import Recorder
-from xfuser_fastcache.fitted import Fitted, load_fitted
 from xfuser_fastcache.hooks import hook_on
 
 MODEL = str(ROOT / "toys" / "flux")

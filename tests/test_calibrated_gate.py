@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import even_levels, fitted_for, fitted_on
 from scipy.stats import chi2
+from support.calibrations import even_levels, fitted_for, fitted_on
 from test_engine import STEPS, Flux
 
 from xfuser_fastcache import (
@@ -24,13 +24,13 @@ from xfuser_fastcache import (
     get_cache_trace,
     remove_cache,
 )
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted, load_fitted, settled
 from xfuser_fastcache.backends import forecaster_of, gate_of
-from xfuser_fastcache.fitted import Cell, Fitted, load_fitted, settled
+from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.calibrated import CalibratedGate
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
-from xfuser_fastcache.layout import DecisionGroup
 
 LEVELS = even_levels(STEPS)
 BELOW, ABOVE = 1 - 1e-9, 1 + 1e-9

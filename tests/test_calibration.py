@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import even_levels, fitted_on, smooth, trajectory
+from support.calibrations import even_levels, fitted_on, smooth, trajectory
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.block_contract import Step
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted, settled
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
     RIDGE,
@@ -35,14 +35,14 @@ from xfuser_fastcache.calibration.cells import (
 )
 from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.risk import least_generations
-from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.clock.timeline import Schedule
+from xfuser_fastcache.consensus.collective import BlockList, Consensus
+from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.false_skips import harmful_share
-from xfuser_fastcache.fitted import Cell, Fitted, settled
-from xfuser_fastcache.forward_contract import ForwardContract
-from xfuser_fastcache.layout import DecisionGroup, Position
-from xfuser_fastcache.statistics import BlockInfo
-from xfuser_fastcache.timeline import Schedule
+from xfuser_fastcache.models.adapter import Step
+from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.reports.false_skips import harmful_share
+from xfuser_fastcache.reports.statistics import BlockInfo
 
 T, LAGS = 8, 3
 # Unevenly spaced, as a shifted schedule is.

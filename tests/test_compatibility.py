@@ -12,8 +12,8 @@ import pytest
 import torch
 from _beside import Broken, Check, Scale, Subject, require, works
 from _features import blocks_of, compile_blocks
+from support.worlds import ROOT
 from torch import nn
-from worlds import ROOT
 
 SMALL = Scale(pixels=64, steps=6, threshold=1.0)
 ROWS = [

@@ -17,7 +17,7 @@ from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
 from xfuser_fastcache.backends import BACKENDS, gate_of
 from xfuser_fastcache.gates.base import Verdict
 from xfuser_fastcache.gates.combined import AllOf, AnyOf
-from xfuser_fastcache.probes import Probe
+from xfuser_fastcache.measurements.probes import Probe
 
 FB = {"name": "Fb", "cache_ratio_threshold": 0.1}
 TEA = {"name": "Tea", "rel_l1_thresh": 0.25}

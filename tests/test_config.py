@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.mappings import read_mapping
-from xfuser_fastcache.option_tables import defaults_table, options_table
+from xfuser_fastcache.config.mappings import read_mapping
+from xfuser_fastcache.config.option_tables import defaults_table, options_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "configuration.md"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from consensus_worker import EXPONENT, SHARDINGS, make, raised, round_trip
-from worlds import run_world
+from support.worlds import run_world
 
-from xfuser_fastcache.consensus import DIGEST_BITS, Header
+from xfuser_fastcache.consensus.collective import DIGEST_BITS, Header
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
-from xfuser_fastcache.moments import SLOTS, Moments
+from xfuser_fastcache.measurements.moments import SLOTS, Moments
 
 RANKS = range(4)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import launch
+from support.worlds import launch
 
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError

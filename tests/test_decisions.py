@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from xfuser_fastcache.consensus import ConsensusError
-from xfuser_fastcache.decisions import CHANGED, UNCHANGED, Decision, DecisionLog, Judgement
-from xfuser_fastcache.layout import Position
-from xfuser_fastcache.timeline import Call
+from xfuser_fastcache.clock.timeline import Call
+from xfuser_fastcache.consensus.collective import ConsensusError
+from xfuser_fastcache.consensus.topology import Position
+from xfuser_fastcache.decisions.log import CHANGED, UNCHANGED, Decision, DecisionLog, Judgement
 
 ROW = 2048
 

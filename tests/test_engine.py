@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from scipy.stats import chi2
-from tiny_models import tiny_flux
+from support.tiny_models import tiny_flux
 
 from xfuser_fastcache import (
     CacheConfig,
@@ -25,19 +25,21 @@ from xfuser_fastcache import (
     state,
 )
 from xfuser_fastcache.backends import gate_of
-from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract, Step
-from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.clock.timeline import Schedule
+from xfuser_fastcache.consensus.collective import BlockList, Consensus
+from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.layout import DecisionGroup, Position
-from xfuser_fastcache.moments import FRACTION as MOMENTS_FRACTION
-from xfuser_fastcache.moments import TOKENS as TOKENS_SLOT
-from xfuser_fastcache.moments import Moments
-from xfuser_fastcache.probes import Probe
-from xfuser_fastcache.spans import span_of_blocks
-from xfuser_fastcache.state import Sighting, rescaled
-from xfuser_fastcache.statistics import BlockInfo
-from xfuser_fastcache.timeline import Schedule
+from xfuser_fastcache.measurements.moments import FRACTION as MOMENTS_FRACTION
+from xfuser_fastcache.measurements.moments import TOKENS as TOKENS_SLOT
+from xfuser_fastcache.measurements.moments import Moments
+from xfuser_fastcache.measurements.probes import Probe
+from xfuser_fastcache.models.adapter import Step
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.spans import span_of_blocks
+from xfuser_fastcache.models.streams import ENCODER, HIDDEN
+from xfuser_fastcache.reports.statistics import BlockInfo
+from xfuser_fastcache.state.shared import Sighting, rescaled
 
 STEPS = 8
 EVER = 1e6  # A threshold that any change stays below.

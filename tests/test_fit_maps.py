@@ -15,12 +15,12 @@ import calibrate
 import fit_maps
 import pytest
 import torch
-from calibrations import fitted_for
+from support.calibrations import fitted_for
+from support.tiny_models import tiny_flux
+from support.worlds import ROOT, run_world
 from test_engine import STEPS, Flux
-from tiny_models import tiny_flux
 from toy_worker import MASK, PROMPTS
 from toy_worker import STEPS as TOY_STEPS
-from worlds import ROOT, run_world
 
 from diffusers_adapters.flux import FluxAdapter
 from diffusers_adapters.sd3 import SD3Adapter
@@ -30,14 +30,14 @@ from xfuser_fastcache import (
     get_cache_statistics,
     remove_cache,
 )
-from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.artifacts.file import write_file
+from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
+from xfuser_fastcache.artifacts.linear_maps import FittedMaps, load_maps
 from xfuser_fastcache.calibration.stack import Passage, StackRecorder, StackSums, pairs
-from xfuser_fastcache.fitted_file import write_file
-from xfuser_fastcache.fitted_maps import FittedMaps, load_maps
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.linear_map import LinearMap, SpanMaps
+from xfuser_fastcache.models.streams import Streams
 
 MODEL = str(ROOT / "toys" / "flux")
 FLAGS = [

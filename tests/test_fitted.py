@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import fitted_for, fitted_on
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
+from support.calibrations import fitted_for, fitted_on
+from support.tiny_models import TINY_PIPELINES, tiny_flux
 from test_engine import STEPS, Flux
-from tiny_models import TINY_PIPELINES, tiny_flux
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
-from xfuser_fastcache.fitted import VERSION, Fitted, load_fitted
+from xfuser_fastcache.artifacts.calibration import VERSION, Fitted, load_fitted
 from xfuser_fastcache.hooks import hook_on
 
 TABLES = (

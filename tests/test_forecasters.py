@@ -9,16 +9,17 @@ import torch
 from scipy.integrate import quad
 
 from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.artifacts.linear_map import RIDGE
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of
-from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.forecasters.reuse import ReuseForecaster
 from xfuser_fastcache.forecasters.taylor import DampedTaylorForecaster, TaylorForecaster
-from xfuser_fastcache.layout import DecisionGroup
-from xfuser_fastcache.linear_map import RIDGE
-from xfuser_fastcache.state import Anchor, Memory, Reference
+from xfuser_fastcache.measurements.moments import Reference
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 BATCH, TOKENS, TEXT_TOKENS, DIM = 2, 6, 3, 4
 both_streams = pytest.mark.parametrize("text", [True, False], ids=["image and text", "image"])

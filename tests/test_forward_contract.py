@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from xfuser_fastcache.block_contract import cut
-from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.models.streams import cut
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

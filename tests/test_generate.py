@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import ROOT, launch
+from support.worlds import ROOT, launch
 
 CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
 REPORT_KEYS = {

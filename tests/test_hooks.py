@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from tiny_models import tiny_flux
+from support.tiny_models import tiny_flux
 from torch import nn
 
 import diffusers_adapters

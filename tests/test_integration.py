@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.published import DEFAULTS
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.config.published import DEFAULTS
 from xfuser_fastcache.xdit import integration
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError
 

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import TwoHosts
-from worlds import ROOT
+from support.hosts import TwoHosts
+from support.worlds import ROOT
 
 CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
 ENVIRONMENT = {

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from worlds import ROOT, launch
+from support.worlds import ROOT, launch
 
 LINES = {
     "flux": "--ulysses_degree 2 --ring_degree 1",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.worlds import run_world
 from toy_worker import MASK, STEPS, THRESHOLD
-from worlds import run_world
 
 LAYOUTS = {
     "1 rank": (1, ()),

@@ -12,7 +12,7 @@ from typing import Any
 
 import layouts
 import pytest
-from worlds import ROOT
+from support.worlds import ROOT
 
 from diffusers_adapters.registry import adapters
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps, bucket_of, online_slope
 from xfuser_fastcache.calibration import ridge as ridge_module
 from xfuser_fastcache.calibration.maps import Choice, choose, gap_edges
 from xfuser_fastcache.calibration.ridge import FORMS, Form, RidgeSums, error, fit, pooled
 from xfuser_fastcache.forecasters.base import Forecaster, LinearMapForecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
 from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
-from xfuser_fastcache.linear_map import LinearMap, SpanMaps, bucket_of, online_slope
-from xfuser_fastcache.state import Anchor, Memory, Reference
+from xfuser_fastcache.measurements.moments import Reference
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 D = 6
 EVERY_FORM = {

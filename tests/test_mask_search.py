@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from calibrations import even_levels, smooth, trajectory
+from support.calibrations import even_levels, smooth, trajectory
 
 from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
 

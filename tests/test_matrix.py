@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from layouts import EXCLUDED, LAYOUTS, Exclusion
 from matrix_worker import STEPS, variants
-from tiny_models import ADAPTER_OF, TINY_PIPELINES
-from worlds import WorldFailed, launch, run_world
+from support.tiny_models import ADAPTER_OF, TINY_PIPELINES
+from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
 from xfuser_fastcache.backends import BACKENDS

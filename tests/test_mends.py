@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import ROOT, WorldFailed, launch, run_world
+from support.worlds import ROOT, WorldFailed, launch, run_world
 
 from xfuser_fastcache.xdit import mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform

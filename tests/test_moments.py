@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from xfuser_fastcache.moments import (
+from xfuser_fastcache.measurements.moments import (
     CHANGE,
     CHANGE_SQUARED,
     INITIAL_EXPONENT,

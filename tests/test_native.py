@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import run_world
+from support.worlds import run_world
 
-from xfuser_fastcache.published import DEFAULTS
+from xfuser_fastcache.config.published import DEFAULTS
 
 WAYS = (
     "from_pretrained", "constructor", "command line", "xDiTParallel",

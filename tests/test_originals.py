@@ -16,12 +16,12 @@ from diffusers.hooks.taylorseer_cache import (
     TaylorSeerState,
     apply_taylorseer_cache,
 )
-from original_runs import STEPS, Generator
-from worlds import run_world
+from support.original_runs import STEPS, Generator
+from support.worlds import run_world
 
-from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.taylor import SecondOrderTaylorForecaster, TaylorForecaster
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 
 def fb_threshold(found: Generator, rank: int) -> float:

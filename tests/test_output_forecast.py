@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import even_levels, fitted_on
-from tiny_models import TINY_PIPELINES, tiny_flux
+from support.calibrations import even_levels, fitted_on
+from support.tiny_models import TINY_PIPELINES, tiny_flux
 from torch import nn
 
 from xfuser_fastcache import (
@@ -24,16 +24,17 @@ from xfuser_fastcache import (
     remove_cache,
 )
 from xfuser_fastcache.apply import adapter_of
-from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted, Steering
+from xfuser_fastcache.consensus.collective import BlockList, Consensus
+from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.fitted import Cell, Fitted, Steering
 from xfuser_fastcache.forecasters.output import OutputForecaster
-from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.layout import DecisionGroup, Position
-from xfuser_fastcache.state import Anchor, Memory, Reference
-from xfuser_fastcache.statistics import BlockInfo
+from xfuser_fastcache.measurements.moments import Reference
+from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.reports.statistics import BlockInfo
+from xfuser_fastcache.state.local import Anchor, Memory
 
 STEPS = 8
 MASK = [1, 1, 1, 0, 1, 0, 0, 1]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import ROOT
+from support.worlds import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -26,7 +26,7 @@ import overhead
 from _parts import COMPUTED, EVERY, SKIPPED, Breakdown, Part
 
 from xfuser_fastcache.backends import FORECASTERS
-from xfuser_fastcache.block_contract import Streams
+from xfuser_fastcache.models.streams import Streams
 
 # Those that stand in for a span, as the toy's and the block's do.
 SPANS = [name for name, make in FORECASTERS.items() if not make.whole_forward]

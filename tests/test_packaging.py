@@ -19,52 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("xfuser_fastcache", "diffusers_adapters")
 
 # Top to bottom: a module imports only rooms below its own.
-ROOMS = (
-    "views",
-    "xdit",
-    "calibration",
-    "apply",
-    "hooks",
-    "engine",
-    "token_plan",
-    "backends",
-    "agreement",
-    "gates",
-    "forecasters",
-    "tokens",
-    "probes",
-    "state",
-    "ownership",
-    "decisions",
-    "planned",
-    "timeline",
-    "statistics",
-    "false_skips",
-    "watchdog",
-    "consensus",
-    "fitted_maps",
-    "fitted",
-    "fitted_file",
-    "moments",
-    "option_tables",
-    "config",
-    "checked_options",
-    "composition",
-    "lightx2v",
-    "published",
-    "mappings",
-    "linear_map",
-    "spans",
-    "forward_contract",
-    "block_contract",
-    "layout",
-    "spans",
-    "plugins",
-)
+HOUSE = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+ROOMS = tuple(line.split()[0] for line in HOUSE.split("```")[1].strip().splitlines())
 # Each file in these folders is understood alone: it shares nothing with its neighbours but base.
 METHODS = ("gates", "forecasters", "tokens")
 # These folders are one room in several files.
-SHARED = ("xdit", "calibration")
+SHARED = tuple(sorted(set(ROOMS) - {"gates", "forecasters", "tokens"}))
 
 
 def imported_names(source: str, module: str, is_package: bool) -> list[tuple[int, str]]:

@@ -6,7 +6,7 @@ pytest -m slow tests/test_parallel_vae.py
 from __future__ import annotations
 
 import pytest
-from worlds import run_world
+from support.worlds import run_world
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import TINY_PIPELINES
+from support.tiny_models import TINY_PIPELINES
 
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of

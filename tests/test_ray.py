@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from worlds import ROOT
+from support.worlds import ROOT
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 

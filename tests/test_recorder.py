@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import fitted_for
+from support.calibrations import fitted_for
+from support.tiny_models import TINY_PIPELINES, tiny_flux
 from test_engine import GUIDED, STEPS
-from tiny_models import TINY_PIPELINES, tiny_flux
 from torch import nn
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration.cells import tables_of
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
-from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.models.forward_layout import ForwardContract
 
 MASK = [1, 1, 1, 0, 1, 0, 0, 1]
 every_family = pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import run_world
+from support.worlds import run_world
 
 pytestmark = pytest.mark.gloo
 

@@ -17,7 +17,7 @@ from xfuser_fastcache.calibration.risk import (
     degrees_of_freedom,
     least_generations,
 )
-from xfuser_fastcache.false_skips import false_skip_interval, false_skip_rate, harmful_share
+from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate, harmful_share
 
 OUT_OF_RANGE = [0.0, 1.0, -0.1, 1.5, math.nan]
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds import ROOT
+from support.worlds import ROOT
 
 HUB = {
     "black-forest-labs/FLUX.1-dev": "flux",

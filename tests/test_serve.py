@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from served import Served
-from worlds import ROOT
+from support.served import Served
+from support.worlds import ROOT
 
 pytestmark = pytest.mark.gloo
 

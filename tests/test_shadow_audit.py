@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.worlds import run_world
 from test_engine import STEPS, Stack, ones
 from test_recorder import Model, every_family
-from worlds import run_world
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
-from xfuser_fastcache.config import FORECASTERS
-from xfuser_fastcache.consensus import Consensus
-from xfuser_fastcache.false_skips import false_skip_interval, false_skip_rate
-from xfuser_fastcache.layout import DecisionGroup
-from xfuser_fastcache.statistics import AUDITED, Counters
+from xfuser_fastcache.config.cache_config import FORECASTERS
+from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate
+from xfuser_fastcache.reports.statistics import AUDITED, Counters
 
 MASK = [1, 1, 1, 0, 1, 0, 0, 1]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from worlds import ROOT, launch
+from support.worlds import ROOT, launch
 
 TOYS = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",

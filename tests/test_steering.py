@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import fitted_for
-from tiny_models import TINY_PIPELINES
+from support.calibrations import fitted_for
+from support.tiny_models import TINY_PIPELINES
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
@@ -20,8 +20,8 @@ from xfuser_fastcache.calibration.steering import (
     SteeringForecaster,
     updates_of,
 )
-from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.models.forward_layout import ForwardContract
 
 STEPS, PICTURES, FITTED = 8, 4, 3
 MASK = [1, 1, 1, 0, 1, 0, 0, 1]

@@ -15,9 +15,9 @@ from test_engine import STEPS, TWO_STAGES, Flux, Stack, left_out, nan_after_step
 from test_engine import pipelined_step as pipelined
 
 from xfuser_fastcache import get_cache_statistics, get_cache_trace
-from xfuser_fastcache.block_contract import Step
-from xfuser_fastcache.layout import Position
-from xfuser_fastcache.timeline import Schedule
+from xfuser_fastcache.clock.timeline import Schedule
+from xfuser_fastcache.consensus.topology import Position
+from xfuser_fastcache.models.adapter import Step
 
 MASK = [1, 0, 0, 0, 0, 0, 1, 0]
 every_forecaster = pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from xfuser_fastcache.block_contract import Step
-from xfuser_fastcache.layout import Position
-from xfuser_fastcache.timeline import Call, Schedule, Timeline
+from xfuser_fastcache.clock.timeline import Call, Schedule, Timeline
+from xfuser_fastcache.consensus.topology import Position
+from xfuser_fastcache.models.adapter import Step
 
 WHOLE = Position()
 

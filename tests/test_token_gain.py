@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from worlds import ROOT
+from support.worlds import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.worlds import run_world
 from tokens_worker import PLANS
-from worlds import run_world
 
 TOGETHER = {
     "1 rank": (1, "flux", "sd3", "pixart"),

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_models import TINY_PIPELINES
 from test_engine import BARE, DIM, WHOLE, left_out, ones
 from test_engine import Stack as PlainStack
-from tiny_models import TINY_PIPELINES
 from torch._dynamo.testing import CompileCounter
 
 from xfuser_fastcache import (
@@ -18,10 +18,10 @@ from xfuser_fastcache import (
     get_cache_statistics,
     remove_cache,
 )
+from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
 from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.linear_map import LinearMap, SpanMaps
-from xfuser_fastcache.token_plan import TokenPlan, token_plan
+from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
 from xfuser_fastcache.tokens.saliency import BUCKETS
 
 COUNT = 16  # image tokens

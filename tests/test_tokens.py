@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from xfuser_fastcache.block_contract import ENCODER, HIDDEN, BlockContract
-from xfuser_fastcache.moments import Reference
+from xfuser_fastcache.measurements.moments import Reference
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 from xfuser_fastcache.tokens.base import Chain, Narrowing, run_narrowed
 from xfuser_fastcache.tokens.merging import WINDOW, Clusters, importance
 from xfuser_fastcache.tokens.saliency import (

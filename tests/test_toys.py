@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from worlds import ROOT
+from support.worlds import ROOT
 
 from diffusers_adapters.registry import adapters
 from toys.captions import sample_captions

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from worlds import ROOT
+from support.worlds import ROOT
 
 # Hooks, imports, a generation of every toy uncached and cached, and two ranks.
 SUBSET = (

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 import xfuser_fastcache
 from xfuser_fastcache import comparison_sheet, save_heat_map, statistics_table, write_trace
-from xfuser_fastcache.views import COLOURS
+from xfuser_fastcache.reports.views import COLOURS
 
 BLOCKS = [f"transformer_blocks.{i}" for i in range(4)] + ["single_transformer_blocks.0"]
 
@@ -335,7 +335,7 @@ def test_a_pair_of_different_shapes_is_named(tmp_path: Path) -> None:
 def test_drawing_is_imported_late_and_stays_private(tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
-        "import xfuser_fastcache.views as views\n"
+        "import xfuser_fastcache.reports.views as views\n"
         "early = [n for n in ('rich', 'matplotlib', 'torch') if n in sys.modules]\n"
         f"trace = json.loads({json.dumps([entry(0, 'forced')])!r})\n"
         f"views.save_heat_map(trace, {BLOCKS!r}, {str(tmp_path / 'map.png')!r})\n"
@@ -352,4 +352,4 @@ def test_drawing_is_imported_late_and_stays_private(tmp_path: Path) -> None:
 )
 def test_the_package_offers_them(name: str) -> None:
     assert name in xfuser_fastcache.__all__
-    assert getattr(xfuser_fastcache, name).__module__ == "xfuser_fastcache.views"
+    assert getattr(xfuser_fastcache, name).__module__ == "xfuser_fastcache.reports.views"

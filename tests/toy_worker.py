@@ -19,11 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from calibrations import fitted_on  # noqa: E402
-from worlds import report  # noqa: E402
+from support.calibrations import fitted_on  # noqa: E402
+from support.worlds import report  # noqa: E402
 
 from diffusers_adapters.flux import FluxAdapter  # noqa: E402
-from xfuser_fastcache.fitted import Fitted, fingerprint  # noqa: E402
+from xfuser_fastcache.artifacts.calibration import Fitted, fingerprint  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
         remove_cache,
         reset_cache_statistics,
     )
-    from xfuser_fastcache.config import CacheConfig
-    from xfuser_fastcache.consensus import ConsensusError, ConsensusTimeout
-    from xfuser_fastcache.ownership import TransformerInUse
-    from xfuser_fastcache.views import (
+    from xfuser_fastcache.clock.ownership import TransformerInUse
+    from xfuser_fastcache.config.cache_config import CacheConfig
+    from xfuser_fastcache.consensus.collective import ConsensusError, ConsensusTimeout
+    from xfuser_fastcache.reports.views import (
         comparison_sheet,
         save_heat_map,
         statistics_table,
@@ -41,14 +41,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "CacheConfig": "config",
-    "ConsensusError": "consensus",
-    "ConsensusTimeout": "consensus",
-    "TransformerInUse": "ownership",
-    "comparison_sheet": "views",
-    "save_heat_map": "views",
-    "statistics_table": "views",
-    "write_trace": "views",
+    "CacheConfig": "config.cache_config",
+    "ConsensusError": "consensus.collective",
+    "ConsensusTimeout": "consensus.collective",
+    "TransformerInUse": "clock.ownership",
+    "comparison_sheet": "reports.views",
+    "save_heat_map": "reports.views",
+    "statistics_table": "reports.views",
+    "write_trace": "reports.views",
 }
 
 

@@ -10,22 +10,30 @@ from typing import Any
 
 from torch import nn
 
+from xfuser_fastcache.artifacts.calibration import (
+    CALIBRATION,
+    check_model,
+    fingerprint,
+    load_fitted,
+    settled,
+)
+from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of, gate_of
-from xfuser_fastcache.block_contract import ENCODER, BlockContract, ModelAdapter
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.consensus import BlockList, Consensus
+from xfuser_fastcache.clock.timeline import Schedule
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.consensus.collective import BlockList, Consensus
+from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.fitted import CALIBRATION, check_model, fingerprint, load_fitted, settled
-from xfuser_fastcache.fitted_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.forward_contract import ForwardContract
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
-from xfuser_fastcache.layout import DecisionGroup, PlainLayout
+from xfuser_fastcache.measurements.probes import Probe
+from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.models.spans import span_of_blocks
+from xfuser_fastcache.models.streams import ENCODER
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
-from xfuser_fastcache.probes import Probe
-from xfuser_fastcache.spans import span_of_blocks
-from xfuser_fastcache.statistics import BlockInfo
-from xfuser_fastcache.timeline import Schedule
-from xfuser_fastcache.token_plan import TokenPlan, token_plan
+from xfuser_fastcache.reports.statistics import BlockInfo
+from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
 
 logger = logging.getLogger("xfuser_fastcache")
 

@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from xfuser_fastcache.composition import combination
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.artifacts.calibration import Fitted
+from xfuser_fastcache.artifacts.linear_map import SpanMaps
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.config.composition import combination
+from xfuser_fastcache.config.published import OF_GATES
+from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.adacorrection import AdaCorrection
 from xfuser_fastcache.forecasters.base import Forecaster, LinearMapForecaster
 from xfuser_fastcache.forecasters.linear import LinearForecaster
@@ -28,11 +31,8 @@ from xfuser_fastcache.gates.codebook import CodebookGate
 from xfuser_fastcache.gates.combined import AllOf, AnyOf
 from xfuser_fastcache.gates.first_block import FirstBlockGate
 from xfuser_fastcache.gates.interval import IntervalGate
-from xfuser_fastcache.layout import DecisionGroup
-from xfuser_fastcache.linear_map import SpanMaps
+from xfuser_fastcache.measurements.probes import Probe
 from xfuser_fastcache.plugins import GATES, registered
-from xfuser_fastcache.probes import Probe
-from xfuser_fastcache.published import OF_GATES
 
 WITH_MAPS: dict[str, type[LinearMapForecaster]] = {
     "linear": LinearForecaster,

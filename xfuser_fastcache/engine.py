@@ -29,38 +29,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfuser_fastcache.agreement import Agreement
+from xfuser_fastcache.artifacts.calibration import Fitted
+from xfuser_fastcache.artifacts.linear_map import SpanMaps
 from xfuser_fastcache.backends import forecaster_of, gate_of
-from xfuser_fastcache.block_contract import BlockContract, Streams
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.consensus import Consensus, ConsensusError
-from xfuser_fastcache.decisions import DecisionLog
-from xfuser_fastcache.fitted import Fitted
-from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
-from xfuser_fastcache.layout import Position
-from xfuser_fastcache.linear_map import SpanMaps
-from xfuser_fastcache.moments import SLOTS, Reference, measure
-from xfuser_fastcache.ownership import Ownership
-from xfuser_fastcache.planned import refused_plan
-from xfuser_fastcache.probes import Group, Prober, groups_of
-from xfuser_fastcache.spans import pieces_held
-from xfuser_fastcache.state import (
+from xfuser_fastcache.clock.ownership import Ownership
+from xfuser_fastcache.clock.plan_check import refused_plan
+from xfuser_fastcache.clock.timeline import Call, Schedule, Timeline
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.consensus.collective import Consensus, ConsensusError
+from xfuser_fastcache.consensus.topology import Position
+from xfuser_fastcache.consensus.watchdog import Watchdog
+from xfuser_fastcache.decisions.agreement import Agreement
+from xfuser_fastcache.decisions.log import DecisionLog
+from xfuser_fastcache.measurements.moments import SLOTS, Reference, measure
+from xfuser_fastcache.measurements.probes import MomentGroup, groups_of
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.models.spans import pieces_held
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.reports.statistics import BlockInfo, Counters
+from xfuser_fastcache.state.local import (
     Anchor,
     LocalState,
     Memory,
+)
+from xfuser_fastcache.state.prober import Prober
+from xfuser_fastcache.state.shared import (
     Orders,
     SharedState,
     count_groups,
 )
-from xfuser_fastcache.statistics import BlockInfo, Counters
-from xfuser_fastcache.timeline import Call, Schedule, Timeline
-from xfuser_fastcache.token_plan import TokenPlan
-from xfuser_fastcache.watchdog import Watchdog
+from xfuser_fastcache.tokens.plan import TokenPlan
 
 logger = logging.getLogger("xfuser_fastcache")
 
 
-def _lag(groups: list[Group], consensus: Consensus) -> int:
+def _lag(groups: list[MomentGroup], consensus: Consensus) -> int:
     """Return by how many steps decisions lag; see the module.
 
     Args:

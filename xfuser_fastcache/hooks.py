@@ -18,8 +18,8 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
+from xfuser_fastcache.clock.ownership import TransformerInUse
 from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.ownership import TransformerInUse
 
 HOOK = "xfuser_fastcache"
 BRANCH_HOOK = "xfuser_fastcache_branch"

@@ -11,10 +11,10 @@ from _measure import now
 
 from _bench.subject import Subject
 from xfuser_fastcache.apply import adapter_of
-from xfuser_fastcache.fitted import load_fitted
+from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.forecasters.output import OutputForecaster
-from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.state.local import Anchor, Memory
 
 
 @contextmanager

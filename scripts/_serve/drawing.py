@@ -19,8 +19,8 @@ from generate import Generator, picture_of
 
 from _serve.requests import Limits
 from xfuser_fastcache.apply import adapter_of
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.fitted import load_fitted, settled
+from xfuser_fastcache.artifacts.calibration import load_fitted, settled
+from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.xdit.groups import XDiTLayout
 
 logger = logging.getLogger("xfuser_fastcache")

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from xfuser_fastcache.artifacts.calibration import load_fitted, settled
 from xfuser_fastcache.backends import gate_of
-from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.fitted import load_fitted, settled
+from xfuser_fastcache.config.cache_config import CacheConfig
 
 # Whoever runs the service answers for these: they bound its waits, or read its files.
 OPERATORS = ("sync_backend", "sync_timeout_s", "calibration")

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from _serve.requests import GenerateRequest, Limits, RequestRefused, order_of
 from _serve.service import Answer, QueueFull, Service, Stopping
-from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.cache_config import CacheConfig
 
 _MAX_BODY_BYTES = 1 << 20
 

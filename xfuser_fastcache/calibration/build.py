@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted
 from xfuser_fastcache.calibration.cells import (
     Tables,
     degrees_of,
@@ -22,8 +23,7 @@ from xfuser_fastcache.calibration.cells import (
 from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.record import Trajectory
 from xfuser_fastcache.calibration.risk import conformal_scale, least_generations
-from xfuser_fastcache.false_skips import false_skip_interval, false_skip_rate, harmful_share
-from xfuser_fastcache.fitted import Cell, Fitted
+from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate, harmful_share
 
 # Shares of the generations to fit on and to hold out; the rest calibrates.
 SHARES = (0.35, 0.15)

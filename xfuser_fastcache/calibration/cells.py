@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from xfuser_fastcache.artifacts.calibration import Cell
 from xfuser_fastcache.calibration.record import Trajectory
 from xfuser_fastcache.calibration.risk import degrees_of_freedom
-from xfuser_fastcache.fitted import Cell
 
 # Ridge, as a share of each term's own energy.
 RIDGE = 1e-3

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from xfuser_fastcache.artifacts.linear_map import LinearMap
 from xfuser_fastcache.calibration.ridge import FORMS, Form, Regression, RidgeSums, error, pooled
-from xfuser_fastcache.linear_map import LinearMap
 
 RANKS = (4, 16, 64)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from xfuser_fastcache.artifacts.calibration import Cell
 from xfuser_fastcache.calibration.cells import Tables
-from xfuser_fastcache.fitted import Cell
 
 
 @dataclass(frozen=True)

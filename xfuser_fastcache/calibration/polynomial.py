@@ -10,8 +10,8 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import nn
 
-from xfuser_fastcache.block_contract import ModelAdapter
-from xfuser_fastcache.forward_contract import ForwardContract
+from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.forward_layout import ForwardContract
 
 
 class ChangeRecorder:

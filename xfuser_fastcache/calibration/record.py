@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xfuser_fastcache.block_contract import ModelAdapter
-from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
 from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from xfuser_fastcache.linear_map import LinearMap
+from xfuser_fastcache.artifacts.linear_map import LinearMap
 
 Form = Literal["diagonal", "low_rank", "full"]
 FORMS: tuple[Form, ...] = get_args(Form)

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from xfuser_fastcache.artifacts.calibration import Cell
 from xfuser_fastcache.calibration.cells import basis, error_vector, extrapolation
 from xfuser_fastcache.calibration.record import Trajectory
-from xfuser_fastcache.fitted import Cell
 
 
 def even_mask(steps: int, computed: int, last: bool = True) -> list[int]:

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from xfuser_fastcache.artifacts.linear_map import SpanMaps, bucket_of
+from xfuser_fastcache.artifacts.linear_maps import STREAMS
 from xfuser_fastcache.backends import WITH_MAPS
-from xfuser_fastcache.block_contract import ModelAdapter, Streams
 from xfuser_fastcache.calibration.maps import Choice, choose, gap_edges
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.calibration.ridge import RidgeSums
-from xfuser_fastcache.fitted_maps import STREAMS
 from xfuser_fastcache.forecasters.base import LinearMapForecaster
-from xfuser_fastcache.linear_map import SpanMaps, bucket_of
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 
 class Passage(NamedTuple):

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.forecasters.output import OutputForecaster
-from xfuser_fastcache.forward_contract import ForwardContract, noise_tokens
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Memory
 
 # Largest relative residual of a scheduler that counts as linear.
 LINEAR = 1e-3

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 

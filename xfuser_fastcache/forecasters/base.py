@@ -10,9 +10,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.linear_map import SpanMaps, online_slope
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.artifacts.linear_map import SpanMaps, online_slope
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 
 class Forecaster(ABC):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import LinearMapForecaster, TaylorWeights, extrapolated
-from xfuser_fastcache.state import Anchor, Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Anchor, Memory
 
 
 class LinearTaylorForecaster(LinearMapForecaster):

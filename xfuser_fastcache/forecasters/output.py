@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
-from xfuser_fastcache.fitted import Fitted, Steering
+from xfuser_fastcache.artifacts.calibration import Fitted, Steering
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Memory
 
 # One a term; for all pictures of a batch, or one each, `(batch,)`.
 Weights = Sequence[float | torch.Tensor]

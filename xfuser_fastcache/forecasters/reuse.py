@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Memory
 
 
 class ReuseForecaster(Forecaster):

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from xfuser_fastcache.block_contract import Streams
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
-from xfuser_fastcache.state import Memory
+from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.state.local import Memory
 
 
 class TaylorForecaster(Forecaster):

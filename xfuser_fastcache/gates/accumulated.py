@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
-from xfuser_fastcache.probes import Probe
+from xfuser_fastcache.measurements.probes import Probe
 
 IDENTITY = (1.0, 0.0)
 

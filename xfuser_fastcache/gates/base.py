@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from xfuser_fastcache.probes import Probe
+from xfuser_fastcache.measurements.probes import Probe
 
 
 @dataclass(frozen=True)

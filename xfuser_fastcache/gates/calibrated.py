@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaincinv
 
-from xfuser_fastcache.fitted import Fitted
+from xfuser_fastcache.artifacts.calibration import Fitted
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 
 

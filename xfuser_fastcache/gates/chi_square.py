@@ -6,7 +6,7 @@ from typing import Any
 
 from scipy.special import gammaincinv
 
-from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 
 # Tokens of one picture are correlated, so the token count overstates the degrees of freedom.

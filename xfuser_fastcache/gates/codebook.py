@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
-from xfuser_fastcache.probes import Probe
+from xfuser_fastcache.measurements.probes import Probe
 
 
 class CodebookGate(Gate):

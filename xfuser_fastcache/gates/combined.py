@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xfuser_fastcache.gates.base import Evidences, Rule, Verdict
-from xfuser_fastcache.probes import Probe
+from xfuser_fastcache.measurements.probes import Probe
 
 
 class Combination(Rule):

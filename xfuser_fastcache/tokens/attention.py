@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xfuser_fastcache.block_contract import HIDDEN
+from xfuser_fastcache.models.streams import HIDDEN
 from xfuser_fastcache.tokens.base import Narrowing
 
 

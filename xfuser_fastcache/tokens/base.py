@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xfuser_fastcache.block_contract import BlockContract, Streams
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.streams import Streams
 
 
 class Narrowing(ABC):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xfuser_fastcache.moments import Reference
+from xfuser_fastcache.measurements.moments import Reference
 from xfuser_fastcache.tokens.base import Narrowing
 
 # Token counts are rounded up to so many equal parts of all tokens: as many shapes, at most, meet

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from xfuser_fastcache.layout import DecisionGroup, Position
+from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 
 
 def runs_transformer() -> bool:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.published import DEFAULTS
+from xfuser_fastcache.config.published import DEFAULTS
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
 from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
 if TYPE_CHECKING:
-    from xfuser_fastcache.config import CacheConfig
+    from xfuser_fastcache.config.cache_config import CacheConfig
 
 # What --cache_method and cache_args call our backends.
 METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
@@ -113,7 +113,7 @@ def requested(cache_method: str | None, cache_config: Any = None) -> CacheConfig
         ValueError: options that are not JSON, or that `CacheConfig` refuses.
         TypeError: an option of the wrong type.
     """
-    from xfuser_fastcache.config import CacheConfig
+    from xfuser_fastcache.config.cache_config import CacheConfig
 
     if cache_method not in METHODS:
         return None

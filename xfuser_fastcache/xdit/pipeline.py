@@ -12,7 +12,7 @@ from xfuser_fastcache.apply import (
     remove_cache,
     reset_cache_statistics,
 )
-from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.hooks import hook_on
 
 

@@ -21,7 +21,7 @@ from xfuser_fastcache.apply import (
     get_cache_statistics,
     remove_cache,
 )
-from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.cache_config import CacheConfig
 
 
 def apply_cache_on_workers(ray_pipeline: Any, **options: Any) -> None:

@@ -1,0 +1,1 @@
+"""What test modules share: worlds of real ranks, tiny models, options, calibrations."""

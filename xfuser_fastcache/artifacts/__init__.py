@@ -1,0 +1,1 @@
+"""Artifacts: the files that a calibration and a fit leave behind."""

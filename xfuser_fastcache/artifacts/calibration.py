@@ -1,0 +1,358 @@
+"""What a calibration leaves behind: one safetensors file, read whole or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
+from xfuser_fastcache.config.cache_config import CacheConfig
+
+CALIBRATION = Kind("calibration", "scripts/calibrate.py")
+# Of the layout of the file.
+VERSION = 6
+# The plan's noise levels are compared in this precision.
+TOLERANCE = 1e-5
+_TABLES = (
+    "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
+    "steering_guided",
+)  # fmt: skip
+# These travel in the metadata.
+_NUMBERS = ("exponents", "upper", "scales", "masks")
+
+# What the metadata says of the model and of the test; a file for others is refused.
+MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
+_FAMILIES = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
+
+
+class Cell(NamedTuple):
+    """Where a forecast stands.
+
+    Attributes:
+        step: of the plan.
+        lag: steps from the anchor to it, less one.
+        spacing: steps from the anchor before to the anchor; 0 where there is no anchor before.
+    """
+
+    step: int
+    lag: int
+    spacing: int
+
+
+class Steering(NamedTuple):
+    """Corrections for one mask of computed steps.
+
+    Attributes:
+        mask: 1 for computed, `T` entries.
+        weights: see `Fitted.steering`, `(T, 5)` or blind `(T, 3)`.
+        guided: see `Fitted.steering_guided`, `(T, 2, 5)`; None without any.
+    """
+
+    mask: list[int]
+    weights: NDArray[np.float32]
+    guided: NDArray[np.float32] | None = None
+
+    def row(self, step: int, anchors: Sequence[int], computed: bool) -> int | None:
+        """Return which row of the weights a step takes; None where nothing was fitted.
+
+        A stage that is a step ahead in the mask (`stagger_stages`) has computed the step before a
+        computed one: there and from there on it stands to its anchors as the mask does at the next
+        step.
+
+        Args:
+            step: that is forecast or computed.
+            anchors: steps that were computed, newest first; that step itself where it is.
+            computed: whether it is.
+        """
+        row = step if all(self.mask[anchor] for anchor in anchors) else step + 1
+        fits = row < len(self.mask) and bool(self.mask[row]) == computed
+        return row if fits and self.weights[row].any() else None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted corrections of the output forecast, thresholds, and searched masks of steps.
+
+    `T` is the number of steps, `G` the largest lag between anchors that was looked at, `M` the
+    number of masks. Tables go by `Cell`, so their shape is `(T, G, G + 1, ...)`.
+
+    Attributes:
+        noise_levels: of the plan, `(T,)`.
+        weights: of the last output's change, the latents' change, the last output and the latents,
+            added to the extrapolated output, `(T, G, G + 1, 4)`; all 0 where the extrapolation
+            alone was better on generations that were held out.
+        weights_blind: the first and third of them, fitted without the latents, which a pipeline's
+            last stage is not given, `(T, G, G + 1, 2)`.
+        slopes: median of true relative error over delta and rho, each to its power,
+            `(T, G, G + 1)`; infinite where nothing was seen.
+        degrees: degrees of freedom of the predicted squared error, same shape.
+        exponents: powers of delta, the relative change of the latents, and of rho, their root
+            mean square at the anchor; one pair for all cells.
+        upper: of true over predicted errors, an upper quantile, one for all cells.
+        scales: alpha -> lambda of the conformal test at it; 0 where it allows no skip.
+        masks: number of computed steps -> which ones, 1 for computed, `T` entries each.
+        steering: corrections for the masks, in ascending order of their computed steps,
+            `(M, T, 5)`: weights as in `weights`, then one of the change between the two outputs
+            before the last; empty, `(0, T, 5)`, where the masks take the cells' corrections. At a
+            computed step the last output is that step's own, and changes are those since the
+            computed step before.
+        steering_blind: the first, third and fifth of them, fitted alone, `(M, T, 3)`.
+        steering_guided: as `steering`, of the pictures of a batch without guidance and of those
+            with it, fitted together where a call of the transformer held both, `(M, T, 2, 5)`;
+            empty, `(0, T, 2, 5)`, where it did not.
+        metadata: what the file was made of and for; see `scripts/calibrate.py`.
+        digest: of the file's content, in hexadecimal.
+    """
+
+    noise_levels: NDArray[np.float64]
+    weights: NDArray[np.float32]
+    weights_blind: NDArray[np.float32]
+    slopes: NDArray[np.float64]
+    degrees: NDArray[np.float64]
+    exponents: tuple[float, float]
+    upper: float
+    scales: dict[float, float]
+    masks: dict[int, list[int]]
+    steering: NDArray[np.float32]
+    steering_blind: NDArray[np.float32]
+    steering_guided: NDArray[np.float32]
+    metadata: dict[str, Any]
+    digest: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        steps, lags = self.slopes.shape[:2] if self.slopes.ndim == 3 else (0, 0)
+        cells = (steps, lags, lags + 1)
+        wanted = {
+            "noise_levels": (steps,),
+            "weights": (*cells, 4),
+            "weights_blind": (*cells, 2),
+            "slopes": cells,
+            "degrees": cells,
+        }
+        for name, shape in wanted.items():
+            found = getattr(self, name).shape
+            if found != shape or 0 in shape:
+                raise ValueError(f"{name} has the shape {found}, and the other tables want {shape}")
+        weights = {"steering": (5,), "steering_blind": (3,), "steering_guided": (2, 5)}
+        for name, last in weights.items():
+            found = getattr(self, name).shape
+            if found not in ((0, steps, *last), (len(self.masks), steps, *last)):
+                raise ValueError(
+                    f"{name} has the shape {found}, for {len(self.masks)} masks of {steps} steps"
+                )
+        for count, mask in self.masks.items():
+            if len(mask) != steps or sum(mask) != count:
+                raise ValueError(f"the mask of {count} steps is {mask}, for {steps} steps")
+
+    def cell(self, noise_level: float, anchor: float, older: float | None) -> Cell | None:
+        """Return the cell of a forecast; None where the calibration has not looked.
+
+        Args:
+            noise_level: of the step that is forecast.
+            anchor: of the last computed step.
+            older: of the computed step before that, or None.
+        """
+        step, at = self.step_at(noise_level), self.step_at(anchor)
+        before = at if older is None else self.step_at(older)
+        if step is None or at is None or before is None:
+            return None
+        lag, spacing = step - at - 1, at - before
+        most = self.slopes.shape[1]
+        if not 0 <= lag < most or not 0 <= spacing <= most:
+            return None
+        return Cell(step, lag, spacing)
+
+    def predicted_error(self, cell: Cell, change: float, energy: float) -> float | None:
+        """Return the relative error that a skip is predicted to make.
+
+        Args:
+            cell: of the forecast.
+            change: squared relative change of the latents, not below 0.
+            energy: mean square of the latents at the anchor, above 0.
+
+        Returns:
+            None in a cell that was not seen, and where nothing has changed at all and its exponent
+            is below 0: no generation of the calibration was like that.
+        """
+        slope, (of_change, of_energy) = float(self.slopes[cell]), self.exponents
+        if np.isinf(slope) or (change == 0 and of_change < 0):
+            return None
+        return slope * float(change ** (of_change / 2) * energy ** (of_energy / 2))
+
+    def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
+        """Return the corrections made for a mask; None without any."""
+        table = self.steering if sees_latents else self.steering_blind
+        guided = self.steering_guided if sees_latents else ()
+        for place, count in enumerate(sorted(self.masks)[: len(table)]):
+            if self.masks[count] == mask:
+                own = guided[place] if len(guided) else None
+                return Steering(self.masks[count], table[place], own)
+        return None
+
+    def step_at(self, noise_level: float) -> int | None:
+        """Return the step of the plan that has this noise level, or None."""
+        nearest = int(np.abs(self.noise_levels - noise_level).argmin())
+        return nearest if abs(self.noise_levels[nearest] - noise_level) < TOLERANCE else None
+
+    def differs_from(self, planned: list[float]) -> str | None:
+        """Say how a plan's noise levels differ from the calibration's; None where they do not."""
+        if not planned:
+            return f"it plans {len(self.noise_levels)} steps, and this one's plan is not known"
+        if len(planned) != len(self.noise_levels):
+            return f"it plans {len(self.noise_levels)} steps, this one {len(planned)}"
+        gap = np.abs(self.noise_levels - planned)
+        if gap.max() < TOLERANCE:
+            return None
+        step = int(gap.argmax())
+        return (
+            f"step {step} has the noise level {self.noise_levels[step]:.5f} there and "
+            f"{planned[step]:.5f} here"
+        )
+
+    @property
+    def most_skips(self) -> int:
+        """Most steps in a row that the calibration has looked at."""
+        return self.slopes.shape[1]
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one go: another process sees all of it or nothing."""
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        tables = {name: getattr(self, name) for name in _TABLES}
+        write_file(path, tables, {**self.metadata, **numbers, "version": VERSION})
+
+
+def load_fitted(path: str | Path) -> Fitted:
+    """Read a calibration file.
+
+    Raises:
+        ValueError: no such file, a truncated one, or one that is no calibration; with the reason.
+    """
+    held, meta, digest = read_file(path, CALIBRATION)
+    version = meta.pop("version", None)
+    if version != VERSION or set(held) != set(_TABLES):
+        raise ValueError(
+            f"{str(path)!r} holds version {version} with {', '.join(sorted(held))}; this release "
+            f"reads version {VERSION} with {', '.join(sorted(_TABLES))}. Make it anew with "
+            "scripts/calibrate.py"
+        )
+    try:
+        return Fitted(
+            **held,
+            exponents=tuple(meta.pop("exponents")),
+            upper=meta.pop("upper"),
+            scales={float(alpha): scale for alpha, scale in meta.pop("scales").items()},
+            masks={int(count): mask for count, mask in meta.pop("masks").items()},
+            metadata=meta,
+            digest=digest,
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} contradicts itself: {error}") from error
+
+
+def fingerprint(model: Any, family: str, embedder: str, blocks: int) -> dict[str, str]:
+    """Return what a calibration is bound to: class, configuration, blocks, weights, dtype family.
+
+    Every stage of a pipeline finds the same in what it holds.
+
+    Args:
+        model: the diffusers transformer, or a pipeline stage's part of one.
+        family: name of its class.
+        embedder: name of a submodule that every stage holds whole; its weights stand for all.
+        blocks: number of blocks of the whole model.
+    """
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.get_submodule(embedder).named_parameters()):
+        # Signs, which rounding leaves alone: float16 and bfloat16 of one checkpoint agree in no
+        # number of bits. Another training turns some.
+        signs = parameter.detach().float().signbit().cpu()
+        weights.update(name.encode() + signs.numpy().tobytes())
+    dtype = next(model.parameters()).dtype
+    found = (
+        family,
+        hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        str(blocks),
+        weights.hexdigest()[:16],
+        _FAMILIES.get(dtype, str(dtype)),
+    )
+    return dict(zip(MODEL_KEYS, found, strict=True))
+
+
+def check_model(metadata: dict[str, Any], path: str, kind: Kind, found: dict[str, str]) -> None:
+    """Refuse a file that was made for another model.
+
+    Args:
+        metadata: of the file.
+        path: of the file.
+        kind: of the file.
+        found: what `fingerprint` finds here.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wrong = [
+        f"{key.replace('_', ' ')}: {metadata.get(key)} in the file, {found[key]} here"
+        for key in MODEL_KEYS
+        if metadata.get(key) != found[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"the {kind.option} {path!r} was made for another model ({'; '.join(wrong)}); make one "
+            f"for this model with {kind.script}"
+        )
+
+
+def settled(config: CacheConfig, fitted: Fitted) -> CacheConfig:
+    """Return the options with what the calibration knows in place of those left at their default.
+
+    `calibration` becomes the file's digest, so that ranks with different files disagree.
+
+    Raises:
+        ValueError: options that contradict the file.
+    """
+    default = CacheConfig()
+    epsilon = fitted.metadata["cache_ratio_threshold"]
+    known = {
+        "forecaster": "output",
+        "test": "conformal",
+        "num_warmup_steps": 1,
+        "max_consecutive_skips": fitted.most_skips,
+        "cache_ratio_threshold": epsilon,
+    }
+    given = {
+        name: getattr(config, name)
+        for name in known
+        if getattr(config, name) != getattr(default, name)
+    }
+    options = {**known, **given}
+    mask = config.steps_mask
+    if config.computed_steps is not None:
+        if config.computed_steps not in fitted.masks:
+            raise ValueError(
+                f"computed_steps={config.computed_steps}: the calibration has masks of "
+                f"{', '.join(map(str, sorted(fitted.masks))) or 'no'} steps"
+            )
+        mask = mask or fitted.masks[config.computed_steps]
+    # With a mask the gate is not asked, and what it was made for does not matter.
+    if options["test"] == "conformal" and mask is None:
+        # 0 never skips, so it holds at any epsilon.
+        if options["cache_ratio_threshold"] not in (epsilon, 0):
+            raise ValueError(
+                f"cache_ratio_threshold={options['cache_ratio_threshold']!r} is not what the "
+                f"calibration was made for ({epsilon!r}); leave it out, or make another with "
+                "scripts/calibrate.py --cache_ratio_threshold"
+            )
+        if config.significance_level not in fitted.scales:
+            raise ValueError(
+                f"significance_level={config.significance_level!r}: the calibration is for "
+                f"{', '.join(map(str, sorted(fitted.scales)))}"
+            )
+    return replace(config, **options, steps_mask=mask, calibration=fitted.digest)

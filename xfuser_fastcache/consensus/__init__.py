@@ -1,0 +1,1 @@
+"""Consensus: the wire. It knows no gate and no state."""

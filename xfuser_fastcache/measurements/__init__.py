@@ -1,0 +1,1 @@
+"""Measurements: what may be measured, and the additive numbers that it becomes."""

@@ -1,0 +1,1 @@
+"""Models: how a family of transformers is called, cut and read."""

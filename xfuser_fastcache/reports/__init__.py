@@ -1,0 +1,1 @@
+"""Reports: what the cache did, in numbers and pictures."""

@@ -1,0 +1,1 @@
+"""State: what is remembered, shared by all ranks or local to one."""
