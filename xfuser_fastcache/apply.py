@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from xfuser_fastcache.artifacts.calibration import (
@@ -31,6 +32,7 @@ from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER
+from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
 from xfuser_fastcache.reports.statistics import BlockInfo
 from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
@@ -113,14 +115,18 @@ def apply_cache_on_transformer(
         fitted = load_fitted(path)
         config = settled(config, fitted)
     apart = Probe.FIRST_RESIDUAL in gate_of(config, fitted).probes
+    whole_forward = FORECASTERS[config.forecaster].whole_forward
     if isinstance(transformer, nn.Module):
-        refuse_compiled(transformer, FORECASTERS[config.forecaster].whole_forward)
+        refuse_compiled(transformer, whole_forward)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
-    _check_return_order(config, adapter)
     held = {name: list(getattr(model, name)) for name in adapter.block_lists}
-    group = layout.decision_group()
+    group = layout.decision_group(transformer, whole_forward)
+    # A pipeline's stages run patches; where a condition's tokens are in them is not known.
+    counts = TokenCounts(adapter.image_tokens if group.stages == 1 else None, group.shard)
+    of_blocks = adapter.contracts(model, counts)
+    _check_return_order(config, [name for name in held for _ in held[name]], of_blocks)
     if maps is not None and group.stages > 1:
         raise ValueError(
             f"linear_maps={path!r} is fitted for the whole stack of blocks, of which each of the "
@@ -156,10 +162,10 @@ def apply_cache_on_transformer(
             raise
     contracts: list[BlockContract | ForwardContract]
     tokens = None
-    if forecaster_of(config, fitted, group).whole_forward:
-        contracts, dim = [ForwardContract()], adapter.latent_channels(model)
+    if whole_forward:
+        contracts = [adapter.forward_contract(model, counts)]
+        dim = adapter.noise_channels(model)
     else:
-        of_blocks = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
         contracts, dim = list(of_blocks), adapter.dim(model)
         tokens = _token_plan(config, group, blocks, of_blocks, maps)
     first_block = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
@@ -171,15 +177,31 @@ def apply_cache_on_transformer(
         first_block,
         dim,
         fitted,
-        modulated=partial(adapter.modulated_input, blocks[0]) if first_block == 0 else None,
+        modulated=(
+            partial(_modulated_image, adapter, blocks[0], of_blocks[0])
+            if first_block == 0
+            else None
+        ),
         polynomial=adapter.tea_polynomial,
         tokens=tokens,
         maps=None if maps is None or config.splits_tokens else maps.of[config.forecaster],
     )
     embedder = model.get_submodule(adapter.embedder)
     attachment = Attachment(transformer, model, blocks, embedder)
-    attachment.attach(engine, _step_opener(engine, adapter, layout, attachment, scheduler))
+    opener = _step_opener(engine, adapter, counts, layout, attachment, scheduler)
+    attachment.attach(engine, opener)
     return transformer
+
+
+def _modulated_image(
+    adapter: type[ModelAdapter],
+    block: nn.Module,
+    contract: BlockContract,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Return the image's tokens of the first block's modulated input."""
+    return contract.image_of(adapter.modulated_input(block, args, kwargs))
 
 
 @cache
@@ -299,9 +321,11 @@ def adapter_of(model: nn.Module) -> type[ModelAdapter]:
     )
 
 
-def _check_return_order(config: CacheConfig, adapter: type[ModelAdapter]) -> None:
+def _check_return_order(
+    config: CacheConfig, names: list[str], contracts: list[BlockContract]
+) -> None:
     given = config.return_hidden_states_first
-    for name, contract in adapter.block_lists.items():
+    for name, contract in zip(names, contracts, strict=True):
         actual = contract.returns[0] != ENCODER
         if given is not None and given != actual:
             raise ValueError(
@@ -336,12 +360,14 @@ def _block_infos(
 def _step_opener(
     engine: CacheEngine,
     adapter: type[ModelAdapter],
+    counts: TokenCounts,
     layout: Any,
     attachment: Attachment,
     scheduler: Any,
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
     """Return what opens a step of `engine` from the arguments of the transformer's forward."""
     schedule: Schedule | None = None
+    forward = adapter.forward_layout()
 
     def open_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal schedule
@@ -350,16 +376,17 @@ def _step_opener(
             schedule = None
         elif schedule is None or schedule.timesteps is not timesteps:
             schedule = Schedule(timesteps, tuple(adapter.plan(scheduler)))
-        hidden_states = args[0] if args else kwargs["hidden_states"]
+        counts.open(args, kwargs)
+        given = forward.given(args, kwargs)
         position = layout.position()
-        tokens = sum(position.patch_tokens) or tuple(hidden_states.shape[1:])
+        tokens = sum(position.patch_tokens) or given.sizes
         timestep = float(adapter.timestep(args, kwargs).flatten()[0])
         engine.open(
             timestep,
             adapter.noise_level(timestep),
-            (hidden_states.shape[0], tokens, hidden_states.dtype, hidden_states.device),
+            (given.batch, tokens, given.dtype, given.device),
             position,
-            hidden_states.device,
+            given.device,
             schedule,
             attachment.branch_name.name,
         )

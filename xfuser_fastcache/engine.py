@@ -286,8 +286,8 @@ class CacheEngine:
         if piece.span != self._inside:
             self._enter(index, contract.read(args, kwargs), args, kwargs)
         if self._skipping and not self._auditing:
-            if index < piece.last:
-                return contract.pack(contract.read(args, kwargs))
+            if index < piece.last and isinstance(contract, BlockContract):
+                return contract.handed_on(args, kwargs)
             return contract.pack(self._forecast(piece.span))
         if self.tokens is not None and isinstance(contract, BlockContract):
             counters = self.agreement.counters
