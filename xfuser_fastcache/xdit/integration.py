@@ -328,14 +328,15 @@ def _patch_runner(module: ModuleType) -> None:
     _wrap(module, "xFuserModel._apply_step_cache", with_ours)
 
 
-def _allow_methods(class_name: str) -> Callable[[ModuleType], None]:
-    """A model of the runner says that it takes our methods."""
+def _allow_methods(*class_names: str) -> Callable[[ModuleType], None]:
+    """Models of the runner say that they take our methods."""
 
     def patch(module: ModuleType) -> None:
-        settings = require(module, f"{class_name}.settings")
-        before = require(module, f"{class_name}.settings.step_cache_config")
-        settings.step_cache_config = {**before, **dict.fromkeys(METHODS)}
-        _undo.append(functools.partial(setattr, settings, "step_cache_config", before))
+        for class_name in class_names:
+            settings = require(module, f"{class_name}.settings")
+            before = require(module, f"{class_name}.settings.step_cache_config")
+            settings.step_cache_config = {**before, **dict.fromkeys(METHODS)}
+            _undo.append(functools.partial(setattr, settings, "step_cache_config", before))
 
     return patch
 
@@ -356,7 +357,7 @@ PATCHES: dict[str, Patch] = {
         _patch_from_pretrained("xFuserPixArtSigmaPipeline")
     ),
     f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),
-    f"{_RUNNER_MODELS}.flux": Patch(_allow_methods("xFuserFluxModel")),
+    f"{_RUNNER_MODELS}.flux": Patch(_allow_methods("xFuserFluxModel", "xFuserFluxKontextModel")),
     f"{_RUNNER_MODELS}.stable_diffusion": Patch(_allow_methods("xFuserStableDiffusionModel")),
 }
 _FINDERS = (PatchingFinder(PATCHES), AliasFinder(ALIASES))
