@@ -19,7 +19,7 @@ from xfuser_fastcache.artifacts.calibration import (
     settled,
 )
 from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.backends import FORECASTERS, forecaster_of, gate_of
+from xfuser_fastcache.backends import FORECASTERS, gate_of
 from xfuser_fastcache.clock.timeline import Schedule
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus

@@ -91,8 +91,7 @@ class Moments:
         unit = 2.0 ** (exponent - FRACTION)
         return cls(
             change=joined(slots, CHANGE) * unit,
-            change_squared=joined(slots, CHANGE_SQUARED)
-            * 2.0 ** (2 * exponent - FRACTION_SQUARED),
+            change_squared=joined(slots, CHANGE_SQUARED) * 2.0 ** (2 * exponent - FRACTION_SQUARED),
             reference=joined(slots, REFERENCE) * unit,
             tokens=slots[TOKENS],
             nonfinite=slots[NONFINITE],
