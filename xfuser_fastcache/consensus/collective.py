@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,13 @@ class ConsensusError(RuntimeError):
 
 class ConsensusTimeout(ConsensusError):
     """A rank did not arrive; the message names it."""
+
+
+class Usage(NamedTuple):
+    """What the wire has been used for so far: vectors posted, and seconds spent waiting."""
+
+    collectives: int
+    wait_s: float
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,11 @@ class Consensus:
                     f"stage {stages[other[3]]}: the ranks run different models"
                 )
         return [stages[stage] for stage in sorted(stages)]
+
+    @property
+    def usage(self) -> Usage:
+        """What it has been used for so far."""
+        return Usage(self.collectives, self.wait_s)
 
     def post(self, header: Header, moments: torch.Tensor) -> Ticket:
         """Send this rank's moments on their way; every rank does, at every step, always.

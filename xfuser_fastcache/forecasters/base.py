@@ -38,7 +38,7 @@ class Forecaster(ABC):
         """Remember a computed step; returns the new memory and leaves the old one alone."""
         return replace(memory, anchors=(anchor, *memory.anchors)[: self.depth])
 
-    def put_out(self, memory: Memory) -> Streams | None:
+    def correct_computed(self, memory: Memory) -> Streams | None:
         """Return what a computed span puts out in place of what its blocks did; None for just that.
 
         Args:
@@ -46,6 +46,14 @@ class Forecaster(ABC):
                 that are put out.
         """
         return None
+
+    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
+        """Return what a forecast costs, the mean over the tokens of all streams."""
+        return 0.0
+
+    def nbytes(self) -> int:
+        """Bytes that it holds itself."""
+        return 0
 
     @abstractmethod
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
@@ -85,6 +93,17 @@ class LinearMapForecaster(Forecaster):
             noise_level: sigma of this step.
             of: returns of an anchor what `now` is at this step, `entered` or `gained`.
         """
+
+    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
+        """Return what the fitted map of the anchor's age costs."""
+        if self.maps is None:
+            return 0.0
+        gap = abs(noise_level - memory.anchors[0].noise_level)
+        return self.maps.multiply_adds_per_token(inputs, gap)
+
+    def nbytes(self) -> int:
+        """Bytes of the fitted maps."""
+        return 0 if self.maps is None else self.maps.nbytes()
 
     def pair(
         self, memory: Memory, inputs: Streams, residual: Streams, noise_level: float

@@ -76,7 +76,7 @@ class OutputForecaster(Forecaster):
         found = self._correct(plain, memory, inputs, noise_level, computed=False)
         return plain if found is None else found
 
-    def put_out(self, memory: Memory) -> Streams | None:
+    def correct_computed(self, memory: Memory) -> Streams | None:
         """Return what was computed, corrected by what it says of the forecasts before it."""
         if len(memory.anchors) < 2:
             return None

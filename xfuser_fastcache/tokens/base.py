@@ -12,6 +12,10 @@ from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.streams import Streams
 
 
+class CannotForecast(Exception):
+    """What stands in for blocks or tokens has found no place: the forward pass runs again."""
+
+
 class Narrowing(ABC):
     """Image tokens that stand for more of them.
 

@@ -49,7 +49,44 @@ class Pyramid:
     weight: float = 1.0
 
 
-class TokenPlan:
+class NoTokenPlan:
+    """All tokens run through all blocks."""
+
+    motion = None
+    edges = 0
+    refers = False
+    splits = False
+    hooks_attention = False
+
+    def open_step(self, starts_generation: bool) -> None:
+        """Nothing to forget."""
+
+    def nbytes(self) -> int:
+        """Nothing is held."""
+        return 0
+
+    def measure(
+        self, hidden_states: torch.Tensor, reference: Reference, slots: torch.Tensor, rank: int
+    ) -> None:
+        """Nothing is measured."""
+
+    def enter(self, orders: Orders, memory: Memory) -> None:
+        """Nothing is chosen."""
+
+    def run_block(
+        self,
+        index: int,
+        contract: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        counters: Counters,
+    ) -> Any:
+        """Run a block as it is."""
+        return forward(*args, **kwargs)
+
+
+class TokenPlan(NoTokenPlan):
     """Chooses the tokens of each computed span, and puts all of them together again behind it.
 
     Split: what entered the first span that is not always computed says which tokens moved; all
@@ -67,6 +104,8 @@ class TokenPlan:
         maps: of the whole stack, for static tokens: `r = r_0 + L(x - x_0)`, of the forecaster
             `linear`; None for none.
     """
+
+    refers = True
 
     def __init__(
         self,
