@@ -5,6 +5,7 @@ What the changes are for runs in `test_native.py`, `test_runner.py` and `test_so
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -292,20 +293,33 @@ def test_the_same_cache_may_be_asked_for_twice_but_not_two() -> None:
         integration._one_of({"a": fast, "b": None, "c": fb})
 
 
-def test_models_of_the_runner_say_which_methods_they_take(xfuser: Any) -> None:
-    from xfuser.model_executor.models.runner_models import flux, stable_diffusion
+@pytest.mark.parametrize(
+    ("model", "place", "own"),
+    [
+        ("FLUX.1-dev", "flux.xFuserFluxModel", ["teacache", "dbcache"]),
+        ("FLUX.1-Kontext-dev", "flux.xFuserFluxKontextModel", ["dbcache"]),
+        ("SD3.5", "stable_diffusion.xFuserStableDiffusionModel", ["dbcache"]),
+        # It sets its methods anew for each instance.
+        ("Wan2.2-T2V", "wan.xFuserWan22T2VModel", ["dbcache"]),
+    ],
+)
+def test_models_of_the_runner_take_our_methods(
+    xfuser: Any, model: str, place: str, own: list[str]
+) -> None:
+    module, _, name = place.partition(".")
+    runner_models = importlib.import_module(f"xfuser.model_executor.models.runner_models.{module}")
+    made = getattr(runner_models, name)(xfuser.xFuserArgs(model=model, cache_method="fastcache"))
+    assert [*made.settings.step_cache_config][-len(integration.METHODS) :] == [*integration.METHODS]
+    assert set(own) <= set(made.settings.step_cache_config)
+    # The class goes on as xfuser has made it.
+    assert not set(integration.METHODS) & set(
+        getattr(runner_models, name).settings.step_cache_config or ()
+    )
 
-    taken = list(stable_diffusion.xFuserStableDiffusionModel.settings.step_cache_config)
-    assert taken == ["dbcache", *integration.METHODS]
-    taken = list(flux.xFuserFluxModel.settings.step_cache_config)
-    assert taken == ["teacache", "dbcache", *integration.METHODS]
-    # Its image tokens hold a second picture, which was never tested.
-    assert list(flux.xFuserFluxKontextModel.settings.step_cache_config) == ["dbcache"]
 
+def test_a_model_of_the_runner_without_step_caches_says_so(xfuser: Any) -> None:
+    from xfuser.model_executor.models.runner_models.lumina2 import xFuserLumina2Model
 
-def test_a_model_of_the_runner_that_takes_no_cache_of_ours_says_so(xfuser: Any) -> None:
-    from xfuser.model_executor.models.runner_models.flux import xFuserFluxKontextModel
-
-    config = xfuser.xFuserArgs(model="FLUX.1-Kontext-dev", cache_method="fastcache")
-    with pytest.raises(ValueError, match="does not support --cache_method fastcache. Supported: "):
-        xFuserFluxKontextModel(config)
+    config = xfuser.xFuserArgs(model="Alpha-VLLM/Lumina-Image-2.0", cache_method="fastcache")
+    with pytest.raises(ValueError, match="cach"):
+        xFuserLumina2Model(config)

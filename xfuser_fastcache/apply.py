@@ -177,6 +177,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
     Raises:
         TypeError: there is none.
+        ValueError: its transformer is of a family that no adapter supports.
     """
     inner = getattr(pipe, "module", pipe)  # xfuser's class around a pipeline
     held = {name: part for name, part in vars(inner).items() if isinstance(part, nn.Module)}
@@ -186,6 +187,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         for name, part in held.items()
         if any(adapter.supports(_layout(part, None).model_of(part)) for adapter in known)
     }
+    if not found and held.get("transformer") is not None:
+        adapter_of(_layout(held["transformer"], None).model_of(held["transformer"]))
     if not found:
         has = ", ".join(f"{name} ({type(part).__name__})" for name, part in held.items())
         raise TypeError(
