@@ -77,12 +77,19 @@ class Agreement:
     # ---- the two timings ---------------------------------------------------------------------
 
     def decide_now(self, call: Call, pending: torch.Tensor) -> None:
-        """Post, await and decide at once; moments of the first span are this step's."""
+        """Post, await and decide at once; moments of the first span are this step's.
+
+        Where the decision is foregone, it is the vector of the step before that is awaited, which
+        has arrived by now: so the host need not wait for the device.
+        """
         shared = self.branch(call.branch)
         for index in self.rules.current:
             shared.sightings[index] = policy.sighting(self.rules, shared, index, call)
+        if self.rules.foregone and shared.posted:
+            self._receive(shared)
         self.post(call, pending)
-        self._receive(shared)
+        if not self.rules.foregone:
+            self._receive(shared)
         self._decide(shared, call)
 
     def decide_lagged(self, call: Call) -> None:
