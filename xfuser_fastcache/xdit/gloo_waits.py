@@ -1,7 +1,7 @@
 """Sends and receives of gloo: kept alive until they are done, and no longer than a limit.
 
-gloo's `wait()` ignores the timeout of its group, so each wait here brings its own. Who waits in vain
-says for whom.
+gloo's `wait()` ignores the timeout of its group, so each wait here brings its own. Who waits in
+vain says for whom.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class WaitLimit:
     def passed(self, what: str, peer: int, cause: Exception | None = None) -> ConsensusTimeout:
         """Return the error of a wait that has passed the limit."""
         return ConsensusTimeout(
-            f"rank {dist.get_rank()} waited for {what} rank {peer}, a neighbour in the pipeline, at "
-            f"most sync_timeout_s={self.seconds:g} s. It is late, has failed, or runs another "
+            f"rank {dist.get_rank()} waited for {what} rank {peer}, a neighbour in the pipeline, "
+            f"at most sync_timeout_s={self.seconds:g} s. It is late, has failed, or runs another "
             f"generation: look at its log. Cause: {cause or 'it did not take the message'}"
         )
 
@@ -108,7 +108,7 @@ class PendingSends:
         return self._count
 
     def keep(self, work: Any, tensor: torch.Tensor, peer: int) -> KeptSend:
-        """Own ``work`` and ``tensor`` until the send to ``peer`` completes; return what to wait on."""
+        """Own ``work`` and ``tensor`` until the send completes; return what to wait on."""
         if self._error is not None:
             raise RuntimeError(f"an earlier send to a peer failed: {self._error}") from self._error
         kept = KeptSend(work, tensor, peer)
