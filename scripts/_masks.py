@@ -66,7 +66,7 @@ class MaskTrials:
         self,
         runs: Calibrator,
         fitted: Fitted,
-        parts: build.Split,
+        parts: build.Parts,
         given: dict[int, list[int]],
         console: Console,
     ):

@@ -26,7 +26,6 @@ from xfuser_fastcache import (  # noqa: E402
 )
 from xfuser_fastcache.hooks import hook_on  # noqa: E402
 from xfuser_fastcache.state import prober  # noqa: E402
-from xfuser_fastcache.measurements import probes  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
 BAD_STEP = 5

@@ -20,7 +20,7 @@ from xfuser_fastcache import CacheConfig
 from xfuser_fastcache.artifacts.calibration import Cell, Fitted, settled
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
-    RIDGE,
+    CELL_RIDGE,
     UPPER_QUANTILE,
     Tables,
     anchors_of,
@@ -175,7 +175,7 @@ def test_the_ridge_shrinks_by_its_share() -> None:
     same = [trajectory(outputs, latents)] * 2
     # Alike generations leave no doubt, so what helps helps for certain.
     found, blind = fit_weights(same, same, LEVELS, LAGS)
-    shrunk = 1 / (1 + RIDGE)
+    shrunk = 1 / (1 + CELL_RIDGE)
     np.testing.assert_allclose(found[cell], (0, 0, 0.5 * shrunk, 0.25 * shrunk), atol=1e-7)
     np.testing.assert_allclose(blind[cell], (0, 0.5 * shrunk), atol=1e-7)
 

@@ -197,5 +197,5 @@ def forecaster_of(
     # A pipeline's stages but the last hand on what no calibration has seen.
     last = group.stage == group.stages - 1
     sees_latents = group.stages == 1
-    steering = fitted.steering_of(config.steps_mask, sees_latents) if last else None
-    return OutputForecaster(fitted if last else None, sees_latents, steering, group.branch)
+    correction = fitted.trajectory_correction(config.steps_mask, sees_latents) if last else None
+    return OutputForecaster(fitted if last else None, sees_latents, correction, group.branch)

@@ -55,8 +55,8 @@ from xfuser_fastcache.state.local import (
 )
 from xfuser_fastcache.state.prober import Prober
 from xfuser_fastcache.state.shared import (
-    Orders,
     SharedState,
+    StepPlan,
     count_groups,
 )
 from xfuser_fastcache.tokens.plan import TokenPlan
@@ -140,7 +140,7 @@ class CacheEngine:
         self.watchdog = Watchdog(config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._owes_consensus = False
-        self._orders = Orders([])
+        self._step_plan = StepPlan([])
         # The span that was entered and not yet left, what entered it, its flag, and whether it is
         # computed although it is skipped.
         self._inside: int | None = None
@@ -203,7 +203,7 @@ class CacheEngine:
         if self.agreement.lag:
             ahead = self._follows_next_step(position)
             following = self.timeline.following(call) if ahead else None
-            self._orders = self.agreement.orders(call, ahead, following)
+            self._step_plan = self.agreement.step_plan(call, ahead, following)
 
     def _follows_next_step(self, position: Position) -> bool:
         """Say whether a decision for the next step holds here; see the module."""
@@ -226,7 +226,7 @@ class CacheEngine:
         if self._owes_consensus:
             # No block ran here; the other ranks wait all the same.
             self._take_consensus(call, local)
-        self.prober.renew(local, call.position, all_computed=not any(self._orders.skip))
+        self.prober.renew(local, call.position, all_computed=not any(self._step_plan.skip))
         if agreement.lag and self.prober.measures and call.position.is_last_patch:
             agreement.post(call, local.pending)
         self.call = None
@@ -336,7 +336,7 @@ class CacheEngine:
         self._inside = span
         memory = local.memory(span, call.position)
         # Where no tokens are counted, the gate does not let the span be skipped.
-        if not memory.given_up:
+        if not memory.output_unknown:
             reference = memory.anchors[0].reference if memory.anchors else None
             self.prober.span_input(span, inputs, reference, local, shared)
         self.prober.block_input(index, args, kwargs, local, shared, call.position)
@@ -350,9 +350,9 @@ class CacheEngine:
         decided = span >= self.agreement.decides_at
         if self._owes_consensus and decided:
             self._take_consensus(call, local)
-        self._skipping = decided and self._orders.skip[span]
+        self._skipping = decided and self._step_plan.skip[span]
         self._auditing = shared.audit is not None and shared.audit.span == span
-        if self._skipping and memory.given_up:
+        if self._skipping and memory.output_unknown:
             # A gate that measures the span's input finds no tokens, and does not come here.
             who, mend = "steps_mask", "leave out steps_mask"
             if self.config.steps_mask is None:
@@ -367,7 +367,7 @@ class CacheEngine:
         safe = self._skipping or not (self.agreement.lag or self.forecaster.whole_forward)
         self._entered = inputs if safe else inputs.map(torch.clone)
         if self.tokens is not None and not self._skipping:
-            self.tokens.enter(self._orders, memory)
+            self.tokens.enter(self._step_plan, memory)
 
     def _give_up_span(self) -> None:
         """Forget a span whose last block was not called: what it put out is not known.
@@ -386,7 +386,7 @@ class CacheEngine:
                 "it had run at the last computed step of this branch. Call the transformer with "
                 "the same skip_layers at all steps of a branch, or under another cache_context."
             )
-        local.remember(self._inside, call.position, Memory(given_up=True))
+        local.remember(self._inside, call.position, Memory(output_unknown=True))
         self._inside = None
 
     def _forecast(self, span: int) -> Streams:
@@ -445,18 +445,18 @@ class CacheEngine:
         if tokens is not None:
             local.remember(span, call.position, tokens.remembered(memory, anchor, self.forecaster))
             return outputs
-        if self._orders.distrust or memory.given_up:
+        if self._step_plan.distrust or memory.output_unknown:
             # Its anchors may hold the NaN, which looking back would bring up again; a span that was
             # given up has none.
             memory = Memory()
         memory = self.forecaster.update(memory, anchor)
         local.remember(span, call.position, memory)
-        return self.forecaster.put_out(memory)
+        return self.forecaster.correct_computed(memory)
 
     def _take_consensus(self, call: Call, local: LocalState) -> None:
         self._owes_consensus = False
         self.agreement.decide_now(call, local.pending)
-        self._orders = self.agreement.orders(call)
+        self._step_plan = self.agreement.step_plan(call)
 
     def _current(self) -> tuple[Call, LocalState, SharedState]:
         assert self.call is not None

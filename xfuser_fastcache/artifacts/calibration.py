@@ -47,7 +47,7 @@ class Cell(NamedTuple):
     spacing: int
 
 
-class Steering(NamedTuple):
+class TrajectoryCorrection(NamedTuple):
     """Corrections for one mask of computed steps.
 
     Attributes:
@@ -187,14 +187,16 @@ class Fitted:
             return None
         return slope * float(change ** (of_change / 2) * energy ** (of_energy / 2))
 
-    def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
+    def trajectory_correction(
+        self, mask: list[int] | None, sees_latents: bool
+    ) -> TrajectoryCorrection | None:
         """Return the corrections made for a mask; None without any."""
         table = self.steering if sees_latents else self.steering_blind
         guided = self.steering_guided if sees_latents else ()
         for place, count in enumerate(sorted(self.masks)[: len(table)]):
             if self.masks[count] == mask:
                 own = guided[place] if len(guided) else None
-                return Steering(self.masks[count], table[place], own)
+                return TrajectoryCorrection(self.masks[count], table[place], own)
         return None
 
     def step_at(self, noise_level: float) -> int | None:

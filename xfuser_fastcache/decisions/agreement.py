@@ -40,11 +40,11 @@ from xfuser_fastcache.state.shared import (
     Audit,
     GroupState,
     Mark,
-    Orders,
     Posted,
     SharedState,
     Sighting,
     SpanState,
+    StepPlan,
     rescaled,
 )
 from xfuser_fastcache.tokens.saliency import MotionRule
@@ -150,7 +150,7 @@ class Agreement:
         self._receive_due(shared)
         self._decide(shared, call)
 
-    def orders(self, call: Call, ahead: bool = False, following: Call | None = None) -> Orders:
+    def step_plan(self, call: Call, ahead: bool = False, following: Call | None = None) -> StepPlan:
         """Return what a forward pass is to do, after its step was decided.
 
         Args:
@@ -161,15 +161,15 @@ class Agreement:
         """
         shared = self.branch(call.branch)
         if not ahead or shared.forced:
-            return shared.orders
+            return shared.step_plan
         if following is None:
             # A last step that a mask computes on its own was computed in the step before.
             mask = self.config.steps_mask if call.is_last_step and not shared.poisoned else None
             done = mask is not None and not mask[call.planned_step - 1]
-            return Orders([True] * len(shared.spans)) if done else shared.orders
+            return StepPlan([True] * len(shared.spans)) if done else shared.step_plan
         self._receive_due(shared)
         judgements, _ = self._judgements(shared, following)
-        return Orders([judged.skip for judged in judgements], shared.poisoned)
+        return StepPlan([judged.skip for judged in judgements], shared.poisoned)
 
     def post(self, call: Call, pending: torch.Tensor) -> None:
         """Send the moments measured since the last post on their way, and start them anew.
@@ -237,7 +237,7 @@ class Agreement:
         skip = [judged.skip for judged in judgements]
         warm_up = call.step < self.config.num_warmup_steps
         all_tokens = warm_up or call.is_last_step or shared.poisoned
-        shared.orders = Orders(skip, shared.poisoned, all_tokens, self._moving(shared, call))
+        shared.step_plan = StepPlan(skip, shared.poisoned, all_tokens, self._moving(shared, call))
         self.counters.record(call.step, call.branch, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
@@ -253,7 +253,7 @@ class Agreement:
         now = Mark(call.noise_level, call.step)
         for span, skipped in zip(shared.spans, skip, strict=True):
             if not skipped:
-                # Anchors that are distrusted are forgotten; see `Orders`.
+                # Anchors that are distrusted are forgotten; see `StepPlan`.
                 older = None if shared.poisoned else span.anchor
                 span.older_level = None if older is None else older.noise_level
                 span.anchor = now

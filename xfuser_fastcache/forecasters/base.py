@@ -38,7 +38,7 @@ class Forecaster(ABC):
         """Remember a computed step; returns the new memory and leaves the old one alone."""
         return replace(memory, anchors=(anchor, *memory.anchors)[: self.depth])
 
-    def put_out(self, memory: Memory) -> Streams | None:
+    def correct_computed(self, memory: Memory) -> Streams | None:
         """Return what a computed span puts out in place of what its blocks did; None for just that.
 
         Args:

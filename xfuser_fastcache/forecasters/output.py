@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from xfuser_fastcache.artifacts.calibration import Fitted, Steering
+from xfuser_fastcache.artifacts.calibration import Fitted, TrajectoryCorrection
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
@@ -39,7 +39,8 @@ class OutputForecaster(Forecaster):
         fitted: the calibration; None for the extrapolation alone.
         sees_latents: whether this rank's forward pass is given the latents and puts out the noise
             prediction; False in a pipeline, whose last stage only puts it out.
-        steering: corrections for the mask that will run, `Fitted.steering_of`; None for the cells'.
+        correction: corrections for the mask that will run, of `Fitted.trajectory_correction`; None
+            for the cells'.
         branch: of guidance, where the ranks share it out: 0 without it, 1 with it; None where a
             batch holds all there is.
 
@@ -56,14 +57,14 @@ class OutputForecaster(Forecaster):
         self,
         fitted: Fitted | None = None,
         sees_latents: bool = True,
-        steering: Steering | None = None,
+        correction: TrajectoryCorrection | None = None,
         branch: int | None = None,
     ):
         self.fitted = fitted
         self.sees_latents = sees_latents
-        self.steering = steering
+        self.correction = correction
         self.branch = branch
-        if steering is not None:
+        if correction is not None:
             self.depth = 3
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
@@ -76,7 +77,7 @@ class OutputForecaster(Forecaster):
         found = self._correct(plain, memory, inputs, noise_level, computed=False)
         return plain if found is None else found
 
-    def put_out(self, memory: Memory) -> Streams | None:
+    def correct_computed(self, memory: Memory) -> Streams | None:
         """Return what was computed, corrected by what it says of the forecasts before it."""
         if len(memory.anchors) < 2:
             return None
@@ -119,7 +120,7 @@ class OutputForecaster(Forecaster):
         self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Streams | None:
         """Return a forecast, or what was computed, with its corrections; None without any."""
-        if self.steering is not None:
+        if self.correction is not None:
             weights = self._steered(memory, inputs, noise_level, computed)
         else:
             weights = None if computed else self._of_cell(memory, noise_level)
@@ -143,18 +144,18 @@ class OutputForecaster(Forecaster):
         self, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Weights | None:
         """Return the weights of a mask's corrections; None at a step that is not of the plan."""
-        assert self.fitted is not None and self.steering is not None
+        assert self.fitted is not None and self.correction is not None
         levels = [noise_level, *(anchor.noise_level for anchor in memory.anchors)]
         known = [step for level in levels if (step := self.fitted.step_at(level)) is not None]
         if len(known) < len(levels):
             return None
-        row = self.steering.row(known[0], known[1:], computed)
+        row = self.correction.row(known[0], known[1:], computed)
         if row is None:
             return None
-        common = self.steering.weights[row].tolist()
-        if self.steering.guided is None:
+        common = self.correction.weights[row].tolist()
+        if self.correction.guided is None:
             return common
-        without, with_it = self.steering.guided[row].tolist()
+        without, with_it = self.correction.guided[row].tolist()
         if self.branch is not None:
             return (without, with_it)[self.branch]
         paired = halves_agree(inputs.hidden_states)

@@ -69,14 +69,14 @@ class Memory:
         slope: per-channel correction of the linear forecaster, `(dim,)` a stream; else None.
         missed: what the forecast of the newest anchor's step would have been wrong by; None where
             nobody asks for it.
-        given_up: whether the span's output was not seen at the step at which it was last computed;
-            there are no anchors then.
+        output_unknown: whether the span's output was not seen at the step at which it was last
+            computed; there are no anchors then.
     """
 
     anchors: tuple[Anchor, ...] = ()
     slope: Streams | None = None
     missed: Streams | None = None
-    given_up: bool = False
+    output_unknown: bool = False
 
     def split(self, lengths: tuple[int, ...]) -> list[Memory]:
         """Cut the memory of all tokens into the memories of consecutive patches."""

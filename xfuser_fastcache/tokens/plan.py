@@ -16,7 +16,7 @@ from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.local import Anchor, Memory
-from xfuser_fastcache.state.shared import Orders
+from xfuser_fastcache.state.shared import StepPlan
 from xfuser_fastcache.tokens.attention import StaticTokens
 from xfuser_fastcache.tokens.base import Chain, Narrowing, run_narrowed
 from xfuser_fastcache.tokens.merging import Clusters, importance
@@ -133,21 +133,21 @@ class TokenPlan:
         """Return the largest saliency of any item, where all items take the same tokens."""
         return saliency.amax(dim=0, keepdim=True) if self._same_rows else saliency
 
-    def enter(self, orders: Orders, memory: Memory) -> None:
+    def enter(self, step_plan: StepPlan, memory: Memory) -> None:
         """Choose the tokens of a span that is about to be computed.
 
         Args:
-            orders: of this step.
+            step_plan: of this step.
             memory: of the span.
         """
         self._split, self._clusters, self._narrowing = None, [], None
         # A span whose output was not seen has nothing that static tokens could take.
         known = self._saliency is not None and bool(memory.anchors)
-        self._narrows = known and not orders.all_tokens
+        self._narrows = known and not step_plan.all_tokens
         if self._narrows and self.motion is not None:
             assert self._saliency is not None
             tokens = self._saliency.shape[1]
-            count = bucket(orders.moving, tokens)
+            count = bucket(step_plan.moving, tokens)
             if count < tokens:
                 self._split = Split(self._common(self._saliency), count)
 
