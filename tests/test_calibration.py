@@ -17,7 +17,7 @@ import torch
 from support.calibrations import even_levels, fitted_on, smooth, trajectory
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.artifacts.calibration import Cell, Fitted, settled
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
     CELL_RIDGE,
@@ -257,7 +257,7 @@ def run_engine(fitted: Fitted, vectors: Vectors) -> tuple[list[int], list[float]
 
     The forward pass puts out what the record says, and the latents do not depend on it.
     """
-    config = settled(CacheConfig(calibration="x"), fitted)
+    config = CacheConfig(calibration="x").resolved(fitted)
     consensus = Consensus(
         DecisionGroup(),
         backend="gloo",

@@ -311,7 +311,7 @@ class Forward:
 
     def __init__(self, stages: int = 1, **options: Any):
         options = {"steps_mask": [1, 1, *[0] * (STEPS - 2)], "num_steps": STEPS, **options}
-        config = CacheConfig(forecaster="output", **options)
+        config = CacheConfig(forecaster="output", **options).resolved()
         consensus = Consensus(
             DecisionGroup(stages=stages),
             backend="gloo",

@@ -15,10 +15,10 @@ from xfuser_fastcache.artifacts.calibration import (
     check_model,
     fingerprint,
     load_fitted,
-    settled,
 )
+from xfuser_fastcache.artifacts.linear_map import SpanMaps
 from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.backends import FORECASTERS, forecaster_of, gate_of
+from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.clock.timeline import Schedule
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
@@ -33,7 +33,8 @@ from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
 from xfuser_fastcache.reports.statistics import BlockInfo
-from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.plan import token_plan
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -111,10 +112,11 @@ def apply_cache_on_transformer(
                 "for; pass scheduler=pipe.scheduler"
             )
         fitted = load_fitted(path)
-        config = settled(config, fitted)
+    config = config.resolved(fitted)
+    stands_in = config.methods.forecaster.whole_forward
     apart = Probe.FIRST_RESIDUAL in gate_of(config, fitted).probes
     if isinstance(transformer, nn.Module):
-        refuse_compiled(transformer, FORECASTERS[config.forecaster].whole_forward)
+        refuse_compiled(transformer, stands_in)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
@@ -155,8 +157,8 @@ def apply_cache_on_transformer(
             consensus.close()
             raise
     contracts: list[BlockContract | ForwardContract]
-    tokens = None
-    if forecaster_of(config, fitted, group).whole_forward:
+    tokens: TokenPlan = NoTokenPlan()
+    if stands_in:
         contracts, dim = [ForwardContract()], adapter.latent_channels(model)
     else:
         of_blocks = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
@@ -174,12 +176,18 @@ def apply_cache_on_transformer(
         modulated=partial(adapter.modulated_input, blocks[0]) if first_block == 0 else None,
         polynomial=adapter.tea_polynomial,
         tokens=tokens,
-        maps=None if maps is None or config.splits_tokens else maps.of[config.forecaster],
+        maps=_maps_of_forecaster(config, maps),
     )
     embedder = model.get_submodule(adapter.embedder)
     attachment = Attachment(transformer, model, blocks, embedder)
     attachment.attach(engine, _step_opener(engine, adapter, layout, attachment, scheduler))
     return transformer
+
+
+def _maps_of_forecaster(config: CacheConfig, maps: FittedMaps | None) -> SpanMaps | None:
+    """Return the maps that the forecaster takes; None where the token plan takes them."""
+    takes = config.methods.forecaster.takes_maps
+    return None if maps is None or config.methods.plan_takes_maps else maps.of[takes]
 
 
 @cache
@@ -193,22 +201,22 @@ def _token_plan(
     blocks: list[nn.Module],
     contracts: list[BlockContract],
     maps: FittedMaps | None,
-) -> TokenPlan | None:
-    """Return the token plan that a config asks for; None where there is none, or none can be."""
+) -> TokenPlan:
+    """Return the token plan that a config asks for, where one can be."""
     attention_costs = [
         sum(map(_parameters, contract.attention_of(block).values())) / _parameters(block)
         for block, contract in zip(blocks, contracts, strict=True)
     ]
     # They keep the last residual, which is what these maps correct.
     static = None if maps is None else maps.of["linear"]
-    plan = token_plan(config, contracts, attention_costs, static)
-    if plan is not None and group.stages > 1:
+    methods = config.methods.token_plans
+    if methods and group.stages > 1:
         _say_inert(
             "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
             "without them, and spatial_approx_ratio stays 0."
         )
-        return None
-    return plan
+        return NoTokenPlan()
+    return token_plan(methods, contracts, attention_costs, static)
 
 
 def remove_cache(transformer: nn.Module) -> nn.Module:

@@ -59,7 +59,7 @@ from xfuser_fastcache.state.shared import (
     StepPlan,
     count_groups,
 )
-from xfuser_fastcache.tokens.plan import TokenPlan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -81,7 +81,7 @@ class CacheEngine:
     """Skips spans of one transformer's blocks, in step with every rank of the decision group.
 
     Args:
-        config: validated options.
+        config: resolved options.
         consensus: of the decision group.
         blocks: all blocks of the whole model, in order.
         contracts: contract of each block that this rank holds, in order; where the forecaster
@@ -112,13 +112,13 @@ class CacheEngine:
         tokens: TokenPlan | None = None,
         maps: SpanMaps | None = None,
     ):
-        assert (tokens is None and maps is None) or consensus.group.stages == 1
+        self.tokens = tokens or NoTokenPlan()
+        assert (not self.tokens.measures and maps is None) or consensus.group.stages == 1
         self.config = config
         self.fitted = fitted
         self.consensus = consensus
         self.blocks = blocks
         self.contracts = contracts
-        self.maps = maps
         # Multiply-adds of all blocks for a token.
         self._cost = sum(part.blocks * part.cost for stage in consensus.stages for part in stage)
         self.forecaster = forecaster_of(config, fitted, consensus.group, maps)
@@ -129,8 +129,7 @@ class CacheEngine:
         counts = consensus.group.counts_tokens
         self.prober = Prober(groups, first_block, len(contracts), counts, modulated)
         lag = _lag(groups, consensus)
-        self.tokens = tokens
-        motion = tokens.motion if tokens is not None else None
+        motion = self.tokens.motion
         span_count = 1 + max(spans)
         self.agreement = Agreement(config, consensus, gate, span_count, groups, dim, lag, motion)
         self.timeline = Timeline(config.num_steps)
@@ -184,14 +183,12 @@ class CacheEngine:
             self.branches.clear()
         if call.branch not in self.branches:
             ranks = self.consensus.group.world_size
-            edges = self.tokens.edges if self.tokens is not None else 0
-            below = count_groups(ranks, edges) + bool(self.config.shadow_audit)
+            below = count_groups(ranks, self.tokens.edges) + bool(self.config.shadow_audit)
             shape = (len(self.prober.groups) + below, SLOTS)
             pending = torch.zeros(shape, dtype=torch.int64, device=device)
             self.branches[call.branch] = LocalState(pending)
         self.call = call
-        if self.tokens is not None:
-            self.tokens.open_step(call.starts_generation)
+        self.tokens.open_step(call.starts_generation)
         self.ownership.note(call)
         self.watchdog.expect(call.place)
         if call.opens_step and self.agreement.lag:
@@ -289,11 +286,8 @@ class CacheEngine:
             if index < piece.last:
                 return contract.pack(contract.read(args, kwargs))
             return contract.pack(self._forecast(piece.span))
-        if self.tokens is not None and isinstance(contract, BlockContract):
-            counters = self.agreement.counters
-            output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
-        else:
-            output = forward(*args, **kwargs)
+        counters = self.agreement.counters
+        output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
         if self._skipping:
             if index < piece.last:
                 return output
@@ -310,9 +304,9 @@ class CacheEngine:
     def attention_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
         """Return the modules of a block that are to run through `run_attention`, by name."""
         contract = self.contracts[index]
-        if self.tokens is None or not isinstance(contract, BlockContract):
+        if not self.tokens.hooks_attention or not isinstance(contract, BlockContract):
             return {}
-        return contract.attention_of(block) if self.tokens.hooks_attention else {}
+        return contract.attention_of(block)
 
     def run_attention(
         self,
@@ -322,7 +316,7 @@ class CacheEngine:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run an attention module of a computed block, by the block's index and its own name."""
-        if self.call is None or self.tokens is None:
+        if self.call is None:
             return forward(*args, **kwargs)
         return self.tokens.run_attention((self.call.branch, *key), forward, args, kwargs)
 
@@ -341,12 +335,9 @@ class CacheEngine:
             self.prober.span_input(span, inputs, reference, local, shared)
         self.prober.block_input(index, args, kwargs, local, shared, call.position)
         # The first span that has anchors.
-        if self.tokens is not None and span == self.agreement.decides_at and memory.anchors:
-            slots = local.pending[len(self.prober.groups) :].view(-1)
-            place = self.consensus.group.ranks.index(self.consensus.group.rank)
+        if span == self.agreement.decides_at and memory.anchors:
             reference = memory.anchors[0].reference
-            assert reference is not None
-            self.tokens.measure(inputs.hidden_states, reference, slots, place)
+            self.tokens.measure(inputs.hidden_states, reference, self._count_slots(local))
         decided = span >= self.agreement.decides_at
         if self._owes_consensus and decided:
             self._take_consensus(call, local)
@@ -366,8 +357,14 @@ class CacheEngine:
         # callback may write into the latents; nobody writes into what a block was given.
         safe = self._skipping or not (self.agreement.lag or self.forecaster.whole_forward)
         self._entered = inputs if safe else inputs.map(torch.clone)
-        if self.tokens is not None and not self._skipping:
+        if not self._skipping:
             self.tokens.enter(self._step_plan, memory)
+
+    def _count_slots(self, local: LocalState) -> torch.Tensor:
+        """Return the slots of this rank's own token counts."""
+        edges, group = self.tokens.edges, self.consensus.group
+        slots = local.pending[len(self.prober.groups) :].view(-1)
+        return slots[group.ranks.index(group.rank) * edges :][:edges]
 
     def _give_up_span(self) -> None:
         """Forget a span whose last block was not called: what it put out is not known.
@@ -379,8 +376,7 @@ class CacheEngine:
         if self._inside is None:
             return
         call, local, _ = self._current()
-        static = self.tokens is not None and self.tokens.splits
-        if self._skipping or static:
+        if self._skipping or self.tokens.splits:
             raise RuntimeError(
                 f"the model left out the last block of span {self._inside} at {call.place}, where "
                 "it had run at the last computed step of this branch. Call the transformer with "
@@ -395,11 +391,10 @@ class CacheEngine:
         call, local, _ = self._current()
         assert self._entered is not None
         memory = local.memory(span, call.position)
-        if self.maps is not None:
-            gap = abs(call.noise_level - memory.anchors[0].noise_level)
-            spent = self.maps.multiply_adds_per_token(self._entered, gap)
-            self.agreement.counters.record_forecast(spent / self._cost)
-        return self.forecaster.forecast(memory, self._entered, call.noise_level)
+        asked = memory, self._entered, call.noise_level
+        spent = self.forecaster.multiply_adds_per_token(*asked)
+        self.agreement.counters.record_forecast(spent / self._cost)
+        return self.forecaster.forecast(*asked)
 
     def _audited(self, span: int, truth: Streams) -> Streams:
         """Stand in for a skipped span that was computed as well, and measure the error."""
@@ -427,10 +422,10 @@ class CacheEngine:
         call, local, _ = self._current()
         assert self._entered is not None
         memory = local.memory(span, call.position)
-        tokens = self.tokens if self.tokens is not None and self.tokens.splits else None
-        if tokens is not None:
-            outputs = tokens.leave(self._entered, outputs, memory, call.noise_level)
-            spent = tokens.static_multiply_adds(self._entered)
+        splits = self.tokens.splits
+        if splits:
+            outputs = self.tokens.leave(self._entered, outputs, memory, call.noise_level)
+            spent = self.tokens.static_multiply_adds(self._entered)
             self.agreement.counters.record_forecast(spent / self._cost)
         anchor = Anchor(
             noise_level=call.noise_level,
@@ -438,12 +433,13 @@ class CacheEngine:
             residual=self.forecaster.kept(self._entered, outputs),
             reference=(
                 Reference.of(self._entered.hidden_states)
-                if self.tokens is not None or span in self.prober.inputs
+                if self.tokens.measures or span in self.prober.inputs
                 else None
             ),
         )
-        if tokens is not None:
-            local.remember(span, call.position, tokens.remembered(memory, anchor, self.forecaster))
+        if splits:
+            memory = self.tokens.remembered(memory, anchor, self.forecaster)
+            local.remember(span, call.position, memory)
             return outputs
         if self._step_plan.distrust or memory.output_unknown:
             # Its anchors may hold the NaN, which looking back would bring up again; a span that was
@@ -481,7 +477,7 @@ class CacheEngine:
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""
         held = sum(local.nbytes() for local in self.branches.values())
-        held += sum(x.nbytes() for x in (self.tokens, self.maps) if x is not None)
+        held += self.tokens.nbytes() + self.forecaster.nbytes()
         self.agreement.counters.saw_bytes(held)
 
     def statistics(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from xfuser_fastcache.state.shared import (
     StepPlan,
     rescaled,
 )
-from xfuser_fastcache.tokens.saliency import MotionRule
+from xfuser_fastcache.tokens.saliency import MotionStatic
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -83,7 +83,7 @@ class Agreement:
         groups: list[MomentGroup],
         dim: int,
         lag: int,
-        motion: MotionRule | None = None,
+        motion: MotionStatic | None = None,
     ):
         self.config = config
         self.consensus = consensus

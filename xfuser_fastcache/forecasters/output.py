@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from xfuser_fastcache.artifacts.calibration import Fitted, TrajectoryCorrection
+from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
@@ -16,6 +18,7 @@ from xfuser_fastcache.state.local import Memory
 Weights = Sequence[float | torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
 class OutputForecaster(Forecaster):
     r"""First-order divided difference of the noise prediction over the last two computed steps.
 
@@ -53,19 +56,20 @@ class OutputForecaster(Forecaster):
     depth = 2
     whole_forward = True
 
-    def __init__(
-        self,
-        fitted: Fitted | None = None,
-        sees_latents: bool = True,
-        correction: TrajectoryCorrection | None = None,
-        branch: int | None = None,
-    ):
-        self.fitted = fitted
-        self.sees_latents = sees_latents
-        self.correction = correction
-        self.branch = branch
-        if correction is not None:
-            self.depth = 3
+    fitted: Fitted | None = None
+    sees_latents: bool = True
+    correction: TrajectoryCorrection | None = None
+    branch: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.correction is not None:
+            object.__setattr__(self, "depth", 3)
+
+    @property
+    def withholds(self) -> Collection[Capability]:
+        """A calibration corrects this very forecast; single blocks are left alone."""
+        return {Capability.BLOCKS}
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
         """Return what an anchor remembers: the output itself."""

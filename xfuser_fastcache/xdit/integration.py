@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.config.published import DEFAULTS
+from xfuser_fastcache.plugins import BUILT_IN, GATES
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
 from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from xfuser_fastcache.config.cache_config import CacheConfig
 
 # What --cache_method and cache_args call our backends.
-METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in BUILT_IN[GATES.group]}}
 _OLD_SWITCHES = ("use_teacache", "use_fbcache")
 # Attribute of xfuser's runtime config that carries what the command line asked for.
 _REQUEST = "step_cache"
