@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from xfuser_fastcache.backends import BACKENDS
 from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.config.published import DEFAULTS
 from xfuser_fastcache.xdit import integration
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError, has_accelerator
 from xfuser_fastcache.xdit.integration import CPU_SWITCH
@@ -206,7 +206,7 @@ def test_use_cache_on_the_command_line_is_still_fast_attentions(xfuser: Any) -> 
 
 
 def test_every_backend_has_a_method_of_its_name() -> None:
-    assert integration.METHODS == {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+    assert integration.METHODS == {"fastcache": "Fast", **{name: name for name in BACKENDS}}
     for method, backend in integration.METHODS.items():
         assert integration.requested(method).use_cache == backend
 

@@ -81,7 +81,7 @@ class Rules:
         """
         config = self.config
         given = config.steps_mask is not None or not config.enable_block_approx
-        return given and not self.lag and not config.shadow_audit and not config.splits_tokens
+        return given and not self.lag and not config.shadow_audit
 
     def weighed(self, span: int) -> list[int]:
         """Return the groups that the decision of a span rests on."""
