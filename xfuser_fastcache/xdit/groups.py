@@ -15,7 +15,6 @@ from torch import nn
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.xdit.gloo_waits import wait_limit
 
-
 # Of xfuser's coordinators, what the model communicates by.
 _GROUPS = ("device_group", "ulysses_group", "ring_group", "skip_device_group")
 

@@ -180,7 +180,7 @@ def peer(subject: Subject, name: str, changes: torch.Tensor, repeat: int) -> Fig
         changes: of `residual_changes`.
         repeat: pairs of generations.
     """
-    ratios, times, shares = [], [], []
+    ratios, times, plain, shares = [], [], [], []
     with torch.no_grad():
         for _ in range(repeat):
             with _attention_calls() as all_calls:
@@ -189,6 +189,7 @@ def peer(subject: Subject, name: str, changes: torch.Tensor, repeat: int) -> Fig
                 PEERS[name](subject, changes)
                 ms, latents = subject.timed()
             times.append(ms)
+            plain.append(uncached_ms)
             ratios.append(uncached_ms / ms)
             shares.append(1 - calls[0] / all_calls[0])
     share = median(shares)
@@ -200,5 +201,6 @@ def peer(subject: Subject, name: str, changes: torch.Tensor, repeat: int) -> Fig
         # None where it skipped no attention: whatever it saves then is not seen here.
         "ideal_speedup": 1 / (1 - share) if 0 < share < 1 else None,
         "share_of_ideal": median(ratios) * (1 - share) if 0 < share < 1 else None,
+        "share_of_ideal_fastest": min(plain) / min(times) * (1 - share) if 0 < share < 1 else None,
         "finite": bool(latents.isfinite().all()),
     }

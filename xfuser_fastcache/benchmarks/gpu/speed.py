@@ -154,6 +154,7 @@ class Rounds:
             "skipped_as_planned": abs(share - (1 - sum(mask) / len(mask))) < 1e-6,
             "ideal_speedup": ideal,
             "share_of_ideal": speedup / ideal,
+            "share_of_ideal_fastest": min(self.times[UNCACHED]) / min(self.times[variant]) / ideal,
             "differs_from_uncached": UNCACHED in self.pictures
             and not same_bits(self.pictures[UNCACHED], self.pictures[variant]),
         }
