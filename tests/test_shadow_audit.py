@@ -18,7 +18,7 @@ from test_engine import STEPS, Stack, ones
 from test_recorder import Model, every_family
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
-from xfuser_fastcache.config.cache_config import FORECASTERS
+from xfuser_fastcache.backends import FORECASTERS
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate

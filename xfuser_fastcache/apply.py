@@ -22,7 +22,7 @@ from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.clock.timeline import Schedule
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
-from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
+from xfuser_fastcache.consensus.topology import DecisionGroup, Layout, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.measurements.probes import Probe
@@ -281,11 +281,12 @@ def _hook(transformer: nn.Module) -> TransformerHook:
     return hook
 
 
-def _layout(transformer: nn.Module, process_group: Any) -> Any:
+def _layout(transformer: nn.Module, process_group: Any) -> Layout:
     if process_group is None:
         for layout in loaded(LAYOUTS).values():
             if layout.recognises(transformer):
-                return layout()
+                made: Layout = layout()
+                return made
     return PlainLayout(process_group)
 
 
@@ -344,7 +345,7 @@ def _block_infos(
 def _step_opener(
     engine: CacheEngine,
     adapter: type[ModelAdapter],
-    layout: Any,
+    layout: Layout,
     attachment: Attachment,
     scheduler: Any,
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
