@@ -51,7 +51,10 @@ setup(
         "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*", "httpx", *SERVE],
     },
     entry_points={
-        "console_scripts": ["xdit-fastcache = xfuser_fastcache.xdit.runner:launch"],
+        "console_scripts": [
+            "fastcache = xfuser_fastcache.cli:main",
+            "xdit-fastcache = xfuser_fastcache.xdit.runner:launch",
+        ],
         "xfuser_fastcache.adapters": [
             "flux = diffusers_adapters.flux:FluxAdapter",
             "sd3 = diffusers_adapters.sd3:SD3Adapter",

@@ -155,7 +155,7 @@ def test_maps_of_another_model_or_of_a_part_of_one_are_refused(
     flux = Flux()
     path = saved(tmp_path / "file", maps_for(flux.pipe))
     group = DecisionGroup(ranks=(0, 1), stages=2)
-    monkeypatch.setattr(PlainLayout, "decision_group", lambda self: group)
+    monkeypatch.setattr(PlainLayout, "decision_group", lambda *_: group)
     with pytest.raises(ValueError, match="of which each of the 2 pipeline stages holds a part"):
         flux.cache(linear_maps=path)
     monkeypatch.undo()

@@ -127,6 +127,11 @@ class LocalState:
         """Replace what is remembered of a span for the tokens of `position`."""
         self.memories[span][_patch(position)] = memory
 
+    def forget(self, position: Position) -> None:
+        """Forget all spans' memories of the tokens of `position`."""
+        for patches in self.memories.values():
+            patches.pop(_patch(position), None)
+
     def reference(self, group: int, position: Position) -> Reference | None:
         """Return what a group is measured against for the tokens of `position`, cut as memories."""
         patches = self.references.setdefault(group, {})
