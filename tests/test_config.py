@@ -84,6 +84,7 @@ def test_an_unknown_option_is_named_with_a_hint(key: Any, hint: str) -> None:
         ("stagger_stages", 1),
         ("return_hidden_states_first", 0),
         ("calibration", 3),
+        ("linear_maps", 3),
         ("computed_steps", 7.0),
         ("computed_steps", True),
         ("steps_mask", (1, 0)),

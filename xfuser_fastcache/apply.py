@@ -17,7 +17,7 @@ from xfuser_fastcache.clock.clock import Clock, Reader
 from xfuser_fastcache.clock.pipelines import PresentScheduler, owners_of, watch_pipelines
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import Consensus
-from xfuser_fastcache.consensus.topology import PlainLayout
+from xfuser_fastcache.consensus.topology import Layout, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.models.token_layout import TokenCounts
@@ -281,11 +281,12 @@ def _hook(transformer: nn.Module) -> TransformerHook:
     return hook
 
 
-def _layout(transformer: nn.Module, process_group: Any) -> Any:
+def _layout(transformer: nn.Module, process_group: Any) -> Layout:
     if process_group is None:
         for layout in loaded(LAYOUTS).values():
             if layout.recognises(transformer):
-                return layout()
+                made: Layout = layout()
+                return made
     return PlainLayout(process_group)
 
 

@@ -195,6 +195,8 @@ TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "pixart": tiny_pixart,
     "pixart-sigma": partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline),
 }
+
+
 @dataclass(frozen=True)
 class Limit:
     """What xDiT cannot do uncached with one of these pipelines, though with others of its family.

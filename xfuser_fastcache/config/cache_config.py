@@ -52,8 +52,7 @@ class CacheConfig(CheckedOptions):
     """Options of a step cache, as they were given; the tables in docs/configuration.md are theirs.
 
     What was left out is None where a backend or a calibration knows better: `resolved` fills it,
-    and types are those that hold then. Options of one method stand in the mapping of that method,
-    or flat beside it.
+    and types are those that hold then. Options of a method stand in its mapping, or flat.
 
     Raises:
         TypeError: a value of the wrong type.

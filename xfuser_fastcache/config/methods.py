@@ -94,7 +94,7 @@ def canonical(kind: str, given: Any) -> Any:
     if not options:
         return name
     method = made(kind, given)
-    if isinstance(method, CheckedOptions):
+    if options_of(method):
         bare = made(kind, name)
         values = {key: getattr(method, key) for key in options_of(method)}
         if all(value == getattr(bare, key) for key, value in values.items()):
