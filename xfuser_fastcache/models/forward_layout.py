@@ -104,8 +104,8 @@ class ForwardContract:
     Args:
         layout: of the forward pass.
         channels: of the latents that are noise, the first ones; None for all.
-        counts: of the forward pass in work; None where all tokens are the image's. What it puts
-            out for the others nobody reads: it is put back as zeros.
+        counts: of the forward pass in work, for latents that are tokens; None where all of them are
+            the image's. What it puts out for the others nobody reads: it is put back as zeros.
     """
 
     def __init__(
@@ -124,10 +124,11 @@ class ForwardContract:
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Return the noise among the arguments as tokens `(batch, tokens, channels)`."""
-        tokens = self.layout.tokens(self.layout.latents_of(args, kwargs))
-        count = self._counts.image_of(tokens.shape[1])
-        if count < tokens.shape[1]:
-            tokens = tokens[:, :count]
+        latents = self.layout.latents_of(args, kwargs)
+        tokens = self.layout.tokens(latents)
+        if latents.dim() == 3:
+            count = self._counts.image_of(tokens.shape[1])
+            tokens = tokens[:, :count] if count < tokens.shape[1] else tokens
         if self._channels is not None and self._channels < tokens.shape[2]:
             tokens = tokens[..., : self._channels]
         return Streams(tokens)

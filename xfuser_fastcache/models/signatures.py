@@ -7,27 +7,29 @@ from functools import cache
 from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from torch import nn
 
 
 @cache
 def parameters_of(module_class: Any) -> tuple[str, ...]:
     """Return the names of a module's forward parameters, in order, without `self`.
 
-    Of a wrapper whose forward hands positional arguments on unnamed (`*args`), those of the class
-    that it wraps.
+    Of a subclass whose forward hands positional arguments on unnamed (`*args`), those of the class
+    below it.
 
     Example:
-        >>> import torch
-        >>> parameters_of(torch.nn.Linear)
+        >>> parameters_of(nn.Linear)
         ('input',)
     """
-    for base in module_class.__mro__:
-        if "forward" not in vars(base):
-            continue
-        found = list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
-        if not any(p.kind is p.VAR_POSITIONAL for p in found):
-            return tuple(p.name for p in found if p.kind is not p.VAR_KEYWORD)
-    raise ValueError(f"{module_class.__name__} has no forward whose parameters have names")
+    bases = module_class.__mro__[: module_class.__mro__.index(nn.Module)]
+    signatures = [
+        list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+        for base in bases
+        if "forward" in vars(base)
+    ]
+    named = [s for s in signatures if not any(p.kind is p.VAR_POSITIONAL for p in s)]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(p.name for p in (named or signatures)[0] if p.kind not in kinds)
 
 
 def metadata_of(block_class: type[Any]) -> TransformerBlockMetadata | None:
