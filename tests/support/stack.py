@@ -58,12 +58,10 @@ def arrival(level: float, latents: torch.Tensor | None = None, **given: Any) -> 
     def read() -> torch.Tensor:
         return torch.tensor(level, dtype=torch.float64)
 
-    return Arrival(
-        latents=latents,
-        read_timestep=read,
-        noise_level_of=float,
-        **{"shape": latents.shape, **given},
-    )
+    # A patch belongs to the picture that all patches make.
+    tokens = sum(given.get("position", WHOLE).patch_tokens) or latents.shape[1:]
+    given = {"shape": (latents.shape[0], tokens), **given}
+    return Arrival(latents=latents, read_timestep=read, noise_level_of=float, **given)
 
 
 def consensus_of(
