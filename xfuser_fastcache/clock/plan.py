@@ -51,7 +51,7 @@ class Plan:
     def entry_of(self, timestep: Timestep) -> int | None:
         """Return the nearest entry that is rounded to a timestep, the first of equals; or None."""
         gaps = [abs(step.timestep - timestep.value) for step in self.steps]
-        nearest = min(range(len(gaps)), key=gaps.__getitem__)
+        nearest = min(range(len(gaps)), key=gaps.__getitem__, default=0)
         return nearest if self.has(nearest, timestep) else None
 
     def has(self, index: int, timestep: Timestep) -> bool:

@@ -86,6 +86,7 @@ class Past:
         value: its timestep, where that was read.
         level: its sigma.
         latents: what it was given; calls of one step are given the same tensor.
+        shape: batch, tokens, dtype, device.
         called: of its step, what the calls of each denoiser went by.
     """
 
@@ -94,6 +95,7 @@ class Past:
     value: float | None
     level: float
     latents: weakref.ReferenceType[torch.Tensor]
+    shape: object = None
     called: dict[int, list[object]] = field(default_factory=dict)
 
     def is_of_same_step(self, arrival: Arrival) -> bool:
@@ -103,6 +105,14 @@ class Past:
     def has_called(self, arrival: Arrival) -> bool:
         """Say whether this step has had this branch, by its name."""
         return arrival.name is not None and arrival.name in self.called.get(arrival.denoiser, ())
+
+    def repeats(self, arrival: Arrival) -> bool:
+        """Say whether this looks like a branch that the step has had: by its name, or else since
+        latents of one shape are others."""
+        if arrival.name is not None:
+            return self.has_called(arrival)
+        called = bool(self.called.get(arrival.denoiser))
+        return called and arrival.shape == self.shape and not self.is_of_same_step(arrival)
 
 
 class Source(ABC):
@@ -127,37 +137,53 @@ class Source(ABC):
 class SchedulerCounter(Source):
     """The scheduler's `step_index`, which moves once a step whatever dtype the model has.
 
-    Until it has moved once with the timesteps of its plan, these are read and compared: who never
-    calls `scheduler.step` has a counter that stands still.
+    Until it has moved to an entry that fits, timesteps are read and compared: who never calls
+    `scheduler.step` has a counter that stands still. One that has not begun stands where the
+    pipeline enters the plan.
     """
 
     name = "scheduler"
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
+        self._entered: int | None = None
         self._moved = False
         self._distrusted = False
 
     def place(self, arrival: Arrival, past: Past | None) -> Spot | None:
-        """Read the counter; before the first step, where the pipeline enters the plan."""
+        """Read the counter."""
         plan = arrival.plan
         counter: Any = getattr(arrival.scheduler, "step_index", _MISSING)
         if plan is None or counter is _MISSING or arrival.stages > 1:
             return None
         if self._plan is None or plan.timesteps is not self._plan.timesteps:
-            self._plan, self._moved, self._distrusted = plan, False, False
+            self._plan, self._entered = plan, None
+            self._moved = self._distrusted = False
         if counter is None:
             counter = getattr(arrival.scheduler, "begin_index", None)
-        index = plan.entry_of(arrival.timestep) if counter is None else int(counter)
-        if self._distrusted or index is None or index >= len(plan.steps):
+        if counter is None:
+            entry = self._entered
+            counter = plan.entry_of(arrival.timestep) if entry is None else entry
+        if counter is None or counter >= len(plan.steps):
             return None
-        if not self._moved and not plan.has(index, arrival.timestep):
-            self._distrusted = True
+        index = int(counter)
+        if not self._proves(index, plan, arrival, past):
             return None
         if past is None or past.index is None or index < past.index:
             return Spot(index, "new")
-        self._moved |= index > past.index
         return Spot(index, "next" if index > past.index else "same")
+
+    def _proves(self, index: int, plan: Plan, arrival: Arrival, past: Past | None) -> bool:
+        """Say whether the counter can be believed by now."""
+        if self._moved:
+            return True
+        fits = plan.has(index, arrival.timestep)
+        self._entered = index if self._entered is None else self._entered
+        self._moved = fits and index != self._entered
+        # A call that the step has had, at a timestep that the next one may have as well.
+        stands = past is not None and past.repeats(arrival) and plan.has(index + 1, arrival.timestep)
+        self._distrusted |= not fits or stands
+        return self._moved or not self._distrusted
 
 
 class ContextStep(Source):

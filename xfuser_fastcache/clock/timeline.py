@@ -121,6 +121,7 @@ class Timeline:
             value=arrival.timestep.value if read else None,
             level=arrival.noise_level if read else level,
             latents=weakref.ref(arrival.latents),
+            shape=arrival.shape,
             called=called,
         )
         self._call = Call(
