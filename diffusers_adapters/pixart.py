@@ -38,7 +38,8 @@ class PixArtAdapter(ModelAdapter):
     Its schedulers need not have a sigma. The variable of forecasts is the angle
     atan(sqrt((1 - a) / a)), in radians, a being the cumulative product of alphas: a latent is the
     picture times its cosine plus noise times its sine, so change grows with the angle alike at
-    every step. Forecasts in it are 3 to 5 dB better than in its tangent (docs/decisions.md).
+    every step. Forecasts in it are 3 to 5 dB better than in its tangent
+    (docs/decisions/noise-angle.md).
 
     Source: diffusers `models/transformers/pixart_transformer_2d.py`; betas from the scheduler
     configuration of PixArt-alpha.

@@ -13,7 +13,7 @@ CODEBOOKS: dict[str, dict[float, int]] = {
 
 # Options that are left out take these. None: the rule knows no such thing.
 _PUBLISHED = {
-    # FastCache's threshold; the rest by measurement (docs/decisions.md).
+    # FastCache's threshold; the rest by measurement (docs/decisions/damped-taylor.md).
     "Fast": (0.05, "damped_taylor", 2, 4),
     # diffusers' FirstBlockCacheConfig; without a first computed step there is no reference.
     "Fb": (0.05, "reuse", 1, None),

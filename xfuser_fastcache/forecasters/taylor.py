@@ -44,7 +44,7 @@ class DampedTaylorForecaster(TaylorForecaster):
     Deviation: neither combines the two; see `TaylorForecaster` for the other.
     """
 
-    # By measurement (docs/decisions.md).
+    # By measurement (docs/decisions/damped-taylor.md).
     share = 0.6
 
 

@@ -44,7 +44,7 @@ class ChiSquareGate(Gate):
 
     Source: FastCache, arXiv 2505.20353, section on the transformer-level cache. `chi2` deviates
     from it: the published statistic has no scale, so its test accepts what it should reject, and
-    knows no age of the anchor (docs/decisions.md has the comparison of statistics).
+    knows no age of the anchor (docs/decisions/change-times-age.md compares statistics).
     """
 
     def __init__(
