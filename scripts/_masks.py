@@ -38,7 +38,7 @@ def saved(fitted: Fitted, output: Path) -> Iterator[str]:
     """Lend a calibration that is not finished a file beside the output."""
     path = output.with_suffix(".unfinished.safetensors")
     # Where no scale is known yet, the gate never skips.
-    scales = fitted.scales or {CacheConfig().significance_level: 0.0}
+    scales = fitted.scales or {CacheConfig().resolved().significance_level: 0.0}
     replace(fitted, scales=scales).save(path)
     try:
         yield str(path)
@@ -66,7 +66,7 @@ class MaskTrials:
         self,
         runs: Calibrator,
         fitted: Fitted,
-        parts: build.Split,
+        parts: build.Parts,
         given: dict[int, list[int]],
         console: Console,
     ):

@@ -286,7 +286,7 @@ def time_parts(
         Part("consensus", EVERY, round_us, calls.consensus),
         Part("gate", EVERY, gate_us, calls.judged),
     ]
-    whole_forward = FORECASTERS[config.forecaster].whole_forward
+    whole_forward = config.methods.forecaster.whole_forward
     for name, make in FORECASTERS.items():
         if make.whole_forward != whole_forward:
             continue  # what it stands in for is not at hand

@@ -257,7 +257,7 @@ def calibrate(runs: Calibrator, console: Console) -> tuple[Fitted, dict[str, Any
 def settle(
     runs: Calibrator,
     fitted: Fitted,
-    parts: build.Split,
+    parts: build.Parts,
     alpha: float,
     first: float,
     console: Console,

@@ -167,7 +167,7 @@ def measure_model(pairs: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run the pairs and time the parts; print them and return the report on rank 0."""
     # A calibration or a mask would skip without asking the gate.
     config = replace(
-        cache_config(options) or CacheConfig(),
+        (cache_config(options) or CacheConfig()).resolved(),
         cache_ratio_threshold=NEVER,
         calibration=None,
         computed_steps=None,
@@ -245,7 +245,7 @@ def measure_block(
 
     outputs = FluxAdapter.block_lists["transformer_blocks"].unpack(compute())
     step_us = median_us(compute, limit_s)
-    config = CacheConfig()
+    config = CacheConfig().resolved()
     consensus = Consensus(
         PlainLayout().decision_group(),
         backend=config.sync_backend,

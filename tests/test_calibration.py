@@ -17,10 +17,10 @@ import torch
 from support.calibrations import even_levels, fitted_on, smooth, trajectory
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.artifacts.calibration import Cell, Fitted, settled
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
-    RIDGE,
+    CELL_RIDGE,
     UPPER_QUANTILE,
     Tables,
     anchors_of,
@@ -175,7 +175,7 @@ def test_the_ridge_shrinks_by_its_share() -> None:
     same = [trajectory(outputs, latents)] * 2
     # Alike generations leave no doubt, so what helps helps for certain.
     found, blind = fit_weights(same, same, LEVELS, LAGS)
-    shrunk = 1 / (1 + RIDGE)
+    shrunk = 1 / (1 + CELL_RIDGE)
     np.testing.assert_allclose(found[cell], (0, 0, 0.5 * shrunk, 0.25 * shrunk), atol=1e-7)
     np.testing.assert_allclose(blind[cell], (0, 0.5 * shrunk), atol=1e-7)
 
@@ -257,7 +257,7 @@ def run_engine(fitted: Fitted, vectors: Vectors) -> tuple[list[int], list[float]
 
     The forward pass puts out what the record says, and the latents do not depend on it.
     """
-    config = settled(CacheConfig(calibration="x"), fitted)
+    config = CacheConfig(calibration="x").resolved(fitted)
     consensus = Consensus(
         DecisionGroup(),
         backend="gloo",

@@ -61,7 +61,7 @@ class Stack:
         if options.get("use_cache", "Fast") == "Fast":
             options = {"cache_ratio_threshold": EVER, **options}
         options = {"forecaster": "reuse", **options}
-        config = CacheConfig(**options)
+        config = CacheConfig(**options).resolved()
         consensus = Consensus(
             group or DecisionGroup(),
             backend="gloo",
@@ -383,7 +383,7 @@ def test_a_span_is_measured_once_by_the_stage_that_begins_it(
     consensus.stages = [[BlockList(2, 1)]] * 2  # one process stands for a stage of two
     spans = span_of_blocks(4, granularity)
     blocks = [BlockInfo(f"blocks.{i}", span, 0.25) for i, span in enumerate(spans)]
-    config = CacheConfig(granularity=granularity)
+    config = CacheConfig(granularity=granularity).resolved()
     engine = CacheEngine(config, consensus, blocks, [BARE] * 2, 2 * stage, DIM)
     posted = []
     consensus.post = lambda header, moments, post=consensus.post: (
@@ -433,7 +433,7 @@ def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_i
         consensus.wait = lambda ticket: [[0, 0, 2**MOMENTS_FRACTION, 6, 0, 0]]
         mask = [int(step in (0, *decided)) for step in range(steps)] if masked else None
         options = {"max_consecutive_skips": 2, "steps_mask": mask, "stagger_stages": stagger}
-        config = CacheConfig(forecaster="reuse", **options)
+        config = CacheConfig(forecaster="reuse", **options).resolved()
         blocks = [BlockInfo(f"blocks.{i}", 0, 1 / stages) for i in range(stages)]
         engine = CacheEngine(config, consensus, blocks, [BARE], stage, DIM)
         ran: dict[int, list[int]] = {patch: [] for patch in range(patches)}

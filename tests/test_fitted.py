@@ -104,19 +104,19 @@ def test_a_mask_finds_the_corrections_that_were_made_for_it() -> None:
     fitted = random_tables()
     for row, mask in enumerate(([1, 0, 0, 1, 0], [1] * 5)):
         for sees, table in ((True, fitted.steering), (False, fitted.steering_blind)):
-            found = fitted.steering_of(mask, sees)
+            found = fitted.trajectory_correction(mask, sees)
             assert found is not None and found.mask == mask
             assert np.array_equal(found.weights, table[row])
             # Which pictures are guided is seen from the latents.
             assert sees == (found.guided is not None)
             assert not sees or np.array_equal(found.guided, fitted.steering_guided[row])
     unguided = dataclasses.replace(fitted, steering_guided=fitted.steering_guided[:0])
-    found = unguided.steering_of([1] * 5, True)
+    found = unguided.trajectory_correction([1] * 5, True)
     assert found is not None and found.guided is None
-    assert fitted.steering_of([1, 0, 1, 0, 0], True) is None
-    assert fitted.steering_of(None, True) is None
+    assert fitted.trajectory_correction([1, 0, 1, 0, 0], True) is None
+    assert fitted.trajectory_correction(None, True) is None
     bare = fitted_on(fitted.noise_levels, lags=2, masks=fitted.masks)
-    assert bare.steering_of([1] * 5, True) is None
+    assert bare.trajectory_correction([1] * 5, True) is None
 
 
 def cut_off(count: int) -> Callable[[Path], None]:

@@ -14,10 +14,9 @@ from xfuser_fastcache.artifacts.calibration import (
     check_model,
     fingerprint,
     load_fitted,
-    settled,
 )
 from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.backends import FORECASTERS, forecaster_of, gate_of
+from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
@@ -30,7 +29,8 @@ from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 from xfuser_fastcache.reports.statistics import BlockInfo
-from xfuser_fastcache.tokens.plan import NoTokenPlan, TokenPlan, token_plan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.plan import token_plan
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -61,16 +61,15 @@ class Request:
         path = config.calibration or config.linear_maps or ""
         if config.linear_maps:
             maps = load_maps(path)
-            return cls(replace(config, linear_maps=maps.digest), maps=maps, path=path)
-        if path:
-            fitted = load_fitted(path)
-            return cls(settled(config, fitted), fitted, path=path)
-        return cls(config)
+            config = replace(config, linear_maps=maps.digest)
+            return cls(config.resolved(), maps=maps, path=path)
+        fitted = load_fitted(path) if path else None
+        return cls(config.resolved(fitted), fitted, path=path)
 
     @property
     def whole_forward(self) -> bool:
         """Whether the forecaster stands in for the whole forward pass."""
-        return FORECASTERS[self.config.forecaster].whole_forward
+        return self.config.methods.forecaster.whole_forward
 
     def check(self, adapter: type[ModelAdapter], group: DecisionGroup) -> None:
         """Refuse what the model or the layout cannot do, before any rank is waited for.
@@ -146,7 +145,7 @@ def drawn(
     infos = _block_infos(tuple(held), consensus, config.granularity, apart)
     _check_files(request, fingerprint(model, adapter.model_class, adapter.embedder, len(infos)))
     contracts: list[BlockContract | ForwardContract]
-    tokens: NoTokenPlan | TokenPlan = NoTokenPlan()
+    tokens: TokenPlan = NoTokenPlan()
     if request.whole_forward:
         contracts, dim = [ForwardContract()], adapter.latent_channels(model)
     else:
@@ -154,8 +153,9 @@ def drawn(
         contracts, dim = list(of_blocks), adapter.dim(model)
         tokens = _token_plan(request, group, blocks, of_blocks)
     first = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
-    mapped = request.maps is not None and not config.splits_tokens
-    maps = request.maps.of[config.forecaster] if mapped and request.maps is not None else None
+    maps = None
+    if request.maps is not None and not config.methods.plan_takes_maps:
+        maps = request.maps.of[config.methods.forecaster.takes_maps]
     return Blueprint(
         config=config,
         gate=gate,
@@ -187,22 +187,22 @@ def _token_plan(
     group: DecisionGroup,
     blocks: list[nn.Module],
     contracts: list[BlockContract],
-) -> TokenPlan | NoTokenPlan:
+) -> TokenPlan:
     """Return the token plan that a config asks for, where there can be one."""
+    methods = request.config.methods.token_plans
+    if methods and group.stages > 1:
+        _say_inert(
+            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
+            "without them, and spatial_approx_ratio stays 0."
+        )
+        methods = ()
     attention_costs = [
         sum(map(parameters_of, contract.attention_of(block).values())) / parameters_of(block)
         for block, contract in zip(blocks, contracts, strict=True)
     ]
     # They keep the last residual, which is what these maps correct.
     static = None if request.maps is None else request.maps.of["linear"]
-    plan = token_plan(request.config, contracts, attention_costs, static)
-    if plan is not None and group.stages > 1:
-        _say_inert(
-            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
-            "without them, and spatial_approx_ratio stays 0."
-        )
-        plan = None
-    return NoTokenPlan() if plan is None else plan
+    return token_plan(methods, contracts, attention_costs, static)
 
 
 def _check_return_order(config: CacheConfig, adapter: type[ModelAdapter]) -> None:

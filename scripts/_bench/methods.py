@@ -16,7 +16,7 @@ from _bench.subject import Subject
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 from xfuser_fastcache.config.mappings import read_mapping
-from xfuser_fastcache.config.published import CODEBOOKS
+from xfuser_fastcache.gates.codebook import CODEBOOKS
 
 Changes = dict[str, Any]
 

@@ -19,7 +19,7 @@ from generate import Generator, picture_of
 
 from _serve.requests import Limits
 from xfuser_fastcache.apply import adapter_of
-from xfuser_fastcache.artifacts.calibration import load_fitted, settled
+from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.xdit.groups import XDiTLayout
 
@@ -120,7 +120,7 @@ class Painter:
         scheduler = getattr(self.pipe.scheduler, "module", self.pipe.scheduler)
         adapter = adapter_of(self.layout.model_of(self.pipe.transformer))
         fitted = load_fitted(config.calibration) if config.calibration else None
-        mask = config.steps_mask if fitted is None else settled(config, fitted).steps_mask
+        mask = config.steps_mask if fitted is None else config.resolved(fitted).steps_mask
         plan = scheduler.set_timesteps
 
         @functools.wraps(plan)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from xfuser_fastcache.artifacts.calibration import load_fitted, settled
+from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.config.cache_config import CacheConfig
 
@@ -148,7 +148,7 @@ def _cache_of(request: GenerateRequest, own: CacheConfig | None) -> dict[str, An
         config, fitted = CacheConfig.from_dict(options), None
         if config.calibration is not None:
             fitted = load_fitted(config.calibration)
-            config = settled(config, fitted)
+            config = config.resolved(fitted)
         gate_of(config, fitted)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RequestRefused(str(error)) from error

@@ -10,12 +10,13 @@ import torch
 
 from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
-from xfuser_fastcache.config.cache_config import MAPPED
 
 LINEAR_MAPS = Kind("linear_maps", "scripts/fit_maps.py")
 # Of the layout of the file.
 VERSION = 1
 STREAMS = ("image", "text")
+# Forecasters that maps are fitted for; see `Forecaster.takes_maps`.
+MAPPED = ("linear_taylor", "linear")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from xfuser_fastcache.artifacts.linear_map import SpanMaps, bucket_of
-from xfuser_fastcache.artifacts.linear_maps import STREAMS
-from xfuser_fastcache.backends import WITH_MAPS
+from xfuser_fastcache.artifacts.linear_maps import MAPPED, STREAMS
+from xfuser_fastcache.backends import FORECASTERS
 from xfuser_fastcache.calibration.maps import Choice, choose, gap_edges
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.calibration.ridge import RidgeSums
@@ -189,9 +189,10 @@ class StackSums:
         into: dict[Place, RidgeSums] = {} if held_out else self._fit
         if held_out:
             self._held_out.append(into)
-        for name, kind in WITH_MAPS.items():
+        for name in MAPPED:
+            forecaster = FORECASTERS[name]()
             for branch in branches:
-                for gap, dx, dr in pairs(branch, self.levels, kind(), self.max_lag):
+                for gap, dx, dr in pairs(branch, self.levels, forecaster, self.max_lag):
                     bucket = bucket_of(self.edges, gap)
                     if bucket is not None:
                         self._count(into, name, bucket, dx, dr)
@@ -229,5 +230,5 @@ class StackSums:
 
         return {
             name: SpanMaps(self.edges, chosen(name, "image"), chosen(name, "text"))
-            for name in WITH_MAPS
+            for name in MAPPED
         }

@@ -72,6 +72,17 @@ class Rules:
             if (group.span or 0) <= self.decides_at and group.probe is not Probe.MIDDLE_RESIDUAL
         ]
 
+    @cached_property
+    def foregone(self) -> bool:
+        """Whether no decision rests on what is measured, so that nobody need wait for it.
+
+        Vectors are posted all the same, and read a step later: ranks that part ways, or a statistic
+        that is not finite, show then.
+        """
+        config = self.config
+        given = config.steps_mask is not None or not config.enable_block_approx
+        return given and not self.lag and not config.shadow_audit
+
     def weighed(self, span: int) -> list[int]:
         """Return the groups that the decision of a span rests on."""
         return [

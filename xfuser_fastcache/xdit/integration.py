@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.config.published import DEFAULTS
+from xfuser_fastcache.plugins import BUILT_IN, GATES
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
 from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from xfuser_fastcache.config.cache_config import CacheConfig
 
 # What --cache_method and cache_args call our backends.
-METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in BUILT_IN[GATES.group]}}
 # Environment variable that switches the CPU platform on, as `enable_cpu_platform` does.
 CPU_SWITCH = "XFUSER_FASTCACHE_CPU"
 _OLD_SWITCHES = ("use_teacache", "use_fbcache")

@@ -197,7 +197,8 @@ def peer(subject: Subject, name: str, changes: torch.Tensor, repeat: int) -> Fig
         "speedup": median(ratios),
         "speedup_of_each_run": ratios,
         "share_skipped": share,
-        "ideal_speedup": 1 / (1 - share) if share < 1 else None,
-        "share_of_ideal": median(ratios) * (1 - share),
+        # None where it skipped no attention: whatever it saves then is not seen here.
+        "ideal_speedup": 1 / (1 - share) if 0 < share < 1 else None,
+        "share_of_ideal": median(ratios) * (1 - share) if 0 < share < 1 else None,
         "finite": bool(latents.isfinite().all()),
     }

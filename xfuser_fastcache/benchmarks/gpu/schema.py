@@ -35,7 +35,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "compiled speed": ("ms_a_step", "ms_of_each_run"),
     "identity": ("identical_to_uncached",),
     "digest": ("digest_repeats", "repeats_to_the_bit"),
-    "memory": ("peak_bytes",),
+    "memory": ("peak_bytes", "added_bytes"),
     "synchronisations": ("in_a_later_step", "places"),
     "moments": ("measure_us", "shape"),
     "toy": ("threshold_0_identical", "digest_repeats", "psnr_db"),

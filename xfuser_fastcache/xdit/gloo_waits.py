@@ -1,26 +1,89 @@
-"""Keeps asynchronous gloo sends alive until they are received, and no longer."""
+"""Sends and receives of gloo: kept alive until they are done, and no longer than a limit.
+
+gloo's `wait()` ignores the timeout of its group, so each wait here brings its own. Who waits in
+vain says for whom.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from xfuser_fastcache.consensus.collective import ConsensusTimeout
+
+# Longest wait for a peer where nobody has set a limit: torch's own for gloo.
+_UNLIMITED_S = 1800.0
+
+
+class WaitLimit:
+    """The longest wait for a peer, in seconds; one for the process, as xfuser's groups are.
+
+    Attributes:
+        seconds: changed by `sync_timeout_s`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = _UNLIMITED_S
+
+    def passed(self, what: str, peer: int, cause: Exception | None = None) -> ConsensusTimeout:
+        """Return the error of a wait that has passed the limit."""
+        return ConsensusTimeout(
+            f"rank {dist.get_rank()} waited for {what} rank {peer}, a neighbour in the pipeline, "
+            f"at most sync_timeout_s={self.seconds:g} s. It is late, has failed, or runs another "
+            f"generation: look at its log. Cause: {cause or 'it did not take the message'}"
+        )
+
+
+wait_limit = WaitLimit()
+
+
+class LimitedReceive:
+    """A receive in flight; stands in for its `Work`.
+
+    Args:
+        work: of torch.
+        source: global rank that sends.
+    """
+
+    def __init__(self, work: Any, source: int):
+        self.work = work
+        self.source = source
+
+    def wait(self) -> bool:
+        """Return when the message is there.
+
+        Raises:
+            ConsensusTimeout: it did not come within the limit; names the sender.
+        """
+        try:
+            return self.work.wait(timedelta(seconds=wait_limit.seconds))
+        except RuntimeError as error:
+            raise wait_limit.passed("a message of", self.source, error) from error
 
 
 class KeptSend:
     """A send in flight with the tensor it reads; stands in for its `Work`."""
 
-    def __init__(self, work: Any, tensor: torch.Tensor):
+    def __init__(self, work: Any, tensor: torch.Tensor, peer: int):
         self.work = work
         self.tensor = tensor
+        self.peer = peer
         self.error: Exception | None = None
         self.done = threading.Event()
 
     def wait(self) -> bool:
-        """Return when the peer has taken the message."""
-        self.done.wait()
+        """Return when the peer has taken the message.
+
+        Raises:
+            ConsensusTimeout: it did not within the limit; names it.
+        """
+        if not self.done.wait(wait_limit.seconds):
+            raise wait_limit.passed("a message to be taken by", self.peer)
         if self.error is not None:
             raise self.error
         return True
@@ -44,11 +107,11 @@ class PendingSends:
     def __len__(self) -> int:
         return self._count
 
-    def keep(self, work: Any, tensor: torch.Tensor) -> KeptSend:
+    def keep(self, work: Any, tensor: torch.Tensor, peer: int) -> KeptSend:
         """Own ``work`` and ``tensor`` until the send completes; return what to wait on."""
         if self._error is not None:
             raise RuntimeError(f"an earlier send to a peer failed: {self._error}") from self._error
-        kept = KeptSend(work, tensor)
+        kept = KeptSend(work, tensor, peer)
         with self._changed:
             self._count += 1
             if self._thread is None:
