@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from support.backend_options import NEVER, OFTEN  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
-from support.tiny_models import TINY_PIPELINES  # noqa: E402
+from support.tiny_models import ADAPTER_OF, TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
 from xdit_control import describe, own_share, wrap  # noqa: E402
 
@@ -50,7 +50,11 @@ def variants(backend: str, all_variants: bool) -> dict[str, dict[str, Any]]:
 
 
 # Eight blocks: a stage of PipeFusion 4 must not be empty.
-SIZES = {"flux": {"num_layers": 4, "num_single_layers": 4}}
+SIZES = {
+    model: {"num_layers": 4, "num_single_layers": 4}
+    for model, adapter in ADAPTER_OF.items()
+    if adapter == "flux"
+}
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -29,11 +29,15 @@ _PER_SAMPLE = (
     "negative_prompt_embeds",
     "negative_pooled_prompt_embeds",
     "negative_prompt_attention_mask",
+    "image",
+    "mask_image",
 )
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
     """Build the configs from ``xFuserArgs`` fields and put xfuser's class around the pipeline.
+
+    A pipeline that xfuser has no class for is run as its runner would; see `as_the_runner_does`.
 
     Returns:
         The wrapped pipeline and xfuser's ``InputConfig``.
@@ -51,8 +55,38 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     ).create_config()
     cpu_platform.prepare_engine_config(engine_config, pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
+    try:
+        wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
+    except ValueError:
+        if engine_config.parallel_config.pp_config.pp_degree > 1:
+            raise
+        return as_the_runner_does(pipeline, engine_config, call), input_config
     return wrapper_class(pipeline, engine_config), input_config
+
+
+def as_the_runner_does(pipeline: Any, engine_config: Any, call: dict[str, Any]) -> Any:
+    """Give a FLUX pipeline the transformer of xfuser's runner, which cuts latents by itself.
+
+    The pipeline stays diffusers' own, and every rank is given all latents.
+    """
+    from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
+    from xfuser.model_executor.models.transformers.transformer_flux import (
+        xFuserFlux1Transformer2DWrapper,
+    )
+
+    transformer = xFuserFlux1Transformer2DWrapper(
+        **{k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+    ).eval()
+    transformer.load_state_dict(pipeline.transformer.state_dict())
+    pipeline.transformer = transformer
+    initialize_runtime_state(pipeline, engine_config)
+    get_runtime_state().set_input_parameters(
+        batch_size=call["prompt_embeds"].shape[0],
+        num_inference_steps=call["num_inference_steps"],
+        max_condition_sequence_length=call["max_sequence_length"],
+        split_text_embed_in_sp=True,
+    )
+    return pipeline
 
 
 def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -105,7 +139,7 @@ def describe(latents: Any) -> dict[str, Any]:
 
 def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict[str, Any]]:
     """Build one pipeline and generate ``--repeat`` times; one description a generation."""
-    from tiny_models import TINY_PIPELINES
+    from support.tiny_models import TINY_PIPELINES
 
     pipeline, call = TINY_PIPELINES[model](batch=options.batch)
     call["num_inference_steps"] = options.num_inference_steps

@@ -14,12 +14,13 @@ from xfuser_fastcache.assembly import (
     drawn,
 )
 from xfuser_fastcache.clock.clock import Clock, Reader
-from xfuser_fastcache.clock.pipelines import owners_of, watch_pipelines
+from xfuser_fastcache.clock.pipelines import PresentScheduler, owners_of, watch_pipelines
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import PlainLayout
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
+from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
 
 __all__ = [
@@ -112,11 +113,15 @@ def apply_cache_on_transformer(
         refuse_compiled(transformer, request.whole_forward)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
-    adapter, group = adapter_of(model), layout.decision_group()
-    request.check(adapter, group)
+    adapter = adapter_of(model)
+    group = layout.decision_group(transformer, request.whole_forward)
+    # A pipeline's stages run patches; where a condition's tokens are in them is not known.
+    counts = TokenCounts(adapter.image_tokens if group.stages == 1 else None, group.shard)
+    held = blocks_held(model, adapter)
+    kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
+    request.check(kinds, group)
     config = request.config
     layout.limit_waits(config.sync_timeout_s)
-    held = blocks_held(model, adapter)
     consensus = Consensus(
         group,
         backend=config.sync_backend,
@@ -125,12 +130,13 @@ def apply_cache_on_transformer(
         block_lists=block_lists_of(held),
     )
     try:
-        plan = drawn(request, model, adapter, consensus)
+        plan = drawn(request, model, adapter, consensus, counts)
         engine = CacheEngine(plan, consensus, _clock(transformer, config))
     except BaseException:
         consensus.close()
         raise
-    reader = Reader(transformer, adapter, layout, group.stages, scheduler, engine.denoiser)
+    pulse = PresentScheduler(transformer, scheduler)
+    reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
     blocks = [block for listed in held.values() for block in listed]
     attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
     attachment.attach(engine, reader)

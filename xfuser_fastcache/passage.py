@@ -12,6 +12,7 @@ from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.decisions.agreement import Agreement
 from xfuser_fastcache.measurements.moments import Reference, measure
+from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import noise_tokens
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, LocalState, Memory
@@ -141,7 +142,9 @@ class Passage:
             self._visit = self._enter(index, contract.read(args, kwargs), args, kwargs)
         visit, is_last = self._visit, index == piece.last
         if visit.skips and not visit.audits:
-            return contract.pack(self._forecast(visit) if is_last else contract.read(args, kwargs))
+            if not is_last and isinstance(contract, BlockContract):
+                return contract.handed_on(args, kwargs)
+            return contract.pack(self._forecast(visit))
         counters = self.agreement.counters
         output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
         if visit.skips:

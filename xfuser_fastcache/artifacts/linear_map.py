@@ -257,7 +257,7 @@ class SpanMaps:
             hidden = hidden + image.change(moved.hidden_states)
         if words is not None and text is not None and moved.encoder_hidden_states is not None:
             words = words + text.change(moved.encoder_hidden_states)
-        return Streams(hidden, words)
+        return Streams(hidden, words, forecast.rest)
 
     def change_of_each(self, dx: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
         """Return the residual's change of image tokens that each have a gap of their own.

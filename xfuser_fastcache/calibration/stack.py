@@ -97,11 +97,11 @@ class StackRecorder:
             self._branches.append([])
 
     def _see_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        contract = next(iter(self.adapter.block_lists.values()))
+        contract = self.adapter.first_contract(block)
         self._inputs = contract.read(args, kwargs).map(self._kept)
 
     def _see_output(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        contract = list(self.adapter.block_lists.values())[-1]
+        contract = list(self.adapter.block_lists.values())[-1].of(block)
         assert self._inputs is not None
         residual = contract.unpack(output).map(self._kept).map(torch.sub, self._inputs)
         self._branches[self._branch].append(Passage(self._inputs, residual))

@@ -238,10 +238,15 @@ class TaylorWeights(NamedTuple):
     ) -> Streams:
         """Apply `function` to the tensors of two streams and their weight, stream by stream."""
         image = function(one.hidden_states, other.hidden_states, self.image)
-        texts = one.encoder_hidden_states, other.encoder_hidden_states
-        if texts[0] is None or texts[1] is None:
-            return Streams(image)
-        return Streams(image, function(texts[0], texts[1], self.text))
+
+        def of_all(x: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None or y is None else function(x, y, self.text)
+
+        return Streams(
+            image,
+            of_all(one.encoder_hidden_states, other.encoder_hidden_states),
+            of_all(one.rest, other.rest),
+        )
 
 
 def extrapolated(memory: Memory, noise_level: float, share: float | None = None) -> Streams:

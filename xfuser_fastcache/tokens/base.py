@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,6 @@ import torch
 from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.config.checks import CheckedOptions
 from xfuser_fastcache.models.block_contract import BlockContract
-from xfuser_fastcache.models.streams import Streams
 
 
 class CannotForecast(Exception):
@@ -137,10 +137,11 @@ def run_narrowed(
         args, kwargs: its arguments.
         slice_tables: whether tables with a row a token are narrowed too.
     """
-    x = contract.read(args, kwargs).hidden_states
+    streams = contract.read(args, kwargs)
+    x, behind = streams.hidden_states, contract.layout.behind(streams)
     few = narrowing.narrow(x)
     rows = narrowing.rows if slice_tables else None
     args, kwargs = contract.replaced(args, kwargs, few, x.shape[1], rows)
-    output = contract.unpack(forward(*args, **kwargs))
+    output = contract.unpack(forward(*args, **kwargs), behind)
     every = narrowing.widen(x, few, output.hidden_states)
-    return contract.pack(Streams(every, output.encoder_hidden_states))
+    return contract.pack(replace(output, hidden_states=every))

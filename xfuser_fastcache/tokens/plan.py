@@ -65,7 +65,7 @@ class ChosenTokens(TokenPlan):
         # A table's row is one for the whole batch, and so is then the choice.
         self._same_rows = any(contract.tables for contract in contracts)
         self._edges = torch.tensor(() if self.motion is None else self.motion.edges)
-        self._tokens = 0
+        self._tokens = self._behind = 0
         self._saliency: torch.Tensor | None = None
         # Of the span that is being computed; of each method, the narrowings in force.
         self._narrows = False
@@ -154,6 +154,7 @@ class ChosenTokens(TokenPlan):
         assert isinstance(contract, BlockContract)
         inputs = contract.read(args, kwargs)
         self._tokens, text = inputs.hidden_states.shape[1], inputs.encoder_hidden_states
+        self._behind = contract.layout.behind(inputs)
         self._narrowing = self._choose(index, inputs.hidden_states)
         if self._narrowing is None:
             return forward(*args, **kwargs)
@@ -175,7 +176,8 @@ class ChosenTokens(TokenPlan):
     ) -> Any:
         """Run an attention module on static tokens too, as they were."""
         assert self._static is not None
-        return self._static.attend(key, self._narrowing, self._tokens, forward, args, kwargs)
+        counts = self._tokens, self._behind
+        return self._static.attend(key, self._narrowing, counts, forward, args, kwargs)
 
     def leave(
         self, inputs: Streams, outputs: Streams, memory: Memory, noise_level: float
@@ -188,7 +190,7 @@ class ChosenTokens(TokenPlan):
             dx = inputs.hidden_states - anchor.inputs.hidden_states
             static += self._maps.change_of_each(dx, (noise_level - _levels(anchor)).abs())
         image = self._split.mixed(outputs.hidden_states, static)
-        return Streams(image, outputs.encoder_hidden_states)
+        return replace(outputs, hidden_states=image)
 
     def static_multiply_adds(self, inputs: Streams) -> float:
         """Return what the maps of static tokens cost."""
@@ -211,7 +213,7 @@ class ChosenTokens(TokenPlan):
 
         def streams(new: Streams, old: Streams) -> Streams:
             image = mixed(new.hidden_states, old.hidden_states)
-            return Streams(image, new.encoder_hidden_states)
+            return replace(new, hidden_states=image)
 
         inputs = streams(now.inputs, before.inputs)
         assert now.reference is not None and before.reference is not None
