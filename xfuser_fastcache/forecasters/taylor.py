@@ -48,7 +48,7 @@ class DampedTaylorForecaster(Forecaster):
     depth = 2
 
     share: float = option(
-        0.6,  # By measurement (docs/decisions.md).
+        0.6,  # By measurement (docs/decisions/damped-taylor.md).
         number("0 < number < 1", lambda value: 0 < value < 1),
         "what is left of a slope an anchors' distance ahead (ratio)",
     )

@@ -44,10 +44,10 @@ class ChiSquareGate(Gate):
 
     Source: FastCache, arXiv 2505.20353, section on the transformer-level cache. `chi2` deviates
     from it: the published statistic has no scale, so its test accepts what it should reject, and
-    knows no age of the anchor (docs/decisions.md has the comparison of statistics).
+    knows no age of the anchor (docs/decisions/change-times-age.md compares statistics).
     """
 
-    # By measurement (docs/decisions.md).
+    # By measurement (docs/decisions/damped-taylor.md).
     companions = Companions("damped_taylor", num_warmup_steps=2, max_consecutive_skips=4)
 
     cache_ratio_threshold: float = option(
