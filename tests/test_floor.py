@@ -37,7 +37,7 @@ from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract, Table
 from xfuser_fastcache.models.forward_layout import ForwardLayout
 from xfuser_fastcache.models.noise import FlowSigma, NoiseAngle
-from xfuser_fastcache.models.streams import HIDDEN, Streams
+from xfuser_fastcache.models.streams import HIDDEN
 from xfuser_fastcache.models.token_layout import TokenCounts, TokenLayout, leading_zeros
 from xfuser_fastcache.plugins import ADAPTERS
 from xfuser_fastcache.tokens.base import run_narrowed
