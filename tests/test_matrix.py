@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from layouts import EXCLUDED, LAYOUTS, Exclusion
 from matrix_worker import STEPS, variants
 from support.tiny_models import ADAPTER_OF, TINY_PIPELINES
 from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
 from xfuser_fastcache.backends import BACKENDS
+from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, Exclusion
 
 
 def excluded(model: str, layout: str) -> bool:

@@ -24,6 +24,7 @@ from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.measurements.probes import Probe
 from xfuser_fastcache.models.adapter import ModelAdapter
@@ -260,6 +261,15 @@ def reset_cache_statistics(transformer: nn.Module) -> None:
         ValueError: there is no cache on it.
     """
     _hook(transformer).engine.reset_statistics()
+
+
+def replace_forecaster(transformer: nn.Module, forecaster: Forecaster) -> None:
+    """Let another forecaster stand in, of the same reach; calibrations fit theirs as they run.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    _hook(transformer).engine.forecaster = forecaster
 
 
 def _hook(transformer: nn.Module) -> TransformerHook:

@@ -40,3 +40,13 @@ def registered(group: str) -> dict[str, EntryPoint]:
 def loaded(group: str) -> dict[str, Any]:
     """Return what the entry points of a group stand for, by name."""
     return {name: entry.load() for name, entry in registered(group).items()}
+
+
+def everything_registered() -> dict[str, dict[str, EntryPoint]]:
+    """Return the entry points of each group by name, none of them loaded.
+
+    Example:
+        >>> everything_registered()[ADAPTERS]["flux"].value
+        'diffusers_adapters.flux:FluxAdapter'
+    """
+    return {group: registered(group) for group in (ADAPTERS, GATES, LAYOUTS)}
