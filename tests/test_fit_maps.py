@@ -15,10 +15,10 @@ import pytest
 import torch
 from support.calibrations import fitted_for
 from support.tiny_models import tiny_flux
+from support.toy import MASK, PROMPTS
+from support.toy import STEPS as TOY_STEPS
 from support.worlds import ROOT, run_world
 from test_engine import STEPS, Flux
-from toy_worker import MASK, PROMPTS
-from toy_worker import STEPS as TOY_STEPS
 
 from diffusers_adapters.flux import FluxAdapter
 from diffusers_adapters.sd3 import SD3Adapter

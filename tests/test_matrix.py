@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from matrix_worker import STEPS, variants
+from support.matrix import STEPS, variants
 from support.tiny_models import ADAPTER_OF, TINY_PIPELINES
 from support.worlds import WorldFailed, launch, run_world
 
