@@ -133,7 +133,7 @@ def cut_off(path: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda path: None, "cannot read the linear_maps .*file"),
-    "truncated": (cut_off, "no whole linear_maps file .*anew with scripts/fit_maps.py"),
+    "truncated": (cut_off, "no whole linear_maps file .*anew with fastcache fit-maps"),
     "calibration": (
         lambda path: fitted_for(tiny_flux()[0], STEPS).save(path),
         "holds linear maps of version None; this release reads version 1",
@@ -186,7 +186,7 @@ OTHERS: dict[str, tuple[Callable[[Flux], Any], str]] = {
         lambda flux: flux.transformer.single_transformer_blocks.append(
             flux.transformer.single_transformer_blocks[-1]
         ),
-        r"\(blocks: 6 in the file, 7 here\); make one for this model with scripts/fit_maps",
+        r"\(blocks: 6 in the file, 7 here\); make one for this model with fastcache fit-maps",
     ),
 }
 
