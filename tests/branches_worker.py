@@ -16,6 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from support.toy import generate, load  # noqa: E402
+from support.toy import same as same_image  # noqa: E402
 from support.worlds import report  # noqa: E402
 from test_branches import (  # noqa: E402
     LEVELS,
@@ -29,8 +31,6 @@ from test_branches import (  # noqa: E402
     same,
 )
 from torch import nn  # noqa: E402
-from toy_worker import generate, load  # noqa: E402
-from toy_worker import same as same_image  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,

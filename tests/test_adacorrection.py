@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.toy import PROMPTS, psnr
 from test_backends import Pipeline
 from test_forecasters import DIM, anchor, assert_close, remember, streams
-from toy_worker import PROMPTS, psnr
 
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of

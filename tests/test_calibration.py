@@ -33,7 +33,7 @@ from xfuser_fastcache.calibration.cells import (
     tables_of,
     upper_of,
 )
-from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
+from xfuser_fastcache.calibration.replay import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.risk import least_generations
 from xfuser_fastcache.clock.timeline import Schedule
 from xfuser_fastcache.consensus.collective import BlockList, Consensus

@@ -1,4 +1,4 @@
-"""Fitted linear maps from the command to the cache: scripts/fit_maps.py, its file, `linear_maps`.
+"""Fitted linear maps from the command to the cache: `fastcache fit-maps`, its file, `linear_maps`.
 
 CPU: the toy FLUX with a few steps, once as it is and once with a stack whose residual is affine in
 its input. gloo: one world a layout (`maps_worker.py`).
@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import calibrate
-import fit_maps
 import pytest
 import torch
 from support.calibrations import fitted_for
 from support.tiny_models import tiny_flux
+from support.toy import MASK, PROMPTS
+from support.toy import STEPS as TOY_STEPS
 from support.worlds import ROOT, run_world
 from test_engine import STEPS, Flux
-from toy_worker import MASK, PROMPTS
-from toy_worker import STEPS as TOY_STEPS
 
 from diffusers_adapters.flux import FluxAdapter
 from xfuser_fastcache import (
@@ -33,8 +31,10 @@ from xfuser_fastcache.artifacts.file import write_file
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
 from xfuser_fastcache.artifacts.linear_maps import FittedMaps, load_maps
 from xfuser_fastcache.calibration.stack import StackRecorder
+from xfuser_fastcache.cli import fit_maps
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
 from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.xdit.loaded import load_pipeline
 
 MODEL = str(ROOT / "toys" / "flux")
 FLAGS = [
@@ -123,7 +123,7 @@ def cut_off(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (cut_off, "no whole linear_maps file .*anew with scripts/fit_maps.py"),
+    "truncated": (cut_off, "no whole linear_maps file .*anew with fastcache fit-maps"),
     "calibration": (
         lambda path: fitted_for(tiny_flux()[0], STEPS).save(path),
         "holds linear maps of version None; this release reads version 1",
@@ -325,9 +325,9 @@ def plant(pipe: Any) -> None:
 def test_an_affine_residual_is_found_and_forecast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe = calibrate.load_pipeline(MODEL, "float32")
+    pipe = load_pipeline(MODEL, "float32")
     plant(pipe)
-    monkeypatch.setattr(calibrate, "load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr("xfuser_fastcache.calibration.runs.load_pipeline", lambda *_: pipe)
     path = tmp_path / "maps.safetensors"
     assert fit_maps.main([*FLAGS, "--output", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_one_file_serves_two_ranks_and_two_files_are_refused(
         tmp_path / "other", dataclasses.replace(fitted, metadata={**fitted.metadata, "seed": 9})
     )
     world = run_world("maps_worker.py", 2, "2", "1", str(toy_maps), other, str(tmp_path))
-    pipe = calibrate.load_pipeline(MODEL, "float32")
+    pipe = load_pipeline(MODEL, "float32")
     apply_cache_on_transformer(
         pipe.transformer, scheduler=pipe.scheduler, steps_mask=MASK, linear_maps=str(toy_maps)
     )

@@ -192,6 +192,7 @@ def test_import_is_light() -> None:
 
 
 DECLARED = {
+    ("console_scripts", "fastcache"): "xfuser_fastcache.cli:main",
     ("console_scripts", "xdit-fastcache"): "xfuser_fastcache.xdit.runner:launch",
     ("xfuser_fastcache.adapters", "flux"): "diffusers_adapters.flux:FluxAdapter",
     ("xfuser_fastcache.adapters", "sd3"): "diffusers_adapters.sd3:SD3Adapter",

@@ -298,7 +298,7 @@ def arguments_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_benchmark_takes_every_flag_of_the_command(name: str) -> None:
-    import fastcache_benchmark
+    from scripts.dev import fastcache_benchmark
 
     options = fastcache_benchmark.parse(arguments_of(name))
     assert options.model == str(ROOT / "toys" / "flux")

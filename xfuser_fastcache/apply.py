@@ -19,6 +19,7 @@ from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import Layout, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
 from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
@@ -268,6 +269,15 @@ def reset_cache_statistics(transformer: nn.Module) -> None:
         ValueError: there is no cache on it.
     """
     _hook(transformer).engine.reset_statistics()
+
+
+def replace_forecaster(transformer: nn.Module, forecaster: Forecaster) -> None:
+    """Let another forecaster stand in, of the same reach; calibrations fit theirs as they run.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    _hook(transformer).engine.passage.forecaster = forecaster
 
 
 def _hook(transformer: nn.Module) -> TransformerHook:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
 
-CALIBRATION = Kind("calibration", "scripts/calibrate.py")
+CALIBRATION = Kind("calibration", "fastcache calibrate")
 # Of the layout of the file.
 VERSION = 6
 # The plan's noise levels are compared in this precision.
@@ -107,7 +107,7 @@ class Fitted:
         steering_guided: as `steering`, of the pictures of a batch without guidance and of those
             with it, fitted together where a call of the transformer held both, `(M, T, 2, 5)`;
             empty, `(0, T, 2, 5)`, where it did not.
-        metadata: what the file was made of and for; see `scripts/calibrate.py`.
+        metadata: what the file was made of and for; see `fastcache calibrate`.
         digest: of the file's content, in hexadecimal.
     """
 
@@ -252,7 +252,7 @@ def load_fitted(path: str | Path) -> Fitted:
         raise ValueError(
             f"{str(path)!r} holds version {version} with {', '.join(sorted(held))}; this release "
             f"reads version {VERSION} with {', '.join(sorted(_TABLES))}. Make it anew with "
-            "scripts/calibrate.py"
+            "fastcache calibrate"
         )
     try:
         return Fitted(

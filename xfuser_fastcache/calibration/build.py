@@ -20,8 +20,8 @@ from xfuser_fastcache.calibration.cells import (
     tables_of,
     upper_of,
 )
-from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.record import Trajectory
+from xfuser_fastcache.calibration.replay import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.risk import conformal_scale, least_generations
 from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate, harmful_share
 

@@ -140,7 +140,7 @@ class CacheConfig(CheckedOptions):
     calibration: str | None = option(
         None,
         text("path"),
-        "file of scripts/calibrate.py: fitted output forecasts, thresholds, masks; options that "
+        "file of `fastcache calibrate`: fitted output forecasts, thresholds, masks; options that "
         "are not given take its values",
     )
     computed_steps: int | None = option(
@@ -151,7 +151,7 @@ class CacheConfig(CheckedOptions):
     linear_maps: str | None = option(
         None,
         text("path"),
-        "file of scripts/fit_maps.py: fitted linear maps of the stack of blocks, in place of the "
+        "file of `fastcache fit-maps`: fitted linear maps of the stack of blocks, in place of the "
         "slope fitted online; forecaster is then linear_taylor, or linear where that is given. "
         "With a motion/static split they are for static tokens, and the forecaster is as without",
     )

@@ -41,7 +41,7 @@ class Capability(Enum):
     CALIBRATION = (
         "a calibration",
         "does without one",
-        "give calibration='FILE', made by scripts/calibrate.py",
+        "give calibration='FILE', made by fastcache calibrate",
     )
     GATE_TO_CALIBRATE = (
         "a gate that takes one",

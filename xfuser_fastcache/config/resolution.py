@@ -89,7 +89,7 @@ def _calibrated(config: CacheConfig, fitted: Calibrated) -> CacheConfig:
             raise ValueError(
                 f"cache_ratio_threshold={config.cache_ratio_threshold!r} is not what the "
                 f"calibration was made for ({epsilon!r}); leave it out, or make another with "
-                "scripts/calibrate.py --cache_ratio_threshold"
+                "fastcache calibrate --cache_ratio_threshold"
             )
         if config.significance_level not in fitted.scales:
             raise ValueError(
