@@ -340,7 +340,7 @@ def test_a_plan_that_is_not_known_is_refused(flux: Flux, tmp_path: Path) -> None
         ({"cache_ratio_threshold": 0.2}, "cache_ratio_threshold=0.2 is not what .* for .0.3."),
         ({"significance_level": 0.01}, "significance_level=0.01: the calibration is for 0.05, 0.1"),
         ({"computed_steps": 5}, "computed_steps=5: the calibration has masks of 3, 4 steps"),
-        ({"granularity": 3}, "granularity=3 does not go with forecaster='output'"),
+        ({"granularity": 3}, "granularity=3 does not go with calibration='"),
     ],
     ids=["epsilon", "alpha", "computed_steps", "granularity"],
 )  # fmt: skip
