@@ -17,10 +17,18 @@ def parameters_of(module_class: Any) -> tuple[str, ...]:
     Of a subclass whose forward hands positional arguments on unnamed (`*args`), those of the class
     below it.
 
+    Args:
+        module_class: of the module.
+
     Example:
         >>> parameters_of(nn.Linear)
         ('input',)
     """
+    return _parameters(module_class)
+
+
+@cache
+def _parameters(module_class: Any) -> tuple[str, ...]:
     bases = module_class.__mro__[: module_class.__mro__.index(nn.Module)]
     signatures = [
         list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]

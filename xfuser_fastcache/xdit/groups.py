@@ -52,7 +52,8 @@ def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     code of the forward asks for its place in.
     """
     names = names_in(transformer.forward)
-    return "get_sequence_parallel_rank" in names, "get_classifier_free_guidance_rank" in names
+    by_tokens = names & {"get_sequence_parallel_rank", "get_ulysses_parallel_rank"}
+    return bool(by_tokens), "get_classifier_free_guidance_rank" in names
 
 
 class XDiTLayout:
