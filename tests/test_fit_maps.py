@@ -16,9 +16,9 @@ import fit_maps
 import pytest
 import torch
 from support.calibrations import fitted_for
+from support.flux import STEPS, Flux
 from support.tiny_models import tiny_flux
 from support.worlds import ROOT, run_world
-from test_engine import STEPS, Flux
 from toy_worker import MASK, PROMPTS
 from toy_worker import STEPS as TOY_STEPS
 

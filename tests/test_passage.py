@@ -286,5 +286,3 @@ def test_a_block_outside_of_a_forward_pass_runs_uncached() -> None:
     stack.added = [1.0] * 4
     assert torch.equal(stack.run(2, ones()), ones(2.0))
     assert stack.engine.statistics()["steps"] == 0
-
-

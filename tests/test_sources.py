@@ -178,9 +178,7 @@ def test_a_counter_that_goes_back_begins_a_generation() -> None:
     clock, calls = scheduler(plan), []
     for index in (0, 1, 0, 1):
         clock.step_index = index
-        calls.append(
-            timeline.open(arrival(plan.steps[index].timestep, scheduler=clock, plan=plan))
-        )
+        calls.append(timeline.open(arrival(plan.steps[index].timestep, scheduler=clock, plan=plan)))
     assert planned(calls) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -190,9 +188,7 @@ def test_a_step_that_no_forward_pass_saw_is_missed_by_nobody() -> None:
     clock, calls = scheduler(plan), []
     for index in (0, 2, 3):
         clock.step_index = index
-        calls.append(
-            timeline.open(arrival(plan.steps[index].timestep, scheduler=clock, plan=plan))
-        )
+        calls.append(timeline.open(arrival(plan.steps[index].timestep, scheduler=clock, plan=plan)))
     assert planned(calls) == [(0, 0), (0, 2), (0, 3)]
     assert calls[-1].is_last_step
 

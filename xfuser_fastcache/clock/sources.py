@@ -181,8 +181,8 @@ class SchedulerCounter(Source):
         self._entered = index if self._entered is None else self._entered
         self._moved = fits and index != self._entered
         # A call that the step has had, at a timestep that the next one may have as well.
-        stands = past is not None and past.repeats(arrival) and plan.has(index + 1, arrival.timestep)
-        self._distrusted |= not fits or stands
+        again = past is not None and past.repeats(arrival)
+        self._distrusted |= not fits or (again and plan.has(index + 1, arrival.timestep))
         return self._moved or not self._distrusted
 
 
