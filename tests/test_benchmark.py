@@ -253,7 +253,7 @@ def test_the_polynomial_beside_a_model_is_used() -> None:
 
     pipe = DiffusionPipeline.from_pretrained("toys/sd3", torch_dtype=torch.float32)
     with methods.all_methods()["tea"].prepare(Subject(pipe, 4, {}), "0.5"):
-        gate = hook_on(pipe.transformer).engine.agreement.gate
+        gate = hook_on(pipe.transformer).engine.plan.gate
         fitted = CacheConfig.from_file("toys/sd3/teacache.yaml").coefficients
         assert (gate.threshold, list(gate.coefficients)) == (0.5, fitted)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 from support.calibrations import even_levels, fitted_for, fitted_on
-from test_engine import STEPS, Flux
+from support.flux import STEPS, Flux
 
 from xfuser_fastcache import (
     CacheConfig,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_backends import STEPS, Pipeline, levels
-from test_engine import Stack, ones, without_gradients  # noqa: F401
+from support.stack import Stack, ones
+from test_backends import STEPS, Pipeline, levels, without_gradients  # noqa: F401
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
 from xfuser_fastcache.backends import BACKENDS, gate_of
@@ -34,7 +34,7 @@ def run(gate: Any, first: list[float]) -> list[bool]:
     for level, added in zip(levels(len(first)), first, strict=True):
         made.added = [added, 2.0, 4.0, 8.0]
         made(ones(), level)
-    assert made.engine.consensus.collectives == len(first)
+    assert made.consensus.collectives == len(first)
     return [bool(flags) for flags in made.flags]
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from support.calibrations import fitted_for
+from support.flux import STEPS, Flux
 from support.tiny_models import tiny_flux
 from support.toy import MASK, PROMPTS
 from support.toy import STEPS as TOY_STEPS
 from support.worlds import ROOT, run_world
-from test_engine import STEPS, Flux
 
 from diffusers_adapters.flux import FluxAdapter
 from xfuser_fastcache import (

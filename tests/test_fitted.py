@@ -16,8 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from support.calibrations import fitted_for, fitted_on
+from support.flux import STEPS, Flux
 from support.tiny_models import TINY_PIPELINES, tiny_flux
-from test_engine import STEPS, Flux
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.artifacts.calibration import VERSION, Fitted, load_fitted

@@ -14,26 +14,24 @@ import numpy as np
 import pytest
 import torch
 from support.calibrations import even_levels, fitted_on
+from support.loops import SCHEDULER
+from support.stack import WholeForward, config_of
 from support.tiny_models import TINY_PIPELINES, tiny_flux
 from torch import nn
 
 from xfuser_fastcache import (
-    CacheConfig,
     apply_cache_on_transformer,
     get_cache_statistics,
     remove_cache,
 )
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.artifacts.calibration import Cell, Fitted, TrajectoryCorrection
-from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
-from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.measurements.moments import Reference
 from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.streams import Streams
-from xfuser_fastcache.reports.statistics import BlockInfo
 from xfuser_fastcache.state.local import Anchor, Memory
 
 STEPS = 8
@@ -311,16 +309,10 @@ class Forward:
 
     def __init__(self, stages: int = 1, **options: Any):
         options = {"steps_mask": [1, 1, *[0] * (STEPS - 2)], "num_steps": STEPS, **options}
-        config = CacheConfig(forecaster="output", **options).resolved()
-        consensus = Consensus(
-            DecisionGroup(stages=stages),
-            backend="gloo",
-            timeout_s=60.0,
-            config_digest=config.digest(),
-            block_lists=(BlockList(2, 1),),
-        )
-        blocks = [BlockInfo(f"blocks.{i}", 0, 0.5) for i in range(2)]
-        self.engine = CacheEngine(config, consensus, blocks, [ForwardContract()], 0, CHANNELS)
+        config = config_of(forecaster="output", **options)
+        self.run = WholeForward(config, CHANNELS, DecisionGroup(stages=stages))
+        self.engine = self.run.engine
+        self.stages = stages
         self.runs = 0
 
     def __call__(
@@ -330,10 +322,7 @@ class Forward:
             self.runs += 1
             return ((3 * x - 2 * level * x.square(), text * level),)
 
-        self.engine.open(level, level, None, position, x.device)
-        output = self.engine.run_block(0, forward, (x,), {})[0]
-        self.engine.close()
-        return output
+        return self.run(forward, x, level, position=position, stages=self.stages)[0]
 
 
 @pytest.mark.parametrize(
@@ -497,8 +486,9 @@ def test_branches_forecast_as_each_does_alone(named: bool) -> None:
 
     def run(*texts: int) -> list[list[torch.Tensor]]:
         transformer = tiny_flux()[0].transformer
-        options = {"num_steps": STEPS, "forecaster": "output", "steps_mask": MASK}
+        options = {"scheduler": SCHEDULER, "forecaster": "output", "steps_mask": MASK}
         apply_cache_on_transformer(transformer, **options)
+        SCHEDULER.set_timesteps(sigmas=LEVELS.tolist())
         x = {text: random(1, 16, 16, seed=text, dtype=torch.float32) for text in texts}
         found: dict[int, list[torch.Tensor]] = {text: [] for text in texts}
         for step, level in enumerate(LEVELS.tolist()):

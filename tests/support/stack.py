@@ -5,12 +5,13 @@ The clock is given what a transformer's hook would read: see `arrival`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.artifacts.calibration import Fitted
 from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.clock.clock import Clock
@@ -19,13 +20,15 @@ from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.gates.base import Rule
 from xfuser_fastcache.measurements.probes import Probe
 from xfuser_fastcache.models.adapter import Step
 from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 from xfuser_fastcache.reports.statistics import BlockInfo
-from xfuser_fastcache.tokens.plan import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 
 EVER = 1e6  # A threshold that any change stays below.
 TOKENS, DIM = 6, 4
@@ -33,6 +36,11 @@ WHOLE = Position()
 PATCHES = (2, 4)
 BARE = BlockContract(parameters=(HIDDEN,), returns=(HIDDEN,))
 JOINT = BlockContract(parameters=(HIDDEN, ENCODER), returns=(ENCODER, HIDDEN))
+
+
+def config_of(**options: Any) -> CacheConfig:
+    """Return options as an engine is given them."""
+    return CacheConfig(**options).resolved()
 
 
 def ones(value: float = 1.0) -> torch.Tensor:
@@ -64,26 +72,47 @@ def arrival(level: float, latents: torch.Tensor | None = None, **given: Any) -> 
     return Arrival(latents=latents, read_timestep=read, noise_level_of=float, **given)
 
 
-def consensus_of(
-    config: CacheConfig, group: DecisionGroup | None = None, held: tuple[int, ...] = (1,)
-) -> Consensus:
-    """Return the consensus of one process, which may stand for one stage of a pipeline.
+def engine_of(
+    config: CacheConfig,
+    contracts: Sequence[BlockContract | ForwardContract],
+    blocks: int,
+    group: DecisionGroup | None = None,
+    held: tuple[int, ...] | None = None,
+    **parts: Any,
+) -> CacheEngine:
+    """Return the engine of one process, which may stand for one stage of a pipeline.
 
     Args:
         config: of the cache.
-        group: the process's place; alone by default.
-        held: blocks of each stage.
+        contracts: of the blocks that this process holds.
+        blocks: of the whole model; each costs the same.
+        group: place of the process; alone by default.
+        held: blocks of each pipeline stage; all in one by default.
+        **parts: of the blueprint: a gate, a calibration, a token plan.
     """
-    group = group or DecisionGroup()
+    group, held = group or DecisionGroup(), held or (blocks,)
+    fitted = parts.get("fitted")
+    gate = parts.get("gate") or gate_of(config, fitted)
+    spans = span_of_blocks(blocks, config.granularity, Probe.FIRST_RESIDUAL in gate.probes)
+    stage = min(group.stage, len(held) - 1)
     consensus = Consensus(
         group,
         backend="gloo",
         timeout_s=60.0,
         config_digest=config.digest(),
-        block_lists=(BlockList(held[min(group.stage, len(held) - 1)], 1),),
+        block_lists=(BlockList(held[stage], 1),),
     )
-    consensus.stages = [[BlockList(blocks, 1)] for blocks in held]
-    return consensus
+    consensus.stages = [[BlockList(count, 1)] for count in held]
+    plan = Blueprint(
+        config=config,
+        contracts=contracts,
+        forecaster=forecaster_of(config, fitted, group),
+        blocks=[BlockInfo(f"blocks.{i}", span, 1 / blocks) for i, span in enumerate(spans)],
+        first_block=sum(held[:stage]),
+        modulated=lambda args, kwargs: args[0],
+        **{"dim": DIM, **parts, "gate": gate},
+    )
+    return CacheEngine(plan, consensus, Clock(config.num_steps))
 
 
 class Stack:
@@ -94,6 +123,7 @@ class Stack:
         group: place of the process; alone by default.
         held: blocks of each pipeline stage; this process runs those of its own. All in one by
             default.
+        gate: that decides; by default the one that the options ask for.
         **options: of the config; it skips whatever may be skipped by default, and reuses.
 
     Attributes:
@@ -108,29 +138,17 @@ class Stack:
         blocks: int = 4,
         group: DecisionGroup | None = None,
         held: tuple[int, ...] | None = None,
+        gate: Rule | None = None,
         **options: Any,
     ):
         if options.get("use_cache", "Fast") == "Fast":
             options = {"cache_ratio_threshold": EVER, **options}
-        config = CacheConfig(**{"forecaster": "reuse", **options})
-        group, held = group or DecisionGroup(), held or (blocks,)
-        self.consensus = consensus_of(config, group, held)
-        gate = gate_of(config)
-        spans = span_of_blocks(blocks, config.granularity, Probe.FIRST_RESIDUAL in gate.probes)
-        stage = min(group.stage, len(held) - 1)
-        plan = Blueprint(
-            config=config,
-            gate=gate,
-            forecaster=forecaster_of(config, None, group),
-            blocks=[BlockInfo(f"blocks.{i}", span, 1 / blocks) for i, span in enumerate(spans)],
-            contracts=[self.contract] * held[stage],
-            first_block=sum(held[:stage]),
-            dim=DIM,
-            modulated=lambda args, kwargs: args[0],
-            tokens=self.tokens(config, held[stage]),
-        )
-        self.engine = CacheEngine(plan, self.consensus, Clock(config.num_steps))
-        self.added = [0.0] * held[stage]
+        config = config_of(**{"forecaster": "reuse", **options})
+        own = held[group.stage] if held and group else blocks
+        contracts, tokens = [self.contract] * own, self.tokens(config, own)
+        self.engine = engine_of(config, contracts, blocks, group, held, gate=gate, tokens=tokens)
+        self.consensus = self.engine.consensus
+        self.added = [0.0] * own
         self.ran: list[int] = []
 
     def tokens(self, config: CacheConfig, blocks: int) -> NoTokenPlan | TokenPlan:
@@ -202,3 +220,38 @@ class Stack:
     def reasons(self) -> list[str]:
         """Why the first span was skipped or computed, by decision of this generation."""
         return [row["reason"] for row in self.engine.trace() if row["span"] == 0]
+
+
+class WholeForward:
+    """A forward pass that a forecaster stands in for as a whole, run as a transformer's hook does.
+
+    Args:
+        config: of the cache.
+        channels: of its latents.
+        group: place of the process; alone by default.
+        fitted: a calibration, or None.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        channels: int,
+        group: DecisionGroup | None = None,
+        fitted: Fitted | None = None,
+    ):
+        parts = {"dim": channels, "fitted": fitted}
+        self.engine = engine_of(config, [ForwardContract()], 2, group, **parts)
+
+    def __call__(
+        self, forward: Callable[[torch.Tensor], Any], x: torch.Tensor, level: float, **given: Any
+    ) -> Any:
+        """Run `forward`, or stand in for it."""
+        self.engine.open(arrival(level, x, **given))
+        output = self.engine.run_block(0, forward, (x,), {})
+        self.engine.close()
+        return output
+
+    @property
+    def flags(self) -> list[int]:
+        """What was decided in this generation."""
+        return [flags for *_, flags in self.engine.decisions.entries]
