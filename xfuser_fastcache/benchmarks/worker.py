@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 
 from xfuser_fastcache.benchmarks import quality
 from xfuser_fastcache.benchmarks.methods import Method, all_methods
@@ -234,8 +233,7 @@ def main() -> None:
         path = directory / f"records.{number:03d}-{worker}.jsonl"
         with open(path, "x") if first else open(os.devnull, "w") as stream:
             records = Records(stream if first else None)
-            threads = torch.get_num_threads()
-            records.write(kind="environment", **environment(*PACKAGES), threads_per_process=threads)
+            records.write(kind="environment", **environment(*PACKAGES))
             pictures = directory / "pictures" if first else None
             measurement = Measurement(subject, settings, all_methods(), records, pictures, failed)
             measurement.warm_up()
