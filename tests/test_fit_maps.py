@@ -377,7 +377,7 @@ def test_the_recorder_sees_the_stack_and_leaves_the_outputs_alone() -> None:
 
 
 def test_a_stream_that_the_last_block_drops_gets_no_map() -> None:
-    from tiny_models import tiny_sd3
+    from support.tiny_models import tiny_sd3
 
     pipe, call = tiny_sd3()
     pipe.set_progress_bar_config(disable=True)

@@ -117,11 +117,8 @@ def _adapting() -> list[Check]:
     """LoRA."""
     row = partial(Check, "LoRA (peft)")
     # diffusers' PixArt has no add_adapter.
-    models = {
-        "flux": "`add_adapter`",
-        "sd3": "`add_adapter`",
-        "pixart": "`inject_adapter_in_model`",
-    }
+    added = "`add_adapter`"
+    models = {"flux": added, "sd3": added, "pixart": "`inject_adapter_in_model`"}
     return [
         *(
             row(f"{how}, {when} the cache", model, works(**{when: load_lora}))
@@ -144,14 +141,8 @@ def _offloading() -> list[Check]:
         "`enable_group_offload`, by blocks": offload_groups("block_level"),
     }
     # Calls that have to be tried where there is an accelerator.
-    absent = (
-        ()
-        if torch.accelerator.is_available()
-        else (
-            "enable_model_cpu_offload",
-            "enable_sequential_cpu_offload",
-        )
-    )
+    calls = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
+    absent = () if torch.accelerator.is_available() else calls
     return [
         *(
             row(f"{way}, {when} the cache", "flux", works(**{when: change}))

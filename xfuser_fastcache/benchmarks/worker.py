@@ -62,6 +62,14 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
+def outcomes(records: list[dict[str, Any]]) -> tuple[set[tuple[str, str]], set[Point]]:
+    """Return the settings that failed, and the points that are measured."""
+    return (
+        {(r["method"], r["value"]) for r in records if r["kind"] == "error"},
+        {(r["round"], r["method"], r["value"]) for r in records if r["kind"] == "point"},
+    )
+
+
 def tell(error: Exception) -> str:
     """An error as its own words and the place where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -222,13 +230,7 @@ def main() -> None:
             steps = {} if method.whole_plan else {"num_inference_steps": TRIED_STEPS}
             subject.generate(settings.prompts[:1], [settings.seed], **{**steps, **changes})
     else:
-        before = read_records(directory)
-        failed = {(r["method"], r["value"]) for r in before if r["kind"] == "error"}
-        done = {
-            (record["round"], record["method"], record["value"])
-            for record in before
-            if record["kind"] == "point"
-        }
+        failed, done = outcomes(read_records(directory))
         number = len(list(directory.glob("records.*.jsonl"))) if first else 0
         path = directory / f"records.{number:03d}-{worker}.jsonl"
         with open(path, "x") if first else open(os.devnull, "w") as stream:

@@ -203,18 +203,11 @@ def print_table(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['model']}, {report['num_inference_steps']} steps, {layout}")
     for name in ("", "baseline", report["use_cache"] or "cached"):
         table.add_column(name, justify="left" if not name else "right")
+    psnr = "identical" if report["identical"] else shown(report["psnr_db"], ".1f", " dB")
     rows = (
-        (
-            "denoising loop",
-            shown(latency["baseline"], ".3f", " s"),
-            shown(latency["cached"], ".3f", " s"),
-        ),
+        ("denoising loop", *(shown(latency[kind], ".3f", " s") for kind in latency)),
         ("speedup", "", shown(report["speedup"], ".2f", "x")),
-        (
-            "PSNR",
-            "",
-            "identical" if report["identical"] else shown(report["psnr_db"], ".1f", " dB"),
-        ),
+        ("PSNR", "", psnr),
         ("SSIM", "", shown(report["ssim"], ".4f")),
         ("hit ratio", "", shown(report["statistics"].get("block_approx_ratio"), ".1%")),
         ("collectives per step", "", shown(report["collectives_per_step"], ".2f")),
