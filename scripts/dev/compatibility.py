@@ -9,7 +9,6 @@ same ones. Exits with status 1 where one does not come out as written, after all
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import os
@@ -61,6 +60,7 @@ from scripts.dev._features import (
     stored_in_bfloat16,
     wrap_compiled,
 )
+from xfuser_fastcache.cli.flags import flags_of
 
 PAGE = Scale(pixels=64, steps=14, threshold=0.3)
 BEFORE, AFTER = "before", "after"
@@ -117,11 +117,8 @@ def _adapting() -> list[Check]:
     """LoRA."""
     row = partial(Check, "LoRA (peft)")
     # diffusers' PixArt has no add_adapter.
-    models = {
-        "flux": "`add_adapter`",
-        "sd3": "`add_adapter`",
-        "pixart": "`inject_adapter_in_model`",
-    }
+    added = "`add_adapter`"
+    models = {"flux": added, "sd3": added, "pixart": "`inject_adapter_in_model`"}
     return [
         *(
             row(f"{how}, {when} the cache", model, works(**{when: load_lora}))
@@ -144,14 +141,8 @@ def _offloading() -> list[Check]:
         "`enable_group_offload`, by blocks": offload_groups("block_level"),
     }
     # Calls that have to be tried where there is an accelerator.
-    absent = (
-        ()
-        if torch.accelerator.is_available()
-        else (
-            "enable_model_cpu_offload",
-            "enable_sequential_cpu_offload",
-        )
-    )
+    calls = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
+    absent = () if torch.accelerator.is_available() else calls
     return [
         *(
             row(f"{way}, {when} the cache", "flux", works(**{when: change}))
@@ -377,9 +368,7 @@ def document(rows: list[tuple[Check, str]], failures: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the checks, write the page, list what does not hold; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags_of("scripts/compatibility.py", __doc__)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name holds a word")
     parser.add_argument("--output", default="docs/compatibility.md", help="the page")
     options = parser.parse_args(arguments)

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,7 +37,8 @@ from xfuser_fastcache.benchmarks.methods import Changes
 from xfuser_fastcache.benchmarks.subject import Sample, Subject
 from xfuser_fastcache.benchmarks.worker import PACKAGES, tell
 from xfuser_fastcache.calibration.checkout import ROOT
-from xfuser_fastcache.reports.measured import environment, psnr_db, ssim
+from xfuser_fastcache.cli.flags import flags_of
+from xfuser_fastcache.reports.measured import compared, environment
 from xfuser_fastcache.xdit.loaded import (
     DTYPES,
     call_arguments,
@@ -81,9 +80,7 @@ class Column:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = flags_of("scripts/fastcache_benchmark.py", __doc__)
     flags.add_argument("--model_type", choices=sorted(adapters()), default="flux")
     flags.add_argument("--model", help="folder or hub name; default the embedded toy of the type")
     flags.add_argument("--prompt", default="a large red ring, top left, on dark blue")
@@ -196,13 +193,8 @@ def rows_of(columns: list[Column], analyze: bool) -> list[dict[str, Any]]:
                 "peak_memory_bytes": max(s.peak_bytes or 0 for s in column.samples) or None,
             }
             if analyze and column is not base:
-                pairs = list(zip(column.samples[-1].images, base.samples[-1].images, strict=True))
-                ratios = [psnr_db(*pair) for pair in pairs]
-                finite = [ratio for ratio in ratios if np.isfinite(ratio)]
                 row |= {
-                    "psnr_db": statistics.mean(finite) if finite else None,
-                    "identical": not finite,
-                    "ssim": statistics.mean(ssim(*pair) for pair in pairs),
+                    **compared(column.samples[-1].images, base.samples[-1].images),
                     "block_approx_ratio": column.statistics.get("block_approx_ratio"),
                     "spatial_approx_ratio": column.statistics.get("spatial_approx_ratio"),
                 }
@@ -262,7 +254,7 @@ def main(arguments: list[str]) -> int:
     measured = (
         f"{options.model or f'the embedded toy {options.model_type}'}, {options.batch_size} "
         f"picture(s) a call, {options.num_inference_steps} steps, on {env['device']} with "
-        f"{torch.get_num_threads()} thread(s), torch {env['torch']}, diffusers "
+        f"{env['threads_per_process']} thread(s), torch {env['torch']}, diffusers "
         f"{env['diffusers']}; wall time of the denoising loop, median of {options.repeat} runs in "
         "turn, after a warm-up"
     )

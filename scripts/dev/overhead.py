@@ -40,6 +40,7 @@ from scripts.dev._parts import (
 )
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.benchmarks.worker import PACKAGES
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.cli.generate import cache_config, options_from
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
@@ -81,10 +82,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         SystemExit: a wrong flag; with --flux_block also one of generate.py.
     """
-    flags = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Without --flux_block: also every flag of scripts/generate.py, see its --help.",
+    flags = flags_of(
+        "scripts/overhead.py",
+        __doc__,
+        epilog="Without --flux_block: also every flag of fastcache generate, see its --help.",
         allow_abbrev=False,
     )
     what = flags.add_mutually_exclusive_group()

@@ -49,6 +49,7 @@ from xfuser_fastcache.calibration.risk import (
     degrees_of_freedom,
     least_generations,
 )
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.reports.false_skips import false_skip_rate, harmful_share
@@ -293,9 +294,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: a wrong flag, or too few generations or repetitions.
     """
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = flags_of("scripts/simulate_tests.py", __doc__)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--alpha", type=float, default=0.05)
     flags.add_argument("--repetitions", type=int, default=300)

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.benchmarks.worker import PACKAGES
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.reports.measured import environment, now
 
 TEXT_TOKENS = 32
@@ -70,9 +71,7 @@ class Gain:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = flags_of("scripts/token_gain.py", __doc__)
     flags.add_argument(
         "--sides", type=int, nargs="+", default=[8, 16, 32], help="tokens along an edge"
     )

@@ -11,7 +11,6 @@ again; a finished stage is not repeated. All models share text encoders and VAE.
 to ``toys/MODEL`` in half precision, its record to ``toys/MODEL/training``.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -22,13 +21,12 @@ from toys.training.record import write_training_record
 from toys.training.text import train_text
 from toys.training.transformer import train_transformer
 from toys.training.vae import measure_vae, train_decoder, train_vae
+from xfuser_fastcache.cli.flags import flags_of
 
 
 def parse_args(arguments):
     """Command line; the defaults are what the shipped toys were trained with."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags_of("scripts/train_toy.py", __doc__)
     parser.add_argument("--model", choices=sorted(FAMILIES), default="flux")
     parser.add_argument("--stage", choices=["text", "vae", "transformer", "all"], default="all")
     parser.add_argument("--evaluate", action="store_true", help="only mark the saved pipeline")

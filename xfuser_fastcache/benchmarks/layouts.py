@@ -142,13 +142,8 @@ def run_cell(model: str, layout: str, options: argparse.Namespace) -> dict[str, 
         lines = (ROOT / directory / "trace.jsonl").read_text().splitlines()
         decisions = [json.loads(line)["decision"] == "skipped" for line in lines]
         config = report["cache_config"]
-        report["pipeline_allows"] = pipeline_allows(
-            decisions,
-            stages,
-            stages,
-            config["stagger_stages"],
-            config["computed_steps"] is not None,
-        )
+        how = config["stagger_stages"], config["computed_steps"] is not None
+        report["pipeline_allows"] = pipeline_allows(decisions, stages, stages, *how)
     return report
 
 

@@ -185,42 +185,25 @@ def peers() -> list[Method]:
     blocks = fixed(
         "F1/0.05", "F1/0.09", "F1/0.13", "F1/0.2", "F1/0.35", "F4/0.06", "F4/0.12", "F4/0.2"
     )  # fmt: skip
-    return [
-        Method(
+    residual = "threshold of the first block's residual"
+    residuals = fixed(0.05, 0.09, 0.13, 0.2, 0.35)
+    changes = fixed(0.27, 0.3, 0.4, 0.6, 0.9)
+    modes = fixed("full/2", "full/4", "lite/2", "lite/3", "lite/4", "lite/6")
+    in_a_row = "threshold / most skips in a row"
+    skips = fixed("0.02/3", "0.06/3", "0.12/3", "0.24/5", "0.5/7")
+    rows: tuple[tuple[str, str, str, Any, Any], ...] = (
+        (
             "xdit-teacache",
             xfuser,
             "threshold of the accumulated change",
-            fixed(0.27, 0.3, 0.4, 0.6, 0.9),
+            changes,
             _xdit("teacache"),
         ),
-        Method(
-            "xdit-fbcache",
-            xfuser,
-            "threshold of the first block's residual",
-            fixed(0.05, 0.09, 0.13, 0.2, 0.35),
-            _xdit("fbcache"),
-        ),
-        Method("cache-dit-dbcache", cache_dit, "Fn / threshold", blocks, _cache_dit(False)),
-        Method("cache-dit-taylorseer", cache_dit, "Fn / threshold", blocks, _cache_dit(True)),
-        Method(
-            "diffusers-fbcache",
-            diffusers,
-            "threshold of the first block's residual",
-            fixed(0.05, 0.09, 0.13, 0.2, 0.35),
-            _diffusers_fbcache,
-        ),
-        Method(
-            "diffusers-taylorseer",
-            diffusers,
-            "mode / interval",
-            fixed("full/2", "full/4", "lite/2", "lite/3", "lite/4", "lite/6"),
-            _diffusers_taylorseer,
-        ),
-        Method(
-            "diffusers-magcache",
-            diffusers,
-            "threshold / most skips in a row",
-            fixed("0.02/3", "0.06/3", "0.12/3", "0.24/5", "0.5/7"),
-            _diffusers_magcache,
-        ),
-    ]
+        ("xdit-fbcache", xfuser, residual, residuals, _xdit("fbcache")),
+        ("cache-dit-dbcache", cache_dit, "Fn / threshold", blocks, _cache_dit(False)),
+        ("cache-dit-taylorseer", cache_dit, "Fn / threshold", blocks, _cache_dit(True)),
+        ("diffusers-fbcache", diffusers, residual, residuals, _diffusers_fbcache),
+        ("diffusers-taylorseer", diffusers, "mode / interval", modes, _diffusers_taylorseer),
+        ("diffusers-magcache", diffusers, in_a_row, skips, _diffusers_magcache),
+    )
+    return [Method(*row) for row in rows]

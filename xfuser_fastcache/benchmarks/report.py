@@ -18,7 +18,7 @@ from xfuser_fastcache.benchmarks import curves
 from xfuser_fastcache.benchmarks.methods import all_methods
 from xfuser_fastcache.benchmarks.quality import drawn_features
 from xfuser_fastcache.benchmarks.settings import Settings
-from xfuser_fastcache.benchmarks.worker import KEPT, picture_name, read_records
+from xfuser_fastcache.benchmarks.worker import KEPT, outcomes, picture_name, read_records
 
 OURS = tuple(name.lower() for name in BACKENDS)
 # Where sample pictures are compared: the setting of each method nearest to this PSNR, in dB.
@@ -77,7 +77,7 @@ def build(directory: Path, levels: list[float], command: str) -> dict[str, Any]:
     known = all_methods()
     environment = next(record for record in records if record["kind"] == "environment")
     complete = sum(len(values) for values in settings.methods.values())
-    failed = {(r["method"], r["value"]) for r in records if r["kind"] == "error"}
+    failed, _ = outcomes(records)
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from xfuser_fastcache.benchmarks.processes import end, last_error, spawn
 from xfuser_fastcache.benchmarks.settings import Settings
-from xfuser_fastcache.benchmarks.worker import read_records
+from xfuser_fastcache.benchmarks.worker import outcomes, read_records
 
 # A method that is tried alone in a layout and has not ended by then waits for another rank.
 TRY_LIMIT_S = 180
@@ -132,12 +132,6 @@ def measure(settings: Settings, directory: Path, console: Console) -> None:
 
 def measured(settings: Settings, directory: Path) -> int:
     """Settings times rounds that are measured or will never be, for the progress bar."""
-    records = read_records(directory)
-    failed = {(r["method"], r["value"]) for r in records if r["kind"] == "error"}
-    points = {
-        (r["round"], r["method"], r["value"])
-        for r in records
-        if r["kind"] == "point" and r["method"] != "baseline"
-    }
-    left = {point for point in points if point[1:] not in failed}
+    failed, points = outcomes(read_records(directory))
+    left = [point for point in points if point[1] != "baseline" and point[1:] not in failed]
     return len(left) + len(failed) * len(settings.rounds)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 
 from xfuser_fastcache.benchmarks import quality
 from xfuser_fastcache.benchmarks.methods import Method, all_methods
@@ -61,6 +60,14 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
             json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"
         ]
     return found
+
+
+def outcomes(records: list[dict[str, Any]]) -> tuple[set[tuple[str, str]], set[Point]]:
+    """Return the settings that failed, and the points that are measured."""
+    return (
+        {(r["method"], r["value"]) for r in records if r["kind"] == "error"},
+        {(r["round"], r["method"], r["value"]) for r in records if r["kind"] == "point"},
+    )
 
 
 def tell(error: Exception) -> str:
@@ -223,19 +230,12 @@ def main() -> None:
             steps = {} if method.whole_plan else {"num_inference_steps": TRIED_STEPS}
             subject.generate(settings.prompts[:1], [settings.seed], **{**steps, **changes})
     else:
-        before = read_records(directory)
-        failed = {(r["method"], r["value"]) for r in before if r["kind"] == "error"}
-        done = {
-            (record["round"], record["method"], record["value"])
-            for record in before
-            if record["kind"] == "point"
-        }
+        failed, done = outcomes(read_records(directory))
         number = len(list(directory.glob("records.*.jsonl"))) if first else 0
         path = directory / f"records.{number:03d}-{worker}.jsonl"
         with open(path, "x") if first else open(os.devnull, "w") as stream:
             records = Records(stream if first else None)
-            threads = torch.get_num_threads()
-            records.write(kind="environment", **environment(*PACKAGES), threads_per_process=threads)
+            records.write(kind="environment", **environment(*PACKAGES))
             pictures = directory / "pictures" if first else None
             measurement = Measurement(subject, settings, all_methods(), records, pictures, failed)
             measurement.warm_up()

@@ -36,17 +36,14 @@ from xfuser_fastcache.benchmarks.settings import (
 )
 from xfuser_fastcache.calibration.checkout import is_toy, toys_of_checkout
 from xfuser_fastcache.calibration.prompts import AUDIT, prompts_for, read_prompts
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.xdit.loaded import DTYPES, call_arguments
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read as transformers is imported
-    flags = argparse.ArgumentParser(
-        prog="fastcache bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = flags_of("fastcache bench", __doc__)
     flags.add_argument("--model", required=True, help="a diffusers folder or hub name")
     flags.add_argument(
         "--methods",

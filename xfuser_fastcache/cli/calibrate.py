@@ -67,7 +67,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     flags.add_argument("--max_lag", type=int, default=10, help="largest gap looked at (default 10)")
     flags.add_argument("--max_tokens", type=int, default=4096, help="recorded of a picture")
-    flags.add_argument("--output", type=Path, help="the file to write")
     flags.add_argument("--output", type=Path, required=True, help="the file to write")
     flags.add_argument("--report", type=Path, help="JSON of the scales and masks that were tried")
     options = flags.parse_args(arguments)

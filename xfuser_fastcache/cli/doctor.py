@@ -8,7 +8,6 @@ Loads every plug-in by itself: one that fails is listed with its error, and the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 from xfuser_fastcache.calibration.checkout import toys_of_checkout
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.plugins import everything_registered
 from xfuser_fastcache.xdit.compat import (
     IncompatibleXfuserError,
@@ -151,24 +151,26 @@ def show(report: dict[str, Any], console: Console) -> None:
     for name, version in report["versions"].items():
         table.add_row(name, version or "not installed")
     console.print(table)
-    for device in report["devices"]:
-        console.print(f"device: {device}", markup=False)
-    heads = ("group", "name", "object", "package", "error")
+    heads = ("group", "name", "package")
     table = Table(*heads, title="registered")
     for row in report["registered"]:
         table.add_row(*(row[head] for head in heads))
     console.print(table)
-    for row in report["refused"]:
-        console.print(f"refused: {row['what']}: {row['why']}; {row['mend']}", markup=False)
+    lines = [f"device: {device}" for device in report["devices"]]
+    lines += [
+        f"does not load: {row['group']} {row['name']} of {row['package']}, {row['object']}: "
+        f"{row['error']}"
+        for row in report["registered"]
+        if row["error"]
+    ]
+    lines += [f"refused: {row['what']}: {row['why']}; {row['mend']}" for row in report["refused"]]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def main(arguments: list[str]) -> int:
     """Report; return 1 where something that is registered does not load, else 0."""
-    flags = argparse.ArgumentParser(
-        prog="fastcache doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = flags_of("fastcache doctor", __doc__)
     flags.add_argument("--json", action="store_true", help="print one object of JSON")
     given = flags.parse_args(arguments)
     report: dict[str, Any] = {

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.config.mappings import read_mapping
-from xfuser_fastcache.reports.measured import environment, picture_of, psnr_db, ssim
+from xfuser_fastcache.reports.measured import compared, environment, picture_of
 from xfuser_fastcache.reports.views import (
     comparison_sheet,
     save_heat_map,
@@ -154,10 +154,6 @@ def build_report(
     kinds = {"baseline": baseline, "cached": cached}
     latency = {kind: median_latency(runs) if runs else None for kind, runs in kinds.items()}
     both = bool(baseline and cached)
-    # A pair that is equal to the bit has no finite ratio; JSON knows none either.
-    quality = list(zip(images_of(cached[-1]), images_of(baseline[-1]), strict=True)) if both else []
-    ratios = [psnr_db(image, reference) for image, reference in quality]
-    finite = [ratio for ratio in ratios if np.isfinite(ratio)]
     last = cached[-1] if cached else []
     stats = last[0].statistics if last else {}
 
@@ -185,9 +181,7 @@ def build_report(
         "cache_config": config.to_dict() if config else None,
         "latency_s": latency,
         "speedup": median_latency(baseline) / median_latency(cached) if both else None,
-        "psnr_db": sum(finite) / len(finite) if finite else None,
-        "identical": bool(ratios) and not finite,
-        "ssim": float(np.mean([ssim(*pair) for pair in quality])) if quality else None,
+        **compared(*(images_of(runs[-1]) if both else [] for runs in (cached, baseline))),
         "statistics": stats,
         "decisions_digest": {
             str(rank): run.statistics["decisions_digest"] for rank, run in enumerate(last)
@@ -209,18 +203,11 @@ def print_table(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['model']}, {report['num_inference_steps']} steps, {layout}")
     for name in ("", "baseline", report["use_cache"] or "cached"):
         table.add_column(name, justify="left" if not name else "right")
+    psnr = "identical" if report["identical"] else shown(report["psnr_db"], ".1f", " dB")
     rows = (
-        (
-            "denoising loop",
-            shown(latency["baseline"], ".3f", " s"),
-            shown(latency["cached"], ".3f", " s"),
-        ),
+        ("denoising loop", *(shown(latency[kind], ".3f", " s") for kind in latency)),
         ("speedup", "", shown(report["speedup"], ".2f", "x")),
-        (
-            "PSNR",
-            "",
-            "identical" if report["identical"] else shown(report["psnr_db"], ".1f", " dB"),
-        ),
+        ("PSNR", "", psnr),
         ("SSIM", "", shown(report["ssim"], ".4f")),
         ("hit ratio", "", shown(report["statistics"].get("block_approx_ratio"), ".1%")),
         ("collectives per step", "", shown(report["collectives_per_step"], ".2f")),

@@ -11,7 +11,6 @@ checkout of the project, and writes into it.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import time
 from typing import Any
@@ -31,17 +30,14 @@ from xfuser_fastcache.benchmarks.layouts import (
 )
 from xfuser_fastcache.benchmarks.layouts_page import document, row
 from xfuser_fastcache.calibration.checkout import ROOT, toys_of_checkout
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 
 
 def main(arguments: list[str]) -> int:
     """Run the cells, write the page, list what falls short; return the exit status."""
     adapters = loaded(ADAPTERS)
-    parser = argparse.ArgumentParser(
-        prog="fastcache layouts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("fastcache layouts", __doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(adapters))
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS))
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each kind a cell")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xfuser_fastcache.calibration.prompts import prompts_for, read_prompts
+from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.xdit.loaded import DTYPES
 
 
@@ -24,11 +25,7 @@ def recording_flags(
         default: that number in words.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read as transformers is imported
-    flags = argparse.ArgumentParser(
-        prog=f"fastcache {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = flags_of(f"fastcache {name}", description)
     flags.add_argument("--model", required=True, help="a diffusers folder or hub name")
     flags.add_argument("--prompts", type=Path, help="a file, one a line; default: shipped ones")
     flags.add_argument(

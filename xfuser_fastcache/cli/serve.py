@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
 
 import torch.distributed as dist
 
@@ -42,28 +41,14 @@ def flags() -> argparse.ArgumentParser:
     ours.add_argument("--max_side", type=int, default=2048, help="of a picture, in pixels")
     ours.add_argument("--max_steps", type=int, default=100, help="of a generation")
     ours.add_argument("--max_prompt_length", type=int, default=2000, help="in characters")
-    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
-    ours.add_argument(
-        "--request_timeout_s", default=300.0, help="longest wait of a client", **seconds
-    )
-    ours.add_argument(
-        "--generation_timeout_s",
-        default=600.0,
-        help="a picture that takes longer ends the service",
-        **seconds,
-    )
-    ours.add_argument(
-        "--peer_timeout_s",
-        default=30.0,
-        help="a rank silent for longer ends the service",
-        **seconds,
-    )
-    ours.add_argument(
-        "--drain_timeout_s",
-        default=15.0,
-        help="how long waiting requests are still begun at the end",
-        **seconds,
-    )
+    for name, default, text in (
+        ("request", 300.0, "longest wait of a client"),
+        ("generation", 600.0, "a picture that takes longer ends the service"),
+        ("peer", 30.0, "a rank silent for longer ends the service"),
+        ("drain", 15.0, "how long waiting requests are still begun at the end"),
+    ):
+        flag = f"--{name}_timeout_s"
+        ours.add_argument(flag, type=float, metavar="SECONDS", default=default, help=text)
     return known
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,21 @@ def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     return float(structural_similarity(reference, image, data_range=1.0, channel_axis=-1))
 
 
+def compared(images: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return `psnr_db`, `identical` and `ssim` of pictures against others, in pairs.
+
+    A pair that is equal to the bit has no finite ratio, which JSON knows neither: the mean is over
+    the others, and None where there are none.
+    """
+    pairs = list(zip(images, references, strict=True))
+    finite = [ratio for ratio in (psnr_db(*pair) for pair in pairs) if np.isfinite(ratio)]
+    return {
+        "psnr_db": sum(finite) / len(finite) if finite else None,
+        "identical": bool(pairs) and not finite,
+        "ssim": float(np.mean([ssim(*pair) for pair in pairs])) if pairs else None,
+    }
+
+
 def picture_of(image: np.ndarray) -> Any:
     """Return an image in [0, 1], `(height, width, 3)`, as an 8-bit PIL picture."""
     from PIL import Image
@@ -116,11 +132,12 @@ def picture_of(image: np.ndarray) -> Any:
     return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
 
 
-def environment(*packages: str) -> dict[str, str]:
-    """Return what figures depend on: versions of packages, of Python, and the device."""
+def environment(*packages: str) -> dict[str, Any]:
+    """Return what figures depend on: versions of packages and of Python, device and threads."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "device": gpu or f"CPU, {os.cpu_count()} cores, no GPU",
+        "threads_per_process": torch.get_num_threads(),
     }

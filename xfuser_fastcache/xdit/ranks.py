@@ -7,13 +7,6 @@ from typing import Any
 import torch.distributed as dist
 
 
-def world_group() -> Any:
-    """Return xfuser's group of all ranks: `rank`, `local_rank`, `cpu_group`."""
-    from xfuser.core.distributed import get_world_group
-
-    return get_world_group()
-
-
 def data_replica() -> tuple[int, int]:
     """Return which data-parallel replica this rank belongs to, and how many there are."""
     from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
@@ -37,6 +30,8 @@ def runtime_state() -> Any:
 
 def all_ranks(mine: Any) -> list[Any]:
     """Return what every rank gives, on every rank; a collective call on the host."""
+    from xfuser.core.distributed import get_world_group
+
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine, group=world_group().cpu_group)
+    dist.all_gather_object(found, mine, group=get_world_group().cpu_group)
     return found
