@@ -19,6 +19,7 @@ setup(
     packages=find_packages(
         include=["xfuser_fastcache", "xfuser_fastcache.*", "diffusers_adapters"],
     ),
+    package_data={"xfuser_fastcache.calibration.prompts": ["*.txt"]},
     install_requires=[
         "torch>=2.6",
         # xfuser imports triton even where there is no GPU, and does not ask for it.
@@ -51,7 +52,10 @@ setup(
         "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*", "httpx", *SERVE],
     },
     entry_points={
-        "console_scripts": ["xdit-fastcache = xfuser_fastcache.xdit.runner:launch"],
+        "console_scripts": [
+            "fastcache = xfuser_fastcache.cli:main",
+            "xdit-fastcache = xfuser_fastcache.xdit.runner:launch",
+        ],
         "xfuser_fastcache.adapters": [
             "flux = diffusers_adapters.flux:FluxAdapter",
             "sd3 = diffusers_adapters.sd3:SD3Adapter",

@@ -16,21 +16,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from support.worlds import report  # noqa: E402
-from test_branches import (  # noqa: E402
+from support.flux import STEPS  # noqa: E402
+from support.loops import (  # noqa: E402
     LEVELS,
-    ONE,
-    OTHER,
-    STEPS,
     Branch,
+    begin,
     cached,
     denoise,
-    engine_of,
     same,
 )
+from support.toy import generate, load  # noqa: E402
+from support.toy import same as same_image  # noqa: E402
+from support.worlds import report  # noqa: E402
+from test_branches import ONE, OTHER, engine_of  # noqa: E402
 from torch import nn  # noqa: E402
-from toy_worker import generate, load  # noqa: E402
-from toy_worker import same as same_image  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,
@@ -86,8 +85,7 @@ def two_caches(rank: int) -> dict[str, Any]:
         alone += denoise(transformer, branch)
         remove_cache(transformer)
     transformers = [cached(seed, **options[seed]) for seed in (0, 1)]
-    for branch in branches:
-        branch.start()
+    begin(*branches)
     for level in LEVELS:
         for transformer, branch in zip(transformers, branches, strict=True):
             branch.step(transformer, level, named=False)

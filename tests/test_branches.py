@@ -1,4 +1,4 @@
-"""Guidance in all its forms, and generations side by side: no state crosses from one to another.
+"""Guidance in all its forms, and caches side by side: no state crosses from one to another.
 
 Layers: tiny and toy models in diffusers' own pipelines and in plain denoising loops on one process;
 the same loops on two gloo ranks (`branches_worker.py`).
@@ -6,28 +6,24 @@ the same loops on two gloo ranks (`branches_worker.py`).
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
-from support.tiny_models import TINY_PIPELINES, tiny_flux
+from support.flux import STEPS
+from support.loops import LEVELS, Branch, begin, cached, denoise, flags_of, same
+from support.stack import EVER
+from support.turns import Pipeline, take_turns
 from support.worlds import run_world
 from torch import nn
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
-from xfuser_fastcache.clock.ownership import TransformerInUse
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import hook_on
 
-STEPS = 8
-LEVELS = [1 - step / STEPS for step in range(STEPS)]
-EVER = 1e6
 TOY = Path(__file__).resolve().parent.parent / "toys" / "flux"
 
 every_granularity = pytest.mark.parametrize("granularity", ["stack", 3, "block"])
@@ -46,74 +42,7 @@ def engine_of(transformer: nn.Module) -> CacheEngine:
     return hook_on(transformer).engine
 
 
-def flags_of(transformer: nn.Module, branch: int = 0) -> dict[int, int]:
-    """Return step -> flags of one branch of the last generation."""
-    entries = engine_of(transformer).decisions.entries
-    return {step: flags for _, step, b, flags in entries if b == branch}
-
-
-# ---- plain denoising loops, each branch with a latent of its own -------------------------------
-
-
-class Branch:
-    """One trajectory through the tiny FLUX; `moves` scales what a step changes of its latent."""
-
-    def __init__(self, seed: int, moves: float = 1.0, text_tokens: int = 8):
-        generator = torch.Generator().manual_seed(seed)
-        self.name = f"branch {seed}"
-        self.noise = torch.randn(1, 16, 16, generator=generator)
-        self.text = torch.randn(1, text_tokens, 32, generator=generator)
-        self.pooled = torch.randn(1, 32, generator=generator)
-        self.moves = moves
-
-    def start(self) -> None:
-        self.latents, self.outputs = self.noise, []
-
-    def step(self, transformer: nn.Module, level: float, named: bool) -> None:
-        with transformer.cache_context(self.name) if named else nullcontext():
-            output = transformer(
-                hidden_states=self.latents,
-                encoder_hidden_states=self.text,
-                pooled_projections=self.pooled,
-                timestep=torch.tensor([level]),
-                img_ids=torch.zeros(16, 3),
-                txt_ids=torch.zeros(self.text.shape[1], 3),
-                return_dict=False,
-            )[0]
-        self.outputs.append(output)
-        self.latents = self.latents - self.moves / STEPS * output
-
-
-def denoise(
-    transformer: nn.Module,
-    *branches: Branch,
-    named: bool = False,
-    left_out: dict[int, tuple[Branch, ...]] | None = None,
-) -> list[list[torch.Tensor]]:
-    """Call the transformer once a branch at each step; return the outputs of each branch.
-
-    Args:
-        transformer: the tiny FLUX.
-        *branches: in the order of their calls.
-        named: whether each call stands under `cache_context`.
-        left_out: step -> branches that are not called at it.
-    """
-    for branch in branches:
-        branch.start()
-    for step, level in enumerate(LEVELS):
-        for branch in branches:
-            if branch not in (left_out or {}).get(step, ()):
-                branch.step(transformer, level, named)
-    return [branch.outputs for branch in branches]
-
-
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def cached(seed: int = 0, **options: Any) -> nn.Module:
-    options = {"cache_ratio_threshold": EVER, "num_steps": STEPS, **options}
-    return apply_cache_on_transformer(tiny_flux(seed)[0].transformer, **options)
+# ---- plain denoising loops ----------------------------------------------------------------------
 
 
 @named_or_not
@@ -244,41 +173,6 @@ def test_a_branch_that_comes_back_is_measured_over_the_whole_gap(
 # ---- guidance in pipelines ---------------------------------------------------------------------
 
 
-class Pipeline:
-    """A diffusers pipeline that repeats its generation."""
-
-    def __init__(self, model: str, seed: int = 0):
-        self.pipe, self.call = TINY_PIPELINES[model](seed)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.transformer = self.pipe.transformer
-
-    def cache(self, **options: Any) -> Pipeline:
-        options = {"cache_ratio_threshold": EVER, **options}
-        apply_cache_on_transformer(self.transformer, scheduler=self.pipe.scheduler, **options)
-        return self
-
-    def __call__(self, **changes: Any) -> torch.Tensor:
-        noise = torch.Generator().manual_seed(1)
-        call = {**self.call, "num_inference_steps": STEPS, "generator": noise, **changes}
-        return self.pipe(**call).images
-
-    def stepwise(self, after_step: Callable[[], None]) -> torch.Tensor:
-        """Generate; `after_step` is called after every step of the scheduler."""
-        scheduler = self.pipe.scheduler
-
-        @functools.wraps(scheduler.step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            result = type(scheduler).step(scheduler, *args, **kwargs)
-            after_step()
-            return result
-
-        scheduler.step = step
-        try:
-            return self()
-        finally:
-            del scheduler.step
-
-
 @every_granularity
 @every_forecaster
 @pytest.mark.parametrize("model", ["sd3", "pixart"])
@@ -295,27 +189,36 @@ def test_guidance_in_one_call_is_one_branch(model: str, granularity: Any, foreca
     assert torch.equal(pipe(guidance_scale=4.0), uncached)
 
 
-def test_a_batch_that_guidance_leaves_half_starts_anew() -> None:
-    """As diffusers' guide to dynamic guidance has it: a callback halves the batch of SD3."""
+def halved_after(step: int) -> dict[str, Any]:
+    """Return a callback that ends guidance, as diffusers' guide has it: it halves SD3's batch."""
 
     def switch_off(pipe: Any, index: int, _: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if index != 3:
+        if index != step:
             return {}
         pipe._guidance_scale = 0.0
         return {name: value[-1:] for name, value in given.items()}
 
-    changes = {
+    return {
         "callback_on_step_end": switch_off,
         "callback_on_step_end_tensor_inputs": ["prompt_embeds", "pooled_prompt_embeds"],
     }
+
+
+def test_a_batch_that_guidance_leaves_half_goes_on_as_a_branch_of_its_own() -> None:
+    changes = halved_after(3)
     pipe = Pipeline("sd3").cache(cache_ratio_threshold=0)
     exact = pipe(**changes)
     remove_cache(pipe.transformer)
     assert torch.equal(pipe(**changes), exact)
     first = pipe.cache(num_warmup_steps=1)(**changes)
-    # Anchors of another shape are none: the second half is decided as a generation of its own.
+    # Anchors of another shape are none: its first step is computed, and it skips from the next on.
     flags = [entry[1:] for entry in engine_of(pipe.transformer).decisions.entries]
-    assert flags == [(0, 0, 0), (1, 0, 1), (2, 0, 1), (3, 0, 0)]
+    assert flags == [
+        *((0, 0, 0), (1, 0, 1), (2, 0, 1), (3, 0, 1)),
+        *((4, 1, 0), (5, 1, 1), (6, 1, 1), (7, 1, 0)),
+    ]
+    statistics = get_cache_statistics(pipe.transformer)
+    assert (statistics["generations"], statistics["steps"]) == (1, STEPS)
     assert torch.equal(pipe(**changes), first) and not torch.equal(first, exact)
 
 
@@ -394,56 +297,6 @@ def counted(transformer: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in statistics.items() if name != "consensus_wait_s"}
 
 
-def take_turns(*works: Callable[[Callable[[], None]], Any]) -> list[Any]:
-    """Run each work in a thread of its own, one at a time, in strict alternation.
-
-    Args:
-        *works: called with a function that hands the turn to the next one that is not done.
-
-    Returns:
-        What each returned, or the error that ended it.
-    """
-    turns = [threading.Semaphore(0) for _ in works]
-    results: list[Any] = [None] * len(works)
-    done: set[int] = set()
-
-    def hand_on(index: int) -> None:
-        for other in [*range(index + 1, len(works)), *range(index + 1)]:
-            if other not in done:
-                turns[other].release()
-                return
-
-    def wait(index: int) -> None:
-        assert turns[index].acquire(timeout=20)
-
-    def turn(index: int) -> None:
-        hand_on(index)
-        wait(index)
-
-    def run(index: int) -> None:
-        wait(index)
-        try:
-            with torch.no_grad():
-                results[index] = works[index](lambda: turn(index))
-        except Exception as error:
-            results[index] = error
-        done.add(index)
-        hand_on(index)
-
-    names = "ABC"
-    threads = [
-        threading.Thread(target=run, args=(i,), name=names[i], daemon=True)
-        for i in range(len(works))
-    ]
-    for thread in threads:
-        thread.start()
-    turns[0].release()
-    for thread in threads:
-        thread.join(timeout=120)
-        assert not thread.is_alive()
-    return results
-
-
 @every_model
 @pytest.mark.parametrize("turns", ["generations", "steps in threads"])
 def test_two_cached_pipelines_of_one_class_do_not_touch_each_other(model: str, turns: str) -> None:
@@ -474,7 +327,7 @@ def test_steps_of_two_transformers_in_turn_in_one_thread(forecaster: str) -> Non
         for seed, (o, branch) in enumerate(zip(options, (one, other), strict=True))
     ]
     transformers = [cached(seed, **o) for seed, o in enumerate(options)]
-    one.start(), other.start()
+    begin(one, other)
     for step, level in enumerate(LEVELS):
         one.step(transformers[0], level, named=False)
         other.step(transformers[1], level, named=False)
@@ -485,209 +338,6 @@ def test_steps_of_two_transformers_in_turn_in_one_thread(forecaster: str) -> Non
     for level in LEVELS[5:]:
         one.step(transformers[0], level, named=False)
     assert same(one.outputs, alone[0])
-
-
-# ---- threads that share a transformer ----------------------------------------------------------
-
-
-def sharing(model: str, **options: Any) -> list[Pipeline]:
-    """Return two pipelines with one cached transformer and their own prompts and schedulers.
-
-    The cache knows the first one's scheduler.
-    """
-    pipes = [Pipeline(model).cache(**options), Pipeline(model, seed=1)]
-    pipes[1].pipe.transformer = pipes[1].transformer = pipes[0].transformer
-    return pipes
-
-
-@every_model
-@pytest.mark.parametrize("known", ["A", "B"])
-@pytest.mark.parametrize("head_start", [0, 3])
-def test_who_begins_last_keeps_a_shared_transformer(
-    model: str, known: str, head_start: int
-) -> None:
-    """Whoever's plan the cache knows, and whether A is ahead of B or not."""
-    a, b = sharing(model) if known == "A" else reversed(sharing(model))
-    _, wanted_b, wanted_a = a(), b(), a()
-    steps = []
-
-    def work(hand_on: Callable[[], None]) -> torch.Tensor:
-        def after_step() -> None:
-            steps.append(1)
-            if len(steps) > head_start:
-                hand_on()
-
-        return a.stepwise(after_step)
-
-    error, image = take_turns(work, b.stepwise)
-    assert isinstance(error, TransformerInUse) and isinstance(error, RuntimeError)
-    assert "thread 'A' goes on with" in str(error)
-    assert "serves the generation of thread 'B'" in str(error)
-    assert "run one generation at a time" in str(error)
-    assert len(steps) == head_start + 1
-    assert torch.equal(image, wanted_b)
-    # Both draw again, from this thread.
-    assert torch.equal(a(), wanted_a) and torch.equal(b(), wanted_b)
-
-
-@every_model
-@pytest.mark.parametrize("known", ["A", "B"])
-def test_a_thread_that_lost_its_generation_may_begin_another(model: str, known: str) -> None:
-    a, b = sharing(model) if known == "A" else reversed(sharing(model))
-    wanted = [a(), b(), a()][2]
-
-    def work(hand_on: Callable[[], None]) -> Any:
-        with pytest.raises(TransformerInUse):
-            a.stepwise(hand_on)
-        return a()
-
-    image, error = take_turns(work, b.stepwise)
-    assert torch.equal(image, wanted)
-    assert "thread 'B' goes on with" in str(error)
-    assert "serves the generation of thread 'A'" in str(error)
-
-
-def test_a_lost_generation_is_refused_also_when_the_one_that_took_over_failed() -> None:
-    a, b = sharing("flux")
-
-    def fails(_: Any) -> torch.Tensor:
-        def fail(*_: Any) -> None:
-            raise ValueError("out of luck")
-
-        handle = a.transformer.norm_out.register_forward_pre_hook(fail)
-        try:
-            return b()
-        finally:
-            handle.remove()
-
-    lost, failed = take_turns(a.stepwise, fails)
-    assert isinstance(lost, TransformerInUse) and isinstance(failed, ValueError)
-
-
-@every_model
-@pytest.mark.parametrize(
-    ("scheduler", "interrupted_after"), [(True, 1), (True, 3), (True, STEPS), (False, 3)]
-)
-def test_each_request_may_come_in_another_thread(
-    model: str, interrupted_after: int, scheduler: bool
-) -> None:
-    pipe = Pipeline(model)
-    options = {"scheduler": pipe.pipe.scheduler} if scheduler else {"num_steps": STEPS}
-    apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=EVER, **options)
-    wanted, steps = pipe(), []
-
-    def interrupt() -> None:
-        steps.append(1)
-        if len(steps) == interrupted_after:
-            raise KeyError("the client is gone")
-
-    def first(hand_on: Callable[[], None]) -> torch.Tensor:
-        with pytest.raises(KeyError):
-            pipe.stepwise(interrupt)
-        hand_on()
-        return pipe()
-
-    assert same(take_turns(first, lambda _: pipe()), [wanted, wanted])
-
-
-def test_a_second_thread_inside_a_forward_is_refused_and_the_first_goes_on() -> None:
-    a, b = sharing("flux")
-    wanted = a()
-    refused = []
-
-    def intrude(*_: Any) -> None:
-        """Start B in the midst of a block of A's."""
-        if threading.current_thread().name != "A" or not stand[0]:
-            return
-        stand[0] -= 1
-
-        def work() -> None:
-            try:
-                b()
-            except TransformerInUse as error:
-                refused.append(str(error))
-
-        thread = threading.Thread(target=work, name="B")
-        thread.start()
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-
-    stand, wanted_b = [3 * STEPS], b()
-    a.transformer.transformer_blocks[1].attn.register_forward_pre_hook(intrude)
-    (image,) = take_turns(lambda _: a())
-    assert torch.equal(image, wanted)
-    # A computed 4 of its 8 steps.
-    assert len(refused) == STEPS // 2
-    assert all("thread 'B' called" in words for words in refused)
-    assert all("a forward pass of thread 'A' at this moment" in words for words in refused)
-    assert torch.equal(b(), wanted_b)
-
-
-def test_a_step_from_another_thread_is_refused_where_the_plan_goes_on() -> None:
-    """The plan shows that a generation is not at its end, and falling noise that this goes on."""
-    transformer, branch = cached(), Branch(0)
-    alone = denoise(transformer, branch)[0]
-    branch.start()
-    for step in LEVELS[:2]:
-        branch.step(transformer, step, named=False)
-
-    def work(_: Any) -> None:
-        other = Branch(1)
-        other.start()
-        other.step(transformer, LEVELS[2], named=False)
-
-    (error,) = take_turns(work)
-    assert isinstance(error, TransformerInUse)
-    for step in LEVELS[2:]:
-        branch.step(transformer, step, named=False)
-    assert same(branch.outputs, alone)
-
-
-@named_or_not
-def test_a_generation_lost_between_two_calls_of_a_step_is_refused_at_the_second(
-    named: bool,
-) -> None:
-    transformer, one, other = cached(num_warmup_steps=0), Branch(0), Branch(1)
-    wanted = denoise(transformer, other)[0]
-    for branch in (one, other):
-        branch.start()
-
-    def work(hand_on: Callable[[], None]) -> None:
-        one.step(transformer, 0.9, named)
-        hand_on()
-        one.step(transformer, 0.9, named)
-
-    def takes_over(hand_on: Callable[[], None]) -> None:
-        for level in LEVELS:
-            other.step(transformer, level, named)
-            hand_on()
-
-    error, nothing = take_turns(work, takes_over)
-    assert isinstance(error, TransformerInUse) and nothing is None
-    assert same(other.outputs, wanted)
-
-
-def test_a_name_given_in_one_thread_does_not_reach_another() -> None:
-    transformer = cached()
-
-    def other(_: Any) -> None:
-        with transformer.cache_context("uncond"):
-            pass
-
-    branch = Branch(0)
-    branch.start()
-    forward = transformer.forward
-    seen = []
-
-    def spied(*args: Any, **kwargs: Any) -> Any:
-        take_turns(other)
-        seen.append(hook_on(transformer).attachment.branch_name.name)
-        return forward(*args, **kwargs)
-
-    transformer.forward = spied
-    branch.step(transformer, 1.0, named=True)
-    assert seen == [branch.name]
-    assert hook_on(transformer).attachment.branch_name.name is None
 
 
 # ---- ranks -------------------------------------------------------------------------------------

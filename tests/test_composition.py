@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_backends import STEPS, Pipeline, levels
-from test_engine import Stack, ones, without_gradients  # noqa: F401
+from support.stack import Stack, ones
+from test_backends import STEPS, Pipeline, levels, without_gradients  # noqa: F401
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
 from xfuser_fastcache.backends import BACKENDS, gate_of
@@ -34,7 +34,7 @@ def run(gate: Any, first: list[float]) -> list[bool]:
     for level, added in zip(levels(len(first)), first, strict=True):
         made.added = [added, 2.0, 4.0, 8.0]
         made(ones(), level)
-    assert made.engine.consensus.collectives == len(first)
+    assert made.consensus.collectives == len(first)
     return [bool(flags) for flags in made.flags]
 
 
@@ -196,7 +196,7 @@ def test_options_of_a_gate_stand_inside_it(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("option", ["forecaster", "calibration", "num_steps"])
 def test_options_that_are_no_gates_stand_beside_it(option: str) -> None:
-    with pytest.raises(ValueError, match=f"^{option} in gate=.* is no option of a gate"):
+    with pytest.raises(ValueError, match=f"^{option} in gate=.* is no option of the gate"):
         gate_of(CacheConfig(gate={"any_of": [{"name": "Fast", option: "taylor"}]}))
 
 
@@ -209,8 +209,12 @@ def test_options_that_are_no_gates_stand_beside_it(option: str) -> None:
             "cache_interval=3 is no option of use_cache='Fb'",
         ),
         ({"use_cache": "Ada", "cache_ratio_threshold": 0.1}, "no option of use_cache='Ada'"),
-        ({"use_cache": "Tea", "calibration": "x"}, "takes no calibration"),
-        ({"gate": "Tea", "calibration": "x"}, "takes no calibration"),
+        (
+            {"use_cache": "Tea", "calibration": "x"},
+            "with use_cache='Tea': .* takes no calibration",
+        ),
+        ({"gate": "Tea", "calibration": "x"}, "with gate='Tea': .* takes no calibration"),
+        ({"gate": "Fast", "calibration": "x"}, "with gate='Fast': .* takes no calibration"),
         ({"use_cache": "Tea", "coefficients": []}, "coefficients=.. is not allowed"),
         ({"use_cache": "Tea", "coefficients": ["x"]}, "coefficients=.* is not allowed"),
         ({"use_cache": "Ada", "codebook": "slower"}, "codebook='slower' is not allowed"),

@@ -1,4 +1,4 @@
-"""Families that no adapter ships for yet: each is described on the floor of `models/`, briefly.
+"""Families that no adapter ships for yet: each is described in a few lines, on `models/`.
 
 Tiny models of diffusers with random weights. What a block and a forward pass are given and put out
 is read, and put back to the bit; cached, nothing changes at a threshold of 0, and something at a

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from layouts import EXCLUDED, LAYOUTS, ONE_RANK, Exclusion
-from matrix_worker import STEPS, variants
+from support.matrix import STEPS, variants
 from support.tiny_models import ADAPTER_OF, LIMITS, TINY_PIPELINES, Limit
 from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
 from xfuser_fastcache.backends import BACKENDS
+from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK, Exclusion
 
 
 def excluded(model: str, layout: str) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support.calibrations import fitted_for
+from support.flux import GUIDED, STEPS
 from support.tiny_models import TINY_PIPELINES, tiny_flux
-from test_engine import GUIDED, STEPS
 from torch import nn
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.flux import STEPS
+from support.stack import Stack, ones
 from support.worlds import run_world
-from test_engine import STEPS, Stack, ones
 from test_recorder import Model, every_family
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
-from xfuser_fastcache.config.cache_config import FORECASTERS
-from xfuser_fastcache.consensus.collective import Consensus
-from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.backends import FORECASTERS
+from xfuser_fastcache.consensus.collective import Usage
 from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate
 from xfuser_fastcache.reports.statistics import AUDITED, Counters
 
@@ -147,7 +147,7 @@ def test_which_steps_are_audited_follows_from_their_place(share: float) -> None:
 
 
 def test_rate_and_interval_are_those_over_generations_that_had_audits() -> None:
-    counters = Counters(consensus(), 1)
+    counters = Counters(Usage(0, 0.0), 1)
     for generation, flags in {0: [1, 0], 3: [0, 0, 0], 4: [1]}.items():
         for flag in flags:
             counters.record_audit(generation, bool(flag))
@@ -159,17 +159,11 @@ def test_rate_and_interval_are_those_over_generations_that_had_audits() -> None:
 
 
 def test_audits_of_old_generations_are_forgotten() -> None:
-    counters = Counters(consensus(), 1)
+    counters = Counters(Usage(0, 0.0), 1)
     for generation in range(AUDITED + 5):
         counters.record_audit(generation, generation < 5)
     assert counters.audits()["audits"] == AUDITED
     assert counters.audits()["false_skip_rate"] == 0.0
-
-
-def consensus() -> Consensus:
-    return Consensus(
-        DecisionGroup(), backend="gloo", timeout_s=1.0, config_digest=0, block_lists=()
-    )
 
 
 @pytest.mark.parametrize(
@@ -177,10 +171,11 @@ def consensus() -> Consensus:
     [
         ({"shadow_audit": 1.1}, ValueError, "shadow_audit=1.1 is not allowed; give 0 <= number <="),
         ({"shadow_audit": "all"}, TypeError, "shadow_audit='all' is not allowed"),
-        ({"use_cache": "Tea"}, ValueError, "an error with use_cache='Fast' alone; leave shadow_a"),
-        ({"gate": "Fb"}, ValueError, "an error with use_cache='Fast' alone"),
-        ({"motion_threshold": 0.1}, ValueError, "does not go with token plans"),
-        ({"merge_ratio": 0.5}, ValueError, "does not go with token plans"),
+        ({"use_cache": "Tea"}, ValueError, "'Tea' bounds no error; leave one of them out"),
+        ({"gate": "Fb"}, ValueError, "gate='Fb' bounds no error"),
+        ({"gate": "Fast"}, ValueError, "gate='Fast' bounds no error"),
+        ({"motion_threshold": 0.1}, ValueError, "does not go with token_plan='motion_static'"),
+        ({"merge_ratio": 0.5}, ValueError, "does not go with token_plan='merging': it needs all t"),
     ],
 )
 def test_what_audits_do_not_go_with_is_refused(

@@ -1,6 +1,6 @@
 """A mask of steps: what it computes, what it overrides, and which generations it refuses.
 
-On arithmetic blocks and on the tiny FLUX of `test_engine.py`, with every kind of forecaster.
+On arithmetic blocks and on a tiny FLUX, with every kind of forecaster.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxImg2ImgPipeline
-from test_engine import STEPS, TWO_STAGES, Flux, Stack, left_out, nan_after_step, ones
-from test_engine import pipelined_step as pipelined
+from support.flux import STEPS, Flux, nan_after_step
+from support.loops import LEVELS, SCHEDULER, Branch, begin, cached, denoise, flags_of, same
+from support.stack import EVER, Stack, config_of, ones, plan_of
 
 from xfuser_fastcache import get_cache_statistics, get_cache_trace
-from xfuser_fastcache.clock.timeline import Schedule
-from xfuser_fastcache.consensus.topology import Position
-from xfuser_fastcache.models.adapter import Step
+from xfuser_fastcache.backends import gate_of
+from xfuser_fastcache.gates.base import Evidence
 
 MASK = [1, 0, 0, 0, 0, 0, 1, 0]
 every_forecaster = pytest.mark.parametrize(
@@ -99,16 +99,30 @@ def test_a_mask_of_another_length_than_num_steps_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"num_steps": 3}, {}], ids=["num_steps", "steps unknown"])
-def test_a_generation_that_goes_on_after_its_mask_is_refused(options: dict[str, Any]) -> None:
+def test_a_generation_that_goes_on_after_its_mask_computes_the_rest(
+    options: dict[str, Any],
+) -> None:
+    """Nothing that only the cache knows ends a picture."""
     stack = Stack(steps_mask=[1, 0, 1], **options)
-    for level in (1.0, 0.9, 0.8):
+    for level in (1.0, 0.9, 0.8, 0.7, 0.6):
         stack(ones(), level)
-    assert stack.flags == [0, 1, 0]
-    with pytest.raises(ValueError, match="steps_mask has 3 entries, .* goes on after 3 steps"):
-        stack(ones(), 0.7)
-    # What comes next is a generation of its own, though the noise falls on.
-    stack(ones(), 0.6), stack(ones(), 0.5)
+    assert stack.flags == [0, 1, 0, 0, 0]
+    assert stack.reasons == ["steps mask"] * 3 + ["beyond the steps mask"] * 2
+    stack(ones(), 1.0), stack(ones(), 0.5)
     assert stack.flags == [0, 1]
+
+
+def test_a_plan_that_is_made_anew_within_a_picture_begins_a_generation() -> None:
+    """Of other steps it is refused, as at the first call; the next one is as if it had not been."""
+    transformer, branch = cached(steps_mask=MASK), Branch(0)
+    wanted = denoise(transformer, branch)[0]
+    begin(branch)
+    branch.step(transformer, LEVELS[0], named=False)
+    SCHEDULER.set_timesteps(sigmas=LEVELS[:-1])
+    with pytest.raises(ValueError, match="steps_mask has 8 entries, .* has 7 steps; give one"):
+        branch.step(transformer, LEVELS[0], named=False)
+    assert same(denoise(transformer, branch)[0], wanted)
+    assert list(flags_of(transformer).values()) == [1 - computed for computed in MASK]
 
 
 def test_the_schedulers_plan_counts_and_not_num_steps() -> None:
@@ -133,56 +147,37 @@ def test_a_nan_is_computed_through(forecaster: str) -> None:
     assert torch.equal(flux(), healthy)
 
 
-def test_after_a_nan_the_gate_knows_of_no_anchor_before_the_newest() -> None:
-    """As the forecaster does, which forgets them: two anchors are another cell than one."""
-    stack = Stack(forecaster="taylor", num_warmup_steps=2, max_consecutive_skips=2)
-    asked = []
-    judge = stack.engine.agreement.gate.judge
-    stack.engine.agreement.gate.judge = lambda e, _: asked.append(e.noise_levels) or judge(e)
-    held = []
-    levels = [1 - step / 10 for step in range(9)]
+def test_after_a_nan_neither_gate_nor_forecaster_knows_an_anchor_before_the_newest() -> None:
+    """Two anchors are another cell of a calibration than one, and a line in place of a level."""
+    options = {"num_warmup_steps": 2, "max_consecutive_skips": 2, "cache_ratio_threshold": EVER}
+    asked, gate = {}, gate_of(config_of(**options))
+    judge = gate.judge
+
+    def spied(found: Evidence, state: Any = None) -> Any:
+        asked[len(stack.flags)] = found.noise_levels
+        return judge(found, state)
+
+    gate.judge = spied
+    stack = Stack(gate=gate, forecaster="taylor", **options)
+    levels, made = [1 - step / 8 for step in range(9)], []
     for step, level in enumerate(levels):
-        stack(ones(torch.nan if step == 4 else 1.0), level)
-        held.append(tuple(a.noise_level for a in stack.engine.branches[0].memories[0][-1].anchors))
+        stack.added = [float(step), 0.0, 0.0, 0.0]
+        made.append(stack(ones(torch.nan if step == 4 else 1.0), level)[0, 0, 0].item())
     assert stack.flags == [0, 0, 1, 1, 0, 0, 1, 1, 0]
-    # Steps 2, 3, 6 and 7 were asked about, and skipped with these anchors.
-    assert [(newest, before) for _, newest, before in asked] == [
-        (*held[step], None)[:2] for step in (2, 3, 6, 7)
-    ]
-    assert [len(held[step]) for step in (2, 3, 6, 7)] == [2, 2, 1, 1]
-
-
-@pytest.mark.parametrize("left", [0, 1])
-def test_a_span_whose_output_was_not_seen_cannot_be_skipped_by_a_mask(left: int) -> None:
-    """The model leaves out the last block of a span; alike at the next step, or not."""
-    stack = Stack(granularity=2, steps_mask=[1, 0, 1], num_steps=3)
-    left_out(stack, 1, ones(), 1.0)
-    with pytest.raises(RuntimeError, match="steps_mask skips span 0 at .* step 1.* not known"):
-        left_out(stack, 1, ones(), 0.9) if left else stack(ones(), 0.9)
-    stack.engine.abandon(RuntimeError())
-    assert torch.equal(stack(ones(), 1.0), ones())
-
-
-@pytest.mark.parametrize("lag", [1, 2])
-def test_a_pipeline_skips_by_the_mask_from_its_first_patched_step_on(lag: int) -> None:
-    stack = Stack(group=TWO_STAGES, steps_mask=[1, 0, 0, 0, 1, 0], num_steps=6)
-    stack.engine.agreement.lag = lag
-    for step in range(6):
-        pipelined(stack, ones(), 1 - step / 10, patched=step > 1)
-    reasons = [decision.judgements[0].reason for decision in stack.engine.decisions.decisions]
-    assert stack.flags == [0, 0, 1, 1, 0, 1]
-    assert reasons[1] == "synchronous step of the pipeline"
-    assert {*reasons[:1], *reasons[2:]} == {"steps mask"}
+    assert {step: asked[step][1:] for step in (2, 3, 6, 7)} == {
+        **dict.fromkeys((2, 3), (levels[1], levels[0])),
+        **dict.fromkeys((6, 7), (levels[5], None)),
+    }
+    # What is added grows by one a step: in a line from the first two, and then as the last was.
+    assert [made[step] for step in (2, 3, 6, 7)] == [3.0, 4.0, 6.0, 6.0]
 
 
 def test_a_branch_that_first_comes_at_a_skipped_step_is_computed() -> None:
     stack = Stack(steps_mask=[1, 0, 0], num_steps=3)
     for level in (1.0, 0.9, 0.8):
-        stack(ones(), level)
-        if level < 1.0:
-            stack(ones(), level)
-    flags = [entry[1:] for entry in stack.engine.decisions.entries]
-    assert flags == [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 1), (2, 1, 1)]
+        for name in ("a", "b") if level < 1.0 else ("a",):
+            stack(ones(), level, name=name)
+    assert stack.places == [(0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 1), (2, 1, 1)]
 
 
 # ---- a pipeline that enters the plan in the middle ----------------------------------------------
@@ -190,19 +185,13 @@ def test_a_branch_that_first_comes_at_a_skipped_step_is_computed() -> None:
 
 def test_a_generation_that_begins_in_the_middle_goes_by_its_place_in_the_plan() -> None:
     stack = Stack(steps_mask=[1, 1, 0, 0, 1, 0])
-    levels = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
-    plan = Schedule(torch.tensor(levels), tuple(Step(level, level) for level in levels))
-    for level in levels[2:]:
-        stack.engine.open(level, level, None, Position(), torch.device("cpu"), plan)
-        x = ones()
-        for index in range(4):
-            x = stack.engine.run_block(index, stack._block(index), (x,), {})
-        stack.engine.close()
+    plan = plan_of(1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    for step in plan.steps[2:]:
+        stack(ones(), step.timestep, plan=plan)
     calls = [decision.call for decision in stack.engine.decisions.decisions]
     assert [(call.step, call.planned_step) for call in calls] == [(0, 2), (1, 3), (2, 4), (3, 5)]
     # The first step is to be skipped, but there is no anchor yet.
-    reasons = [decision.judgements[0].reason for decision in stack.engine.decisions.decisions]
-    assert (stack.flags, reasons[0]) == ([0, 1, 0, 1], "no anchor")
+    assert (stack.flags, stack.reasons[0]) == ([0, 1, 0, 1], "no anchor")
 
 
 def tiny_vae() -> AutoencoderKL:

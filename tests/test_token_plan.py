@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.stack import BARE, DIM, ones
+from support.stack import Stack as PlainStack
 from support.tiny_models import TINY_PIPELINES
-from test_engine import BARE, DIM, WHOLE, left_out, ones
-from test_engine import Stack as PlainStack
 from torch._dynamo.testing import CompileCounter
 
 from xfuser_fastcache import (
@@ -20,8 +20,9 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
 from xfuser_fastcache.backends import gate_of
-from xfuser_fastcache.engine import CacheEngine
-from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
+from xfuser_fastcache.tokens.base import CannotForecast
+from xfuser_fastcache.tokens.interface import TokenPlan
+from xfuser_fastcache.tokens.plan import token_plan
 from xfuser_fastcache.tokens.saliency import BUCKETS
 
 COUNT = 16  # image tokens
@@ -44,18 +45,17 @@ class Stack(PlainStack):
         options = {
             "cache_ratio_threshold": 0, "num_warmup_steps": 1, "static_kv": "drop", **options,
         }  # fmt: skip
-        super().__init__(blocks=blocks, **options)
-        plain = self.engine
-        plan = token_plan(plain.config, [BARE] * blocks, [0.0] * blocks, maps)
-        assert isinstance(plan, TokenPlan)
-        self.engine = CacheEngine(
-            plain.config, plain.consensus, plain.blocks, [BARE] * blocks, 0, DIM,
-            modulated=lambda args, kwargs: args[0], tokens=plan,
-        )  # fmt: skip
+        self.maps = maps
         self.seen: list[int] = []
         self.slope = 0.0
+        super().__init__(blocks=blocks, **options)
 
-    def _block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def tokens(self, config: CacheConfig, blocks: int) -> TokenPlan:
+        plan = token_plan(config.methods.token_plans, [BARE] * blocks, [0.0] * blocks, self.maps)
+        assert plan.measures
+        return plan
+
+    def block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             self.ran.append(index)
             self.seen.append(x.shape[1])
@@ -261,7 +261,7 @@ def test_under_fb_motion_is_measured_behind_the_first_block() -> None:
     wanted = x + 1.5 + 14
     wanted[0, [3, 8]] = x[0, [3, 8]] + 1.5 + 140
     assert torch.equal(out, wanted)
-    assert stack.engine.consensus.collectives == 2
+    assert stack.consensus.collectives == 2
 
 
 @pytest.mark.parametrize("backend", ["Fast", "Tea", "TaylorSeer", "Custom"])
@@ -287,11 +287,25 @@ def test_what_is_skipped_counts_once() -> None:
     assert statistics["estimated_flops_saved_ratio"] == pytest.approx(1 / 2)
 
 
-def test_a_last_block_left_out_while_tokens_stand_still_is_an_error_not_a_wrong_picture() -> None:
+def test_a_last_block_left_out_while_tokens_stand_still_computes_them_all() -> None:
+    """Static tokens have had no place: the forward pass runs once more, on all tokens."""
     stack = Stack(blocks=3, motion_threshold=0.1)
+    stack.added = [1.0] * 3
     stack.step(plane(), 1.0)
-    with pytest.raises(RuntimeError, match="left out the last block of span 0 at .* step 1"):
-        left_out(stack, 2, plane(), 0.9)
+    moving = moved(plane(), 3)
+    with pytest.raises(CannotForecast, match="last block of span 0"):
+        stack(moving, 0.9, left_out=2)
+    stack.engine.recompute()
+    stack.seen, x = [], moving
+    for index in (0, 1):
+        x = stack.run(index, x)
+    stack.engine.close()
+    assert torch.equal(x, moving + 2) and stack.seen == [COUNT] * 2
+    # The step after it has nothing to measure against, and the one after that goes on.
+    for level, wanted in ((0.8, [COUNT] * 3), (0.7, [1] * 3)):
+        out, seen = stack.step(moved(moving, 5) if level < 0.8 else moving, level)
+        assert seen == wanted
+        assert torch.equal(out[0, :3], plane()[0, :3] + 3)
 
 
 def test_an_adaptive_threshold_tightens_as_noise_falls() -> None:
@@ -504,10 +518,13 @@ def test_compiled_blocks_are_compiled_at_most_once_a_bucket(static_kv: str, grap
 def test_merging_is_on_where_it_is_asked_for() -> None:
     options = {"token_merge_k": 3, "token_merge_lambda": 0, "num_stages": 2, "merge_ratio": 0.3}
     for name, value in options.items():
-        assert CacheConfig(**{name: value}).merges_tokens
-    assert not CacheConfig(enable_token_merge=False, **options).merges_tokens
-    assert CacheConfig(enable_token_merge=True).merges_tokens and not CacheConfig().merges_tokens
-    with pytest.raises(ValueError, match="token plans do not go with forecaster='output'"):
+        (merging,) = CacheConfig(**{name: value}).methods.token_plans
+        assert getattr(merging, name) == value
+    for off in ({}, {"enable_token_merge": False, **options}):
+        assert CacheConfig(**off).methods.token_plans == ()
+    for on in ({"enable_token_merge": True}, {"token_plan": "merging"}):
+        assert CacheConfig(**on).resolved().token_plan == ["merging"]
+    with pytest.raises(ValueError, match="'merging' does not go with forecaster='output'"):
         CacheConfig(forecaster="output", enable_token_merge=True)
 
 
@@ -515,28 +532,46 @@ def test_merging_is_on_where_it_is_asked_for() -> None:
     "option", [{"motion_threshold": 0.1}, {"adaptive_beta": [0.1, 0, 0, 0]}, {"static_kv": "drop"}]
 )
 def test_the_split_is_on_where_it_is_asked_for(option: dict[str, Any]) -> None:
-    assert CacheConfig(**option).splits_tokens
-    assert not CacheConfig(enable_spatial_approx=False, **option).splits_tokens
-    assert CacheConfig(enable_spatial_approx=True).splits_tokens and not CacheConfig().splits_tokens
-    with pytest.raises(ValueError, match="token plans do not go with forecaster='output'"):
+    (split,) = CacheConfig(**option).methods.token_plans
+    assert {name: getattr(split, name) for name in option} == option
+    spelled = CacheConfig(token_plan={"name": "motion_static", **option})
+    assert spelled.resolved() == CacheConfig(**option).resolved()
+    assert CacheConfig(enable_spatial_approx=False, **option).methods.token_plans == ()
+    assert CacheConfig(enable_spatial_approx=True).resolved().token_plan == ["motion_static"]
+    with pytest.raises(ValueError, match="'motion_static' does not go with forecaster='output'"):
         CacheConfig(forecaster="output", **option)
-    with pytest.raises(ValueError, match="token plans do not go with a calibration"):
+    with pytest.raises(ValueError, match="'motion_static' does not go with calibration='x'"):
         CacheConfig(calibration="x", **option)
+
+
+def test_plans_are_given_flat_or_in_mappings_and_not_in_both() -> None:
+    flat = CacheConfig(motion_threshold=0.2, num_stages=2)
+    plans = [
+        {"name": "motion_static", "motion_threshold": 0.2},
+        {"name": "merging", "num_stages": 2},
+    ]
+    assert CacheConfig(token_plan=plans).digest() == flat.digest() != CacheConfig().digest()
+    assert CacheConfig.from_dict(flat.resolved().to_dict()) == flat.resolved()
+    for other in ({"num_stages": 3}, {"enable_spatial_approx": True}):
+        with pytest.raises(ValueError, match="are two spellings of token plans; give one of them"):
+            CacheConfig(token_plan=plans, **other)
+    for wrong in ([], ["merging", "merging"]):
+        with pytest.raises(ValueError, match="give at least one, each once"):
+            CacheConfig(token_plan=wrong)
 
 
 @pytest.mark.parametrize("option", [{"motion_threshold": 0.1}, {"enable_token_merge": True}])
 def test_plans_are_refused_where_what_they_leave_out_would_be_missed(
     option: dict[str, Any],
 ) -> None:
-    with pytest.raises(ValueError, match="enable_adacorrection does not go with token plans"):
+    with pytest.raises(ValueError, match="enable_adacorrection does not go with token_plan="):
         CacheConfig(enable_adacorrection=True, **option)
     for options in ({"use_cache": "Ada"}, {"gate": {"any_of": ["Fast", "Ada"]}}):
-        with pytest.raises(ValueError, match="rests on the residual of the middle block, which to"):
+        with pytest.raises(ValueError, match="Ada'.* does not go with token_plan=.* leaves some"):
             gate_of(CacheConfig(**options, **option))
 
 
 def test_a_plan_of_one_rank_has_its_counts_in_the_one_vector_of_a_step() -> None:
     stack = Stack(adaptive_beta=[0.1, 0.0, 0.0, 0.0])
-    stack(ones(), 1.0, WHOLE)
-    stack(ones(), 0.9, WHOLE)
-    assert stack.engine.consensus.collectives == 2
+    stack(ones(), 1.0), stack(ones(), 0.9)
+    assert stack.consensus.collectives == 2

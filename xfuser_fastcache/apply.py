@@ -1,43 +1,40 @@
-"""Put a cache on a transformer, take it off, ask what it did."""
+"""Put a cache on a transformer or a whole pipeline, take it off, ask what it did."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from xfuser_fastcache.artifacts.calibration import (
-    CALIBRATION,
-    check_model,
-    fingerprint,
-    load_fitted,
-    settled,
+from xfuser_fastcache.assembly import (
+    Request,
+    adapter_of,
+    block_lists_of,
+    blocks_held,
+    drawn,
 )
-from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.backends import FORECASTERS, gate_of
-from xfuser_fastcache.clock.timeline import Schedule
-from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.consensus.collective import BlockList, Consensus
-from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
+from xfuser_fastcache.clock.clock import Clock, Reader
+from xfuser_fastcache.clock.pipelines import PresentScheduler, owners_of, watch_pipelines
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.consensus.topology import Layout, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
-from xfuser_fastcache.measurements.probes import Probe
-from xfuser_fastcache.models.adapter import ModelAdapter
-from xfuser_fastcache.models.block_contract import BlockContract
-from xfuser_fastcache.models.forward_layout import ForwardContract
-from xfuser_fastcache.models.spans import span_of_blocks
-from xfuser_fastcache.models.streams import ENCODER
 from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
-from xfuser_fastcache.reports.statistics import BlockInfo
-from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
 
-logger = logging.getLogger("xfuser_fastcache")
+__all__ = [
+    "adapter_of",
+    "apply_cache_on_pipeline",
+    "apply_cache_on_transformer",
+    "denoisers_of",
+    "get_cache_statistics",
+    "get_cache_trace",
+    "remove_cache",
+    "remove_cache_from_pipeline",
+    "reset_cache_statistics",
+]
 
 
 def apply_cache_on_transformer(
@@ -54,19 +51,24 @@ def apply_cache_on_transformer(
     with the same options. Apply it after xfuser has wrapped the pipeline. `sync_timeout_s` also
     becomes the limit of xfuser's own waits, and stays it when the cache is removed.
 
+    Steps are told by the counter of the scheduler that has planned them: that of the pipeline which
+    holds the transformer, also where it is exchanged later, or the one given. Where a pipeline has
+    several denoisers (Wan 2.2), their caches go by one clock.
+
     The cache serves one generation at a time. Threads that draw at the same time need a transformer
     each: where two share one, the generation that began last keeps it, and the other thread gets
     an error at its next step.
 
     With guidance in several calls a step, each call is a branch with a state of its own. Branches
     that are left out at some steps are best called under diffusers' `transformer.cache_context`;
-    calls without a name go by their order within the step.
+    calls without a name go by their order within the step. A branch whose batch or size changes
+    goes on as a new one: what cannot be forecast is computed.
 
     Args:
         transformer: a supported diffusers transformer, or xfuser's wrapper around one.
         config: all options at once; or give them one by one.
-        scheduler: the pipeline's. With it generations, their number of steps and the exact noise
-            levels are known; without it, a generation starts where the noise level rises.
+        scheduler: plans the steps where the transformer is called outside of its pipeline. Without
+            any scheduler steps are told apart by the values of timesteps, with a warning.
         process_group: ranks that run this forward together, for plain torch.distributed; default
             all ranks. Under xfuser the group follows from its parallel configuration.
         **options: fields of `CacheConfig`, among them `use_cache="Fast"` and
@@ -79,7 +81,6 @@ def apply_cache_on_transformer(
         ValueError: an unsupported model, one that is cached already or compiled as a whole, a wrong
             option.
         TypeError: an option of the wrong type.
-        NotImplementedError: an option that is not built yet.
         ConsensusError: ranks were given different options or models, or one did not come.
 
     Example:
@@ -102,135 +103,106 @@ def apply_cache_on_transformer(
             f"this {type(transformer).__name__} is cached already; call remove_cache(transformer) "
             "first"
         )
-    path, fitted, maps = config.calibration or config.linear_maps or "", None, None
-    if config.linear_maps:
-        maps = load_maps(path)
-        config = replace(config, linear_maps=maps.digest)
-    elif path:
-        if scheduler is None:
-            raise ValueError(
-                f"calibration={path!r} needs the pipeline's scheduler, whose steps it was made "
-                "for; pass scheduler=pipe.scheduler"
-            )
-        fitted = load_fitted(path)
-        config = settled(config, fitted)
-    apart = Probe.FIRST_RESIDUAL in gate_of(config, fitted).probes
-    whole_forward = FORECASTERS[config.forecaster].whole_forward
+    watch_pipelines()
+    if config.calibration and scheduler is None and not owners_of(transformer):
+        raise ValueError(
+            f"calibration={config.calibration!r} needs the scheduler whose steps it was made for, "
+            "and no pipeline holds this transformer; pass scheduler=pipe.scheduler"
+        )
+    request = Request.of(config)
     if isinstance(transformer, nn.Module):
-        refuse_compiled(transformer, whole_forward)
+        refuse_compiled(transformer, request.whole_forward)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
-    held = {name: list(getattr(model, name)) for name in adapter.block_lists}
-    group = layout.decision_group(transformer, whole_forward)
+    group = layout.decision_group(transformer, request.whole_forward)
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
     counts = TokenCounts(adapter.image_tokens if group.stages == 1 else None, group.shard)
-    of_blocks = adapter.contracts(model, counts)
-    _check_return_order(config, [name for name in held for _ in held[name]], of_blocks)
-    if maps is not None and group.stages > 1:
-        raise ValueError(
-            f"linear_maps={path!r} is fitted for the whole stack of blocks, of which each of the "
-            f"{group.stages} pipeline stages holds a part; leave linear_maps out, or run with "
-            "pipefusion_parallel_degree=1"
-        )
-    if config.shadow_audit and group.stages > 1:
-        _say_inert(
-            "shadow_audit does nothing under PipeFusion, where computing a skipped patch as well "
-            "would renew its keys and values: audits stays 0."
-        )
+    held = blocks_held(model, adapter)
+    kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
+    request.check(kinds, group)
+    config = request.config
     layout.limit_waits(config.sync_timeout_s)
     consensus = Consensus(
         group,
         backend=config.sync_backend,
         timeout_s=config.sync_timeout_s,
         config_digest=config.digest(),
-        block_lists=tuple(
-            BlockList(len(blocks), _parameters(blocks[0]) if blocks else 0)
-            for blocks in held.values()
-        ),
+        block_lists=block_lists_of(held),
     )
+    try:
+        plan = drawn(request, model, adapter, consensus, counts)
+        engine = CacheEngine(plan, consensus, _clock(transformer, config))
+    except BaseException:
+        consensus.close()
+        raise
+    pulse = PresentScheduler(transformer, scheduler)
+    reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
     blocks = [block for listed in held.values() for block in listed]
-    infos = _block_infos(tuple(held), consensus.stages, config.granularity, apart)
-    made = fitted or maps
-    if made is not None:
-        kind = CALIBRATION if made is fitted else LINEAR_MAPS
-        found = fingerprint(model, adapter.model_class, adapter.embedder, len(infos))
-        try:
-            check_model(made.metadata, path, kind, found)
-        except ValueError:
-            consensus.close()
-            raise
-    contracts: list[BlockContract | ForwardContract]
-    tokens = None
-    if whole_forward:
-        contracts = [adapter.forward_contract(model, counts)]
-        dim = adapter.noise_channels(model)
-    else:
-        contracts, dim = list(of_blocks), adapter.dim(model)
-        tokens = _token_plan(config, group, blocks, of_blocks, maps)
-    first_block = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
-    engine = CacheEngine(
-        config,
-        consensus,
-        infos,
-        contracts,
-        first_block,
-        dim,
-        fitted,
-        modulated=(
-            partial(_modulated_image, adapter, blocks[0], of_blocks[0])
-            if first_block == 0
-            else None
-        ),
-        polynomial=adapter.tea_polynomial,
-        tokens=tokens,
-        maps=None if maps is None or config.splits_tokens else maps.of[config.forecaster],
-    )
-    embedder = model.get_submodule(adapter.embedder)
-    attachment = Attachment(transformer, model, blocks, embedder)
-    opener = _step_opener(engine, adapter, counts, layout, attachment, scheduler)
-    attachment.attach(engine, opener)
+    attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
+    attachment.attach(engine, reader)
     return transformer
 
 
-def _modulated_image(
-    adapter: type[ModelAdapter],
-    block: nn.Module,
-    contract: BlockContract,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Return the image's tokens of the first block's modulated input."""
-    return contract.image_of(adapter.modulated_input(block, args, kwargs))
+def apply_cache_on_pipeline(
+    pipe: Any, *, config: CacheConfig | None = None, process_group: Any = None, **options: Any
+) -> Any:
+    """Put a step cache on every denoiser of a pipeline, in place; a collective call.
+
+    Args:
+        pipe: a diffusers pipeline, or xfuser's class around one.
+        config, process_group, **options: as of `apply_cache_on_transformer`.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        TypeError: a pipeline without a transformer that is supported, or an option of the wrong
+            type.
+        ValueError, ConsensusError: as `apply_cache_on_transformer`; then no denoiser is cached.
+    """
+    if config is None:
+        config = CacheConfig.from_dict(options)
+    elif options:
+        raise ValueError(f"give either config or single options, not both: {', '.join(options)}")
+    cached: list[nn.Module] = []
+    try:
+        for denoiser in denoisers_of(pipe).values():
+            apply_cache_on_transformer(
+                denoiser, config=config, scheduler=pipe.scheduler, process_group=process_group
+            )
+            cached.append(denoiser)
+    except BaseException:
+        for denoiser in cached:
+            remove_cache(denoiser)
+        raise
+    return pipe
 
 
-@cache
-def _say_inert(message: str) -> None:
-    logger.warning("%s (Said once.)", message)
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return a pipeline's transformers that a cache can be put on, by their names in it.
 
-
-def _token_plan(
-    config: CacheConfig,
-    group: DecisionGroup,
-    blocks: list[nn.Module],
-    contracts: list[BlockContract],
-    maps: FittedMaps | None,
-) -> TokenPlan | None:
-    """Return the token plan that a config asks for; None where there is none, or none can be."""
-    attention_costs = [
-        sum(map(_parameters, contract.attention_of(block).values())) / _parameters(block)
-        for block, contract in zip(blocks, contracts, strict=True)
-    ]
-    # They keep the last residual, which is what these maps correct.
-    static = None if maps is None else maps.of["linear"]
-    plan = token_plan(config, contracts, attention_costs, static)
-    if plan is not None and group.stages > 1:
-        _say_inert(
-            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
-            "without them, and spatial_approx_ratio stays 0."
+    Raises:
+        TypeError: there is none.
+        ValueError: its transformer is of a family that no adapter supports.
+    """
+    inner = getattr(pipe, "module", pipe)  # xfuser's class around a pipeline
+    held = {name: part for name, part in vars(inner).items() if isinstance(part, nn.Module)}
+    known = loaded(ADAPTERS).values()
+    found = {
+        name: part
+        for name, part in held.items()
+        if any(adapter.supports(_layout(part, None).model_of(part)) for adapter in known)
+    }
+    if not found and held.get("transformer") is not None:
+        adapter_of(_layout(held["transformer"], None).model_of(held["transformer"]))
+    if not found:
+        has = ", ".join(f"{name} ({type(part).__name__})" for name, part in held.items())
+        raise TypeError(
+            f"{type(pipe).__name__} has no transformer to cache; give a pipeline of diffusers or "
+            f"xfuser that has one, such as FluxPipeline. It holds: {has or 'no module'}"
         )
-        return None
-    return plan
+    return found
 
 
 def remove_cache(transformer: nn.Module) -> nn.Module:
@@ -246,11 +218,26 @@ def remove_cache(transformer: nn.Module) -> nn.Module:
     return transformer
 
 
+def remove_cache_from_pipeline(pipe: Any) -> Any:
+    """Take the cache off every denoiser of a pipeline that has one; returns the pipeline.
+
+    Raises:
+        TypeError: a pipeline without a transformer that is supported.
+        ConsensusError: as `remove_cache`.
+    """
+    for denoiser in denoisers_of(pipe).values():
+        if hook_on(denoiser) is not None:
+            remove_cache(denoiser)
+    return pipe
+
+
 def get_cache_statistics(transformer: nn.Module) -> dict[str, Any]:
     """Return what the cache did since it was applied or its counters were reset.
 
     Ratios are between 0 and 1, times in seconds, sizes in bytes. `collectives` counts the rounds of
-    consensus; a single process takes them without a wire.
+    consensus; a single process takes them without a wire. `clock` is what the last call was placed
+    by: the scheduler's counter, `cache_context`, the plan, or values of timesteps. `recomputed`
+    counts forward passes that ran again, since a forecast had found no place in them.
 
     Raises:
         ValueError: there is no cache on it.
@@ -284,6 +271,15 @@ def reset_cache_statistics(transformer: nn.Module) -> None:
     _hook(transformer).engine.reset_statistics()
 
 
+def replace_forecaster(transformer: nn.Module, forecaster: Forecaster) -> None:
+    """Let another forecaster stand in, of the same reach; calibrations fit theirs as they run.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    _hook(transformer).engine.passage.forecaster = forecaster
+
+
 def _hook(transformer: nn.Module) -> TransformerHook:
     hook = hook_on(transformer)
     if hook is None:
@@ -295,100 +291,21 @@ def _hook(transformer: nn.Module) -> TransformerHook:
     return hook
 
 
-def _layout(transformer: nn.Module, process_group: Any) -> Any:
+def _layout(transformer: nn.Module, process_group: Any) -> Layout:
     if process_group is None:
         for layout in loaded(LAYOUTS).values():
             if layout.recognises(transformer):
-                return layout()
+                made: Layout = layout()
+                return made
     return PlainLayout(process_group)
 
 
-def adapter_of(model: nn.Module) -> type[ModelAdapter]:
-    """Return the registered adapter of a diffusers transformer.
-
-    Raises:
-        ValueError: no adapter supports it; the message lists the supported ones.
-    """
-    known = loaded(ADAPTERS)
-    for adapter in known.values():
-        if adapter.supports(model):
-            return adapter
-    names = sorted(adapter.model_class for adapter in known.values())
-    raise ValueError(
-        f"{type(model).__name__} is not supported by the cache; supported: {', '.join(names)}. "
-        "Pass the pipeline's transformer (pipe.transformer), or register an adapter for the model "
-        f"(entry point group {ADAPTERS!r})."
-    )
-
-
-def _check_return_order(
-    config: CacheConfig, names: list[str], contracts: list[BlockContract]
-) -> None:
-    given = config.return_hidden_states_first
-    for name, contract in zip(names, contracts, strict=True):
-        actual = contract.returns[0] != ENCODER
-        if given is not None and given != actual:
-            raise ValueError(
-                f"return_hidden_states_first={given} does not fit {name}, which returns "
-                f"{' then '.join(contract.returns)}; leave it out, the adapter knows the order"
-            )
-
-
-def _parameters(block: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in block.parameters())
-
-
-def _block_infos(
-    names: tuple[str, ...],
-    stages: list[list[BlockList]],
-    granularity: int | str,
-    first_apart: bool,
-) -> list[BlockInfo]:
-    """Return all blocks of the whole model in order, from what the stages hold of each list."""
-    found = []
-    for index, name in enumerate(names):
-        count = sum(stage[index].blocks for stage in stages)
-        cost = max(stage[index].cost for stage in stages)
-        found += [(f"{name}.{i}", cost) for i in range(count)]
-    total = sum(cost for _, cost in found)
-    spans = span_of_blocks(len(found), granularity, first_apart)
-    return [
-        BlockInfo(name, span, cost / total) for (name, cost), span in zip(found, spans, strict=True)
-    ]
-
-
-def _step_opener(
-    engine: CacheEngine,
-    adapter: type[ModelAdapter],
-    counts: TokenCounts,
-    layout: Any,
-    attachment: Attachment,
-    scheduler: Any,
-) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-    """Return what opens a step of `engine` from the arguments of the transformer's forward."""
-    schedule: Schedule | None = None
-    forward = adapter.forward_layout()
-
-    def open_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal schedule
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None:
-            schedule = None
-        elif schedule is None or schedule.timesteps is not timesteps:
-            schedule = Schedule(timesteps, tuple(adapter.plan(scheduler)))
-        counts.open(args, kwargs)
-        given = forward.given(args, kwargs)
-        position = layout.position()
-        tokens = sum(position.patch_tokens) or given.sizes
-        timestep = float(adapter.timestep(args, kwargs).flatten()[0])
-        engine.open(
-            timestep,
-            adapter.noise_level(timestep),
-            (given.batch, tokens, given.dtype, given.device),
-            position,
-            given.device,
-            schedule,
-            attachment.branch_name.name,
-        )
-
-    return open_step
+def _clock(transformer: nn.Module, config: CacheConfig) -> Clock:
+    """Return the clock of the pipeline that holds a transformer: that of another cached denoiser of
+    it, or a new one."""
+    for pipe in owners_of(transformer):
+        for part in vars(pipe).values():
+            hook = hook_on(part) if isinstance(part, nn.Module) else None
+            if hook is not None and part is not transformer:
+                return hook.engine.clock
+    return Clock(config.num_steps)

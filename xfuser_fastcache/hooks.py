@@ -8,7 +8,7 @@ as they do uncached, and a skipped block costs no compiled call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -18,11 +18,13 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
+from xfuser_fastcache.clock.clock import Reader
 from xfuser_fastcache.clock.ownership import TransformerInUse
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.tokens.base import CannotForecast
 
 HOOK = "xfuser_fastcache"
-BRANCH_HOOK = "xfuser_fastcache_branch"
+CONTEXT_HOOK = "xfuser_fastcache_context"
 
 _COMPILE_INSTEAD = (
     "Compile its blocks in place, before or after the cache is applied: "
@@ -61,8 +63,8 @@ def _refuse_tracing(module: nn.Module) -> NoReturn:
     )
 
 
-class _BranchName(StateManager):
-    """Receives the name that a pipeline gives a call by diffusers' `cache_context`.
+class _Context(StateManager):
+    """Receives what a pipeline says of a call by diffusers' `cache_context`.
 
     Each thread sees its own: one that is refused must not rename the other's call.
     """
@@ -72,29 +74,39 @@ class _BranchName(StateManager):
         self._given = threading.local()
 
     @property
-    def name(self) -> str | None:
-        """The name of the call that this thread is about to make, or None."""
-        return getattr(self._given, "name", None)
+    def given(self) -> Any:
+        """What is said of the call that this thread is about to make, or None."""
+        return getattr(self._given, "context", None)
 
     def set_context(self, context: Any) -> None:
-        # A name in diffusers 0.37, an object that carries it later.
-        self._given.name = getattr(context, "name", context)
+        self._given.context = context
 
 
-class TransformerHook(ModelHook):
+class _CacheHook(ModelHook):
+    """Any hook of a cache: it is never copied or saved with its module."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "this transformer carries a step cache, which belongs to this process and is neither "
+            "copied nor pickled. Call remove_cache(transformer) first, copy or save it, and apply "
+            "the cache again; save_pretrained and state_dict leave the cache out by themselves."
+        )
+
+
+class TransformerHook(_CacheHook):
     """Opens and closes a step around the transformer's forward.
 
     Args:
         attachment: that it is part of.
         engine: does the work.
-        open_step: opens a step of the engine from the forward's arguments.
+        reader: tells the clock what it has to know of a forward pass.
     """
 
-    def __init__(self, attachment: Attachment, engine: CacheEngine, open_step: Callable[..., None]):
+    def __init__(self, attachment: Attachment, engine: CacheEngine, reader: Reader):
         super().__init__()
         self.attachment = attachment
         self.engine = engine
-        self.open_step = open_step
+        self.reader = reader
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the transformer within a step.
@@ -106,24 +118,32 @@ class TransformerHook(ModelHook):
         if torch.compiler.is_compiling():
             _refuse_tracing(module)
         self.attachment.follow_compilation()
-        with self.engine.ownership.visit():
+        engine = self.engine
+        with engine.clock.ownership.visit():
             try:
-                self.open_step(args, kwargs)
-                forward = self.fn_ref.original_forward
-                if self.engine.forecaster.whole_forward:
-                    output = self.engine.run_block(0, forward, args, kwargs)
-                else:
-                    output = forward(*args, **kwargs)
-                self.engine.close()
+                engine.open(self.reader.arrival(args, kwargs, self.attachment.context.given))
+                try:
+                    output = self._run(args, kwargs)
+                    engine.close()
+                except CannotForecast:
+                    engine.recompute()
+                    output = self._run(args, kwargs)
+                    engine.close()
             except TransformerInUse:
                 raise
             except BaseException as error:
-                self.engine.abandon(error)
+                engine.abandon(error)
                 raise
             return output
 
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self.fn_ref.original_forward
+        if self.engine.forecaster.whole_forward:
+            return self.engine.run_block(0, forward, args, kwargs)
+        return forward(*args, **kwargs)
 
-class BlockHook(ModelHook):
+
+class BlockHook(_CacheHook):
     """Lets the engine run a block or stand in for it.
 
     Args:
@@ -147,7 +167,7 @@ class BlockHook(ModelHook):
         return self.engine.run_block(self.index, self.fn_ref.original_forward, args, kwargs)
 
 
-class AttentionHook(ModelHook):
+class AttentionHook(_CacheHook):
     """Lets the engine run an attention module of a block.
 
     Args:
@@ -167,21 +187,21 @@ class AttentionHook(ModelHook):
         return self.engine.run_attention(self.key, self.fn_ref.original_forward, args, kwargs)
 
 
-class BranchNameHook(ModelHook):
-    """Receives the names of branches; alone stateful, since diffusers visits stateful hooks.
+class ContextHook(_CacheHook):
+    """Receives what is said of calls; alone stateful, since diffusers visits stateful hooks.
 
     It sits below the model, since `cache_context` begins at the model inside xfuser's wrapper and
     looks for hooks below that; and on no block, so that a compiled block stays as it was.
 
     Args:
-        branch_name: where the name is left.
+        context: where it is left.
     """
 
     _is_stateful = True
 
-    def __init__(self, branch_name: _BranchName):
+    def __init__(self, context: _Context):
         super().__init__()
-        self.branch_name = branch_name
+        self.context = context
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Nothing to do: the engine tells generations apart by itself, alike on all ranks."""
@@ -265,17 +285,17 @@ class Attachment:
         self.model = model
         self.blocks = blocks
         self.embedder = embedder
-        self.branch_name = _BranchName()
+        self.context = _Context()
         # Names that were in a module's own dictionary before; the hooks may add the others.
         self._before: dict[nn.Module, frozenset[str]] = {}
         self._block_hooks: list[tuple[nn.Module, BlockHook]] = []
         # Modules whose compiled call we stand in front of.
         self._compiled: list[nn.Module] = []
 
-    def attach(self, engine: CacheEngine, open_step: Callable[..., None]) -> None:
+    def attach(self, engine: CacheEngine, reader: Reader) -> None:
         """Put the hooks on."""
-        self._put(self.transformer, TransformerHook(self, engine, open_step))
-        self._register(self.embedder, BranchNameHook(self.branch_name), BRANCH_HOOK)
+        self._put(self.transformer, TransformerHook(self, engine, reader))
+        self._register(self.embedder, ContextHook(self.context), CONTEXT_HOOK)
         if not engine.forecaster.whole_forward:
             for index, block in enumerate(self.blocks):
                 hook = BlockHook(engine, index)
@@ -312,7 +332,7 @@ class Attachment:
             return
         registry = _registry(module)
         with _beneath_accelerate(module):
-            for name in (HOOK, BRANCH_HOOK):
+            for name in (HOOK, CONTEXT_HOOK):
                 registry.remove_hook(name, recurse=False)
             if not registry.hooks:
                 # remove_hook leaves the registry, and the bound method as an instance attribute.

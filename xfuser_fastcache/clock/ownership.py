@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from xfuser_fastcache.clock.timeline import Call, Schedule, Timeline
+from xfuser_fastcache.clock.sources import Arrival
+from xfuser_fastcache.clock.timeline import Call, Timeline
 
 
 class TransformerInUse(RuntimeError):
@@ -60,7 +61,7 @@ class Ownership:
         finally:
             self._door.release()
 
-    def claim(self, noise_level: float, schedule: Schedule | None) -> None:
+    def claim(self, arrival: Arrival) -> None:
         """Make this thread the owner of the current generation, or refuse it.
 
         It begins one where the scheduler has a new plan, and else unless the noise goes on falling
@@ -68,8 +69,7 @@ class Ownership:
         stands and has steps to come.
 
         Args:
-            noise_level: of the forward pass that opens.
-            schedule: the scheduler's plan, or None.
+            arrival: the forward pass that opens.
 
         Raises:
             TransformerInUse: it goes on with a generation that is not the current one.
@@ -78,13 +78,14 @@ class Ownership:
         if me is self._owner:
             return
         reached = self.timeline.reached
-        lost = self._lost.pop(me, None)
-        if lost is not None:
-            continues = noise_level <= lost
-        else:
-            continues = self._goes_on and reached is not None and noise_level < reached
         if self._owner is not None:
-            if continues and not self.timeline.replanned(schedule):
+            lost = self._lost.pop(me, None)
+            if lost is not None:
+                continues = arrival.noise_level <= lost
+            else:
+                within = self._goes_on and reached is not None
+                continues = within and arrival.noise_level < (reached or 0.0)
+            if continues and not self.timeline.replanned(arrival.plan):
                 raise TransformerInUse(
                     f"thread {me.name!r} goes on with a generation on a cached transformer",
                     f"the generation of thread {self._owner.name!r}",

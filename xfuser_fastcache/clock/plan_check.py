@@ -9,7 +9,9 @@ from xfuser_fastcache.clock.timeline import Call, Timeline
 def refused_plan(
     call: Call, timeline: Timeline, mask: list[int] | None, fitted: Fitted | None
 ) -> str | None:
-    """Say why a generation cannot go on as it is planned; None where it can.
+    """Say why a generation cannot begin as it is planned; None where it can.
+
+    One that has begun is never refused: what a mask or a calibration does not cover is computed.
 
     Args:
         call: the forward pass that begins it, or a later one.
@@ -17,7 +19,9 @@ def refused_plan(
         mask: of computed steps, or None.
         fitted: the calibration, or None.
     """
-    if fitted is not None and call.starts_generation:
+    if not call.starts_generation:
+        return None
+    if fitted is not None:
         wrong = fitted.differs_from(timeline.planned_levels)
         if not wrong and call.planned_step:
             wrong = (
@@ -28,15 +32,12 @@ def refused_plan(
             return (
                 f"the calibration is not for this generation: {wrong}. Give the scheduler, "
                 "the number of steps and the size of picture that it was made with, make "
-                "another with scripts/calibrate.py, or leave calibration out"
+                "another with fastcache calibrate, or leave calibration out"
             )
-    if mask is None:
+    planned = timeline.planned_steps
+    if mask is None or planned is None or planned == len(mask):
         return None
-    planned = timeline.planned_steps or len(mask)
-    if planned == len(mask) and call.planned_step < planned:
-        return None
-    steps = f"has {planned}" if planned != len(mask) else f"goes on after {planned}"
     return (
-        f"steps_mask has {len(mask)} entries, but this generation {steps} steps; give one "
+        f"steps_mask has {len(mask)} entries, but this generation has {planned} steps; give one "
         "entry a step of the scheduler's plan (num_inference_steps)"
     )

@@ -1,27 +1,25 @@
-"""When is it: generations, steps, branches and patches, by what a transformer is given."""
+"""When is it: generations, steps, branches and patches of a pipeline's forward passes."""
 
 from __future__ import annotations
 
+import logging
+import weakref
 from dataclasses import dataclass, replace
 
-import torch
-
+from xfuser_fastcache.clock.plan import Plan
+from xfuser_fastcache.clock.sources import (
+    Arrival,
+    ContextStep,
+    Past,
+    PlanByCount,
+    SchedulerCounter,
+    Source,
+    Spot,
+    Values,
+)
 from xfuser_fastcache.consensus.topology import Position
-from xfuser_fastcache.models.adapter import Step
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps that a scheduler has planned for the current generation.
-
-    Attributes:
-        timesteps: the scheduler's own tensor; `set_timesteps` makes a new one, so its identity
-            marks a generation.
-        steps: what it has planned, in order.
-    """
-
-    timesteps: torch.Tensor
-    steps: tuple[Step, ...]
+logger = logging.getLogger("xfuser_fastcache")
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Call:
         more_steps_follow: whether the schedule goes on; False where that is unknown.
         position: which tokens this rank carries.
         starts_generation: whether everything older is to be forgotten.
+        entered: the step at which this denoiser has entered the generation.
     """
 
     generation: int
@@ -52,6 +51,7 @@ class Call:
     more_steps_follow: bool
     position: Position
     starts_generation: bool
+    entered: int = 0
 
     @property
     def place(self) -> str:
@@ -61,102 +61,117 @@ class Call:
 
 
 class Timeline:
-    """Tells generations, steps, branches and patches apart by what the transformer is given.
+    """Places forward passes, by the best source that there is.
 
-    A new generation starts where the scheduler has new timesteps, where the noise level rises,
-    or where shape, dtype or device change. The same timestep again is another branch, unless
-    diffusers' `cache_context` names a branch that this step has had already.
-
-    A branch goes by its name, so it may be left out at some steps. Calls without a name go by
-    their order within the step: only the last ones may then be left out.
+    A new generation starts where the scheduler has a new plan, or where the source says so. A
+    branch is what calls of a step have in common from step to step: their name by `cache_context`,
+    or else their order within the step; and their shape, since anchors of another batch or size
+    cannot serve. So a branch may be left out at some steps; without names only the last ones.
 
     Args:
         num_steps: steps of a generation where no scheduler tells; None if unknown.
+
+    Attributes:
+        source: what the last forward pass was placed by; None before.
     """
 
     def __init__(self, num_steps: int | None = None):
         self.num_steps = num_steps
+        self.source: Source | None = None
+        self._sources = (SchedulerCounter(), ContextStep(), PlanByCount(), Values())
         self._generation = -1
-        self._step = 0
-        self._branch = 0
-        self._timestep: float | None = None
-        self._noise_level = 0.0
-        self._signature: object = None
-        self._schedule: Schedule | None = None
-        # Where in the schedule the last forward pass was; None where that is not known.
-        self._index: int | None = None
-        # Of this generation: what a branch goes by, its name or its place in a step -> its index.
-        self._branches: dict[str | int, int] = {}
-        # Of this step: what its calls so far went by.
-        self._called: list[str | int] = []
+        self._plan: Plan | None = None
+        self._past: Past | None = None
+        self._call: Call | None = None
+        # Of this generation: denoiser -> what a branch goes by -> its index.
+        self._branches: dict[int, dict[object, int]] = {}
+        # Of this generation: denoiser -> the step at which it was first called.
+        self._entered: dict[int, int] = {}
+        self._warned = False
 
-    def open(
-        self,
-        timestep: float,
-        noise_level: float,
-        signature: object,
-        position: Position,
-        schedule: Schedule | None = None,
-        branch_name: str | None = None,
-    ) -> Call:
-        """Place a forward pass.
-
-        Args:
-            timestep: as the transformer gets it.
-            noise_level: sigma by the adapter, used where `schedule` does not give it.
-            signature: batch, tokens, dtype, device: whatever must stay equal in a generation.
-            position: which tokens this forward carries.
-            schedule: the scheduler's plan, or None.
-            branch_name: name given by `cache_context`, or None.
-        """
-        named_again = branch_name is not None and branch_name in self._called
-        # Later patches of a step repeat its timestep and are no branch of their own.
-        continues = position.patched and position.patch > 0
-        same = timestep == self._timestep
-        starts = (
-            self._timestep is None
-            or self.replanned(schedule)
-            or signature != self._signature
-            or noise_level > self._noise_level
-            or (same and named_again and not continues)
-        )
-        self._schedule, self._signature = schedule, signature
-        opens = True
+    def open(self, arrival: Arrival) -> Call:
+        """Place a forward pass."""
+        later_patch = arrival.position.patched and arrival.position.patch > 0
+        if later_patch and self._past is not None and self._call is not None:
+            self._call = replace(
+                self._call, opens_step=False, position=arrival.position, starts_generation=False
+            )
+            return self._call
+        fresh = self._past is None or self.replanned(arrival.plan)
+        spot = self._placed(arrival, None if fresh else self._past)
+        self._plan = arrival.plan
+        past = self._past
+        again = past is not None and spot.step == "same" and past.has_called(arrival)
+        starts = fresh or spot.step == "new" or again
         if starts:
             self._generation += 1
-            self._step = 0
-            self._branches = {}
-            self._called = []
-        elif continues and same:
-            opens = False
-        elif not same:
-            self._step += 1
-            self._called = []
-        if opens:
-            key = len(self._called) if branch_name is None else branch_name
-            self._called.append(key)
-            self._branch = self._branches.setdefault(key, len(self._branches))
-        self._timestep, self._noise_level = timestep, noise_level
-        level, remaining = self._planned(timestep, noise_level)
-        return Call(
+            self._branches, self._entered = {}, {}
+            step, called = 0, {}
+        else:
+            assert self._call is not None and past is not None
+            step = self._call.step + (spot.step == "next")
+            called = past.called if spot.step == "same" else {}
+        entered = self._entered.setdefault(arrival.denoiser, step)
+        branch = self._branch_of(arrival, called)
+        level, remaining = self._planned(arrival, spot.index, step)
+        read = "timestep" in vars(arrival)
+        self._past = Past(
+            index=spot.index,
+            context_step=arrival.context_step,
+            value=arrival.timestep.value if read else None,
+            level=arrival.noise_level if read else level,
+            latents=weakref.ref(arrival.latents),
+            shape=arrival.shape,
+            called=called,
+        )
+        self._call = Call(
             generation=self._generation,
-            step=self._step,
-            planned_step=self._step if self._index is None else self._index,
-            branch=self._branch,
-            opens_step=opens,
+            step=step,
+            planned_step=step if spot.index is None else spot.index,
+            branch=branch,
+            opens_step=True,
             noise_level=level,
             is_last_step=remaining == 0,
             more_steps_follow=bool(remaining),
-            position=position,
+            position=arrival.position,
             starts_generation=starts,
+            entered=entered,
         )
+        return self._call
+
+    def _placed(self, arrival: Arrival, past: Past | None) -> Spot:
+        """Return what the best source says."""
+        for source in self._sources:
+            spot = source.place(arrival, past)
+            if spot is not None:
+                break
+        assert spot is not None
+        if source is self._sources[-1] and not self._warned:
+            self._warned = True
+            logger.warning(
+                "Steps are told apart by the values of timesteps, since no scheduler has planned "
+                "them: the last step is not known unless num_steps is given, rounded timesteps may "
+                "be taken for each other, and on a GPU each call waits for the device. Pass "
+                "scheduler=..., or use the transformer within its pipeline. (Said once.)"
+            )
+        self.source = source
+        return spot
+
+    def _branch_of(self, arrival: Arrival, called: dict[int, list[object]]) -> int:
+        """Return the branch of a forward pass, and note it among the calls of its step."""
+        of_step = called.setdefault(arrival.denoiser, [])
+        goes_by = len(of_step) if arrival.name is None else arrival.name
+        of_step.append(goes_by)
+        known = self._branches.setdefault(arrival.denoiser, {})
+        return known.setdefault((goes_by, arrival.shape), len(known))
 
     def following(self, call: Call) -> Call | None:
         """Return the next step of the last call's branch as it is planned; None if unknown."""
-        steps = self._schedule.steps if self._schedule is not None else ()
-        if self._index is None or self._index + 1 >= len(steps):
+        steps = self._plan.steps if self._plan is not None else ()
+        known = self._past is not None and self._past.index is not None
+        if not known or call.planned_step + 1 >= len(steps):
             return None
-        index = self._index + 1
+        index = call.planned_step + 1
         return replace(
             call,
             step=call.step + 1,
@@ -167,20 +182,20 @@ class Timeline:
             starts_generation=False,
         )
 
-    def replanned(self, schedule: Schedule | None) -> bool:
+    def replanned(self, plan: Plan | None) -> bool:
         """Say whether the scheduler has made a new plan since the last forward pass."""
         return (
-            schedule is not None
-            and self._schedule is not None
-            and schedule.timesteps is not self._schedule.timesteps
+            plan is not None
+            and self._plan is not None
+            and plan.timesteps is not self._plan.timesteps
         )
 
     @property
     def planned_levels(self) -> list[float]:
         """Noise levels of the plan that the last forward pass belongs to; empty if unknown."""
-        if self._index is None or self._schedule is None:
+        if self._past is None or self._past.index is None or self._plan is None:
             return []
-        return [step.noise_level for step in self._schedule.steps]
+        return [step.noise_level for step in self._plan.steps]
 
     @property
     def planned_steps(self) -> int | None:
@@ -190,27 +205,17 @@ class Timeline:
     @property
     def reached(self) -> float | None:
         """Noise level of the last forward pass; None where the next one starts a generation."""
-        return None if self._timestep is None else self._noise_level
+        return None if self._past is None else self._past.level
 
     def restart(self) -> None:
         """Let the next forward pass start a new generation."""
-        self._timestep = None
+        self._past = None
 
-    def _planned(self, timestep: float, noise_level: float) -> tuple[float, int | None]:
-        """Return the noise level in the scheduler's precision, and the number of steps to come.
-
-        The transformer sees timesteps in the model's dtype (8 bits in bf16). A timestep that is
-        not of the plan means that the plan is another pipeline's: then it is not used.
-        """
-        steps = self._schedule.steps if self._schedule is not None else ()
-        self._index = None
-        if steps:
-            index = self._step  # where it is, unless the pipeline begins in the middle of the plan
-            if index >= len(steps) or steps[index].timestep != timestep:
-                index = min(range(len(steps)), key=lambda i: abs(steps[i].timestep - timestep))
-            if abs(steps[index].timestep - timestep) <= 0.01 * abs(timestep) + 1e-6:
-                self._index = index
-                return steps[index].noise_level, len(steps) - 1 - index
+    def _planned(self, arrival: Arrival, index: int | None, step: int) -> tuple[float, int | None]:
+        """Return the noise level in the scheduler's precision, and the number of steps to come."""
+        if index is not None and arrival.plan is not None and index < len(arrival.plan.steps):
+            steps = arrival.plan.steps
+            return steps[index].noise_level, len(steps) - 1 - index
         if self.num_steps is None:
-            return noise_level, None
-        return noise_level, max(0, self.num_steps - 1 - self._step)
+            return arrival.noise_level, None
+        return arrival.noise_level, max(0, self.num_steps - 1 - step)

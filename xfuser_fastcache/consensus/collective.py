@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,13 @@ class ConsensusError(RuntimeError):
 
 class ConsensusTimeout(ConsensusError):
     """A rank did not arrive; the message names it."""
+
+
+class Usage(NamedTuple):
+    """What the wire has been used for so far: vectors posted, and seconds spent waiting."""
+
+    collectives: int
+    wait_s: float
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,60 @@ class Header:
         return f"generation {self.generation}, step {self.step}, branch {self.branch}"
 
 
+class HostCopy:
+    """A tensor on its way to the host; nobody waits for it until it is needed.
+
+    Args:
+        tensor: on any device; what is written into it afterwards is not copied.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nobody would have to wait."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> torch.Tensor:
+        """Return the copy once the device has come that far; what it does later is not awaited."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 @dataclass
 class Ticket:
-    """A posted vector that may still be on its way."""
+    """A posted vector that may still be on its way.
+
+    Attributes:
+        header: which decision it belongs to.
+        moments: this rank's, int64 `(groups, slots)`.
+        sequence: counts posted vectors.
+        vector: header and moments, once they are in the collective.
+        work: that collective.
+    """
 
     header: Header
-    vector: torch.Tensor
-    width: int
-    work: Any
+    moments: HostCopy
     sequence: int
+    vector: torch.Tensor | None = None
+    work: Any = None
+
+
+class _Resident(HostCopy):
+    """A tensor that stays on its device."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._event = None
+        self._host = tensor.clone()
 
 
 @dataclass
@@ -143,6 +195,7 @@ class Consensus:
         self._device = torch.device("cpu")
         self._process_group: Any = None
         self._pool: list[Any] | None = None
+        self._outgoing: list[Ticket] = []
         self.broken = False
         if self._distributed:
             self._store = dist.PrefixStore(
@@ -201,6 +254,11 @@ class Consensus:
                 )
         return [stages[stage] for stage in sorted(stages)]
 
+    @property
+    def usage(self) -> Usage:
+        """What it has been used for so far."""
+        return Usage(self.collectives, self.wait_s)
+
     def post(self, header: Header, moments: torch.Tensor) -> Ticket:
         """Send this rank's moments on their way; every rank does, at every step, always.
 
@@ -209,13 +267,30 @@ class Consensus:
             moments: int64 `(groups, slots)` on any device.
         """
         self.collectives += 1
-        if not self._distributed:
-            return Ticket(header, moments.clone(), moments.shape[1], None, 0)
-        head = [number for value in header.fields().values() for number in (value, value * value)]
-        payload = moments.reshape(-1).to(self._device)
-        vector = torch.cat((torch.tensor(head, dtype=torch.int64, device=self._device), payload))
-        work = self._all_reduce(vector, header)
-        return Ticket(header, vector, moments.shape[1], work, self._sequence)
+        # NCCL reduces where the moments are, so that only the sums come to the host.
+        copy = HostCopy(moments) if self._device.type == "cpu" else _Resident(moments)
+        ticket = Ticket(header, copy, self.collectives)
+        if self._distributed:
+            self._outgoing.append(ticket)
+            self._send(until=None)
+        return ticket
+
+    def _send(self, until: Ticket | None) -> None:
+        """Put outgoing vectors into their collectives, in the order in which they were posted.
+
+        That order is the same on all ranks; when each one leaves need not be. So those that have
+        not arrived on the host yet are left for later, up to the one that is awaited.
+        """
+        while self._outgoing and (until is not None or self._outgoing[0].moments.arrived):
+            ticket = self._outgoing.pop(0)
+            fields = ticket.header.fields().values()
+            head = [number for value in fields for number in (value, value * value)]
+            payload = ticket.moments.wait().reshape(-1)
+            start = torch.tensor(head, dtype=torch.int64, device=self._device)
+            ticket.vector = torch.cat((start, payload))
+            ticket.work = self._all_reduce(ticket.vector, ticket.header)
+            if ticket is until:
+                break
 
     def _all_reduce(self, vector: torch.Tensor, header: Header) -> Any:
         """The collective; nothing else in the cache communicates during a generation."""
@@ -232,15 +307,18 @@ class Consensus:
             ConsensusError: the header shows that ranks are at different places.
             ConsensusTimeout: a rank did not arrive within `timeout_s`.
         """
-        if ticket.work is None:
-            return ticket.vector.tolist()
+        if not self._distributed:
+            return ticket.moments.wait().tolist()
         started = time.perf_counter()
+        if ticket.vector is None:
+            self._send(until=ticket)
+        assert ticket.vector is not None
         self._finish(ticket.work, str(ticket.header))
         numbers = ticket.vector.tolist()
         self.wait_s += time.perf_counter() - started
         self._check(ticket.header, numbers[:HEADER])
-        body = numbers[HEADER:]
-        return [body[i : i + ticket.width] for i in range(0, len(body), ticket.width)]
+        body = torch.tensor(numbers[HEADER:], dtype=torch.int64)
+        return body.view(ticket.moments.wait().shape).tolist()
 
     def _check(self, header: Header, sums: list[int]) -> None:
         world = self.group.world_size

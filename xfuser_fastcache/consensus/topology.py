@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
@@ -60,6 +60,40 @@ class Position:
     def is_last_patch(self) -> bool:
         """Whether the step is complete on this rank after this forward."""
         return not self.patched or self.patch == len(self.patch_tokens) - 1
+
+
+class Layout(Protocol):
+    """How ranks share a forward pass; an object of it is made for one transformer.
+
+    Registered under the entry point group `xfuser_fastcache.layouts`; the first one that recognises
+    a transformer serves it, else `PlainLayout`.
+    """
+
+    @classmethod
+    def recognises(cls, transformer: nn.Module) -> bool:
+        """Say whether this process runs that transformer in this layout; imports nothing heavy."""
+
+    def model_of(self, transformer: nn.Module) -> nn.Module:
+        """Return the diffusers model inside a wrapper, or the transformer itself."""
+
+    def decision_group(
+        self, transformer: nn.Module | None = None, whole_forward: bool = False
+    ) -> DecisionGroup:
+        """Return the ranks that decide together, and this rank's place among them.
+
+        Args:
+            transformer: that is cached.
+            whole_forward: whether it is measured in front of its forward pass, else at its blocks.
+
+        Raises:
+            ValueError: this rank takes no part.
+        """
+
+    def position(self) -> Position:
+        """Return which tokens the forward pass that has just begun carries."""
+
+    def limit_waits(self, seconds: float) -> None:
+        """Bound the waits of the model's own collectives, in seconds."""
 
 
 class PlainLayout:

@@ -1,4 +1,4 @@
-"""Decisions: flags from reduced vectors and from nothing else, so that all ranks have the same.
+"""Agreement: vectors go out and come back, and what they decide is kept alike on all ranks.
 
 No tensor of this rank, no clock and no random number is seen here; the moments to post pass
 through unread. What an `Agreement` holds is therefore equal on every rank of the group at equal
@@ -7,110 +7,52 @@ places, and each vector carries a digest of its decisions to prove it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 
 import torch
 
 from xfuser_fastcache.clock.timeline import Call
-from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import DIGEST_BITS, Consensus, GatherTicket, Header
-from xfuser_fastcache.decisions.log import (
-    CHANGED,
-    FIRST_BLOCK,
-    LAST_STEP,
-    NO_ANCHOR,
-    NOT_FINITE,
-    NOT_MEASURED,
-    OFF,
-    STEPS_MASK,
-    SYNCHRONOUS,
-    TOO_OLD,
-    UNCHANGED,
-    WARM_UP,
-    Decision,
-    DecisionLog,
-    Judgement,
-)
-from xfuser_fastcache.gates.base import Evidence, Evidences, Rule
+from xfuser_fastcache.decisions import policy
+from xfuser_fastcache.decisions.audits import audit_of, did_harm
+from xfuser_fastcache.decisions.log import Decision, DecisionLog
+from xfuser_fastcache.decisions.policy import Rules
 from xfuser_fastcache.measurements.moments import Moments
-from xfuser_fastcache.measurements.probes import MomentGroup, Probe
 from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.shared import (
-    Audit,
     GroupState,
     Mark,
-    Orders,
     Posted,
     SharedState,
-    Sighting,
     SpanState,
-    rescaled,
+    StepPlan,
 )
-from xfuser_fastcache.tokens.saliency import MotionRule
+from xfuser_fastcache.tokens.saliency import MotionStatic
 
 logger = logging.getLogger("xfuser_fastcache")
-
-_NOTHING = Moments(0.0, 0.0, 0.0, tokens=0, nonfinite=0, overflow=0)
 
 
 class Agreement:
     """Turns what the gate says into one flag per span and step, alike on every rank.
 
     Args:
-        config: validated options.
+        rules: that decisions go by.
         consensus: of the decision group.
-        gate: of the backend.
-        spans: number of spans of the whole model.
-        groups: of moments in the vector, as the gate's probes ask for them.
-        dim: width of a token.
-        lag: a decision rests on the vector of so many steps before; 0 for the step's own.
         motion: turns the token counts of all ranks into one; None without a token split.
 
     Attributes:
-        decides_at: index of the first span that is decided: 1 where the gate has to see the first
-            block's output, which is then always computed; else 0.
         decisions: the log of flags.
         counters: for the statistics.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        consensus: Consensus,
-        gate: Rule,
-        spans: int,
-        groups: list[MomentGroup],
-        dim: int,
-        lag: int,
-        motion: MotionRule | None = None,
-    ):
-        self.config = config
+    def __init__(self, rules: Rules, consensus: Consensus, motion: MotionStatic | None = None):
+        self.rules = rules
+        self.config = rules.config
         self.consensus = consensus
-        self.gate = gate
-        self.groups = groups
-        self.dim = dim
-        self.lag = lag
         self.motion = motion
-        self.decides_at = int(Probe.FIRST_RESIDUAL in gate.probes)
-        # Measured before a step is decided, where nothing lags; the other groups after it.
-        self._current = [
-            index
-            for index, group in enumerate(groups)
-            if (group.span or 0) <= self.decides_at and group.probe is not Probe.MIDDLE_RESIDUAL
-        ]
-        # Of each span, the groups that its decision rests on.
-        self._weighed = [
-            [
-                index
-                for index, group in enumerate(groups)
-                if group.probe is not Probe.SPAN_INPUT or group.span == span
-            ]
-            for span in range(spans)
-        ]
-        self._learns = gate.init() is not None
-        self.decisions = DecisionLog(spans)
-        self.counters = Counters(consensus, spans)
+        self._foregone = rules.foregone and motion is None
+        self.decisions = DecisionLog(rules.spans)
+        self.counters = Counters(consensus.usage, rules.spans)
         self.branches: dict[int, SharedState] = {}
         self._first_level = 1.0
         self._verifications: list[GatherTicket] = []
@@ -129,19 +71,26 @@ class Agreement:
     def branch(self, index: int) -> SharedState:
         """Return the shared state of a CFG branch of this generation."""
         if index not in self.branches:
-            spans = [SpanState(gate_state=self.gate.init()) for _ in range(self.decisions.spans)]
-            self.branches[index] = SharedState(spans, [GroupState() for _ in self.groups])
+            spans = [SpanState(gate_state=self.rules.gate.init()) for _ in range(self.rules.spans)]
+            self.branches[index] = SharedState(spans, [GroupState() for _ in self.rules.groups])
         return self.branches[index]
 
     # ---- the two timings ---------------------------------------------------------------------
 
     def decide_now(self, call: Call, pending: torch.Tensor) -> None:
-        """Post, await and decide at once; moments of the first span are this step's."""
+        """Post, await and decide at once; moments of the first span are this step's.
+
+        Where the decision is foregone, it is the vector of the step before that is awaited, which
+        has arrived by now: so the host need not wait for the device.
+        """
         shared = self.branch(call.branch)
-        for index in self._current:
-            shared.sightings[index] = self._sighting(shared, index, call)
+        for index in self.rules.current:
+            shared.sightings[index] = policy.sighting(self.rules, shared, index, call)
+        if self._foregone and shared.posted:
+            self._receive(shared)
         self.post(call, pending)
-        self._receive(shared)
+        if not self._foregone:
+            self._receive(shared)
         self._decide(shared, call)
 
     def decide_lagged(self, call: Call) -> None:
@@ -150,7 +99,7 @@ class Agreement:
         self._receive_due(shared)
         self._decide(shared, call)
 
-    def orders(self, call: Call, ahead: bool = False, following: Call | None = None) -> Orders:
+    def step_plan(self, call: Call, ahead: bool = False, following: Call | None = None) -> StepPlan:
         """Return what a forward pass is to do, after its step was decided.
 
         Args:
@@ -161,15 +110,15 @@ class Agreement:
         """
         shared = self.branch(call.branch)
         if not ahead or shared.forced:
-            return shared.orders
+            return shared.step_plan
         if following is None:
             # A last step that a mask computes on its own was computed in the step before.
             mask = self.config.steps_mask if call.is_last_step and not shared.poisoned else None
             done = mask is not None and not mask[call.planned_step - 1]
-            return Orders([True] * len(shared.spans)) if done else shared.orders
+            return StepPlan([True] * len(shared.spans)) if done else shared.step_plan
         self._receive_due(shared)
-        judgements, _ = self._judgements(shared, following)
-        return Orders([judged.skip for judged in judgements], shared.poisoned)
+        judgements, _ = policy.judge(self.rules, shared, following)
+        return StepPlan([judged.skip for judged in judgements], shared.poisoned)
 
     def post(self, call: Call, pending: torch.Tensor) -> None:
         """Send the moments measured since the last post on their way, and start them anew.
@@ -190,7 +139,7 @@ class Agreement:
 
     def _receive_due(self, shared: SharedState) -> None:
         """Take in the vector of `lag` steps before, unless that was done."""
-        if len(shared.posted) >= self.lag:
+        if len(shared.posted) >= self.rules.lag:
             self._receive(shared)
 
     def _receive(self, shared: SharedState) -> None:
@@ -201,7 +150,10 @@ class Agreement:
         reduced, below = reduced[: len(shared.groups)], reduced[len(shared.groups) :]
         shared.token_counts = [slot for group in below for slot in group]
         if audit is not None:
-            self._count_audit(ticket.header.generation, Moments.decode(below[0], audit.exponent))
+            error = Moments.decode(below[0], audit.exponent)
+            if error.tokens:  # else the span was not called
+                harmful = did_harm(error, self.config.cache_ratio_threshold)
+                self.counters.record_audit(ticket.header.generation, harmful)
         shared.waited_s += self.consensus.wait_s - waited_s
         broken = 0
         for group, numbers, sighting in zip(shared.groups, reduced, sightings, strict=True):
@@ -222,61 +174,34 @@ class Agreement:
                     "computed at the next decision. Counted as nonfinite_steps; said once."
                 )
 
-    def _count_audit(self, generation: int, error: Moments) -> None:
-        """Count an audited skip, harmful from the threshold on; an unknown error is harmful."""
-        if error.tokens == 0:  # the span was not called
-            return
-        limit = self.config.cache_ratio_threshold**2 * error.reference
-        small = error.change == 0 or error.change < limit
-        known = not error.nonfinite and not error.overflow
-        self.counters.record_audit(generation, not (small and known))
-
     def _decide(self, shared: SharedState, call: Call) -> None:
         """Turn reduced numbers into one flag per span, and keep the books."""
-        judgements, shared.forced = self._judgements(shared, call)
+        rules = self.rules
+        judgements, shared.forced = policy.judge(rules, shared, call)
         skip = [judged.skip for judged in judgements]
-        warm_up = call.step < self.config.num_warmup_steps
-        all_tokens = warm_up or call.is_last_step or shared.poisoned
-        shared.orders = Orders(skip, shared.poisoned, all_tokens, self._moving(shared, call))
-        self.counters.record(call.step, call.branch, skip)
+        all_tokens = rules.warms_up(call) or call.is_last_step or shared.poisoned
+        shared.step_plan = StepPlan(skip, shared.poisoned, all_tokens, self._moving(shared, call))
+        self.counters.record(call, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
         shared.sightings = [
-            self._sighting(shared, index, call) for index in range(len(shared.groups))
+            policy.sighting(rules, shared, index, call) for index in range(len(shared.groups))
         ]
-        if self._learns:
-            for index, span in enumerate(shared.spans):
-                if span.anchor is not None:
-                    evidence = self._evidence(shared, index, call, span.anchor)
-                    span.gate_state = self.gate.learn(span.gate_state, evidence, skip[index])
-        shared.audit = self._audited(shared, call, skip)
+        for index, span in enumerate(shared.spans):
+            if span.gate_state is not None and span.anchor is not None:
+                found = policy.evidence(rules, shared, index, call, span.anchor)
+                span.gate_state = rules.gate.learn(span.gate_state, found, skip[index])
+        shared.audit = audit_of(rules, shared, call, skip)
         now = Mark(call.noise_level, call.step)
         for span, skipped in zip(shared.spans, skip, strict=True):
             if not skipped:
-                # Anchors that are distrusted are forgotten; see `Orders`.
+                # Anchors that are distrusted are forgotten; see `StepPlan`.
                 older = None if shared.poisoned else span.anchor
                 span.older_level = None if older is None else older.noise_level
                 span.anchor = now
         shared.previous = now
         if not any(skip):
             shared.computed = now
-
-    def _audited(self, shared: SharedState, call: Call, skip: list[bool]) -> Audit | None:
-        """Return which skip of a step is audited, a function of its place and the flags alone.
-
-        After the last step no vector would bring the error home.
-        """
-        skipped = [span for span, flag in enumerate(skip) if flag]
-        if not skipped or self.lag or call.is_last_step:
-            return None
-        place = f"{call.generation}/{call.step}".encode()
-        draw = int.from_bytes(hashlib.sha256(place).digest()[:4], "big")
-        if draw >= self.config.shadow_audit * 2**32:
-            return None
-        span = skipped[draw % len(skipped)]
-        # Of the order of what entered it, which this gate measures.
-        group = self.groups.index(next(g for g in self.groups if g.span == span))
-        return Audit(span, shared.groups[group].exponent)
 
     def _moving(self, shared: SharedState, call: Call) -> int:
         """Return how many tokens move on the rank where most do."""
@@ -289,102 +214,6 @@ class Agreement:
         counts = [shared.token_counts[edges * r : edges * (r + 1)] for r in range(ranks)]
         time = call.noise_level / self._first_level if self._first_level else 0.0
         return self.motion.moving(counts, time)
-
-    def _judgements(self, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
-        """Return a judgement a span, and whether all ranks compute, come what may.
-
-        A step that a mask computes is not of that kind: stages may be a step ahead in the mask.
-        """
-        forced = self._reason_to_compute(shared, call)
-        if forced:
-            return [Judgement(False, forced)] * len(shared.spans), forced != STEPS_MASK
-        return [self._judge(shared, index, call) for index in range(len(shared.spans))], False
-
-    def _reason_to_compute(self, shared: SharedState, call: Call) -> str | None:
-        """Return why all spans are computed at this step, or None."""
-        if not self.config.enable_block_approx:
-            return OFF
-        if self.config.steps_mask is not None:
-            if self.config.steps_mask[call.planned_step]:
-                return STEPS_MASK
-        elif call.step < self.config.num_warmup_steps:
-            return WARM_UP
-        elif call.is_last_step:
-            return LAST_STEP
-        if shared.poisoned:
-            return NOT_FINITE
-        return SYNCHRONOUS if self.lag and not call.position.patched else None
-
-    def _judge(self, shared: SharedState, index: int, call: Call) -> Judgement:
-        """Ask the gate about one span, where there is anything to ask."""
-        anchor = shared.spans[index].anchor
-        if index < self.decides_at:
-            return Judgement(False, FIRST_BLOCK)
-        if anchor is None:
-            return Judgement(False, NO_ANCHOR)
-        if self.config.steps_mask is not None:
-            return Judgement(True, STEPS_MASK)
-        # Steps that the branch was left out at make its anchor older as skipped ones do.
-        limit = self.config.max_consecutive_skips
-        if limit is not None and call.step - anchor.step > limit:
-            return Judgement(False, TOO_OLD)
-        evidence = self._evidence(shared, index, call, anchor)
-        verdict = self.gate.weigh(evidence, shared.spans[index].gate_state)
-        if verdict is None:
-            return Judgement(False, NOT_MEASURED)
-        reason = UNCHANGED if verdict.may_skip else CHANGED
-        return Judgement(verdict.may_skip, reason, verdict.statistic, verdict.threshold)
-
-    def _evidence(self, shared: SharedState, index: int, call: Call, anchor: Mark) -> Evidences:
-        """Return what is known for the decision of one span, by probe."""
-        levels = (call.noise_level, anchor.noise_level, shared.spans[index].older_level)
-
-        def weighed(moments: Moments, gap: int) -> Evidence:
-            return Evidence(
-                change=moments.change,
-                change_squared=moments.change_squared,
-                reference=moments.reference,
-                tokens=moments.tokens,
-                dim=self.dim,
-                lag=call.step - anchor.step,
-                noise_levels=levels,
-                gap=gap,
-            )
-
-        found: dict[Probe | None, Evidence] = {None: weighed(_NOTHING, 1)}
-        for group in self._weighed[index]:
-            found[self.groups[group].probe] = weighed(*self._brought(shared, group, call))
-        return found
-
-    def _brought(self, shared: SharedState, index: int, call: Call) -> tuple[Moments, int]:
-        """Return a group's moments, brought to a step, and the gap that they were measured over."""
-        found, group = shared.groups[index].moments, self.groups[index]
-        if found is None or found[1].anchor_level is None:
-            return _NOTHING, 1
-        moments, sighting = found
-        # What the middle block adds is known of computed steps alone, and tells their rate.
-        reference = self._reference(shared, group)
-        if group.probe is not Probe.MIDDLE_RESIDUAL and reference is not None:
-            level, norm = reference.noise_level, group.probe.norm
-            moments = rescaled(moments, sighting, call.noise_level, level, norm)
-        return moments, sighting.gap
-
-    def _sighting(self, shared: SharedState, index: int, call: Call) -> Sighting:
-        """Return where a group is measured in this step."""
-        exponent, reference = (
-            shared.groups[index].exponent,
-            self._reference(shared, self.groups[index]),
-        )
-        if reference is None:
-            return Sighting(exponent, call.noise_level, None)
-        gap = call.step - reference.step
-        return Sighting(exponent, call.noise_level, reference.noise_level, gap)
-
-    def _reference(self, shared: SharedState, group: MomentGroup) -> Mark | None:
-        """Return the step that a group is measured against, as `Prober.renew` keeps it."""
-        if group.span is not None:
-            return shared.spans[group.span].anchor
-        return shared.computed if group.probe is Probe.FIRST_RESIDUAL else shared.previous
 
     # ---- the end of a generation -------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -145,7 +145,7 @@ class ModelAdapter:
 
 
 @cache
-def _with_parameters(layout: ForwardLayout, model_class: Hashable) -> ForwardLayout:
-    if not isinstance(model_class, type):
+def _with_parameters(layout: ForwardLayout, model_class: Any) -> ForwardLayout:
+    if model_class is None:
         return layout
     return replace(layout, parameters=parameters_of(model_class))

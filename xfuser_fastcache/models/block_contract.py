@@ -107,7 +107,8 @@ class BlockContract:
         Raises:
             ValueError: nothing says what the block returns.
         """
-        known, returns = metadata_of(type(block)), self.returns
+        kind: Any = type(block)
+        known, returns = metadata_of(kind), self.returns
         hidden, encoder = self.hidden, self.encoder
         if known is not None:
             if self.hidden == HIDDEN:
@@ -127,7 +128,7 @@ class BlockContract:
             )
         return replace(
             self,
-            parameters=self.parameters or parameters_of(type(block)),
+            parameters=self.parameters or parameters_of(kind),
             returns=returns,
             hidden=hidden,
             encoder=encoder,

@@ -16,19 +16,17 @@ _TENSOR = object()  # stands for a tensor in the form of a result
 
 
 class Given(NamedTuple):
-    """What a forward pass is given, without its values.
+    """What a forward pass is given.
 
     Attributes:
         batch: number of items.
         sizes: of an item's latents.
-        dtype: of the latents.
-        device: likewise.
+        latents: the latents, or the first of them where they are a list.
     """
 
     batch: int
     sizes: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    latents: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class ForwardLayout:
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
         """Return the sizes of the latents; no tensor is made for it."""
         found = self.argument(self.latents, args, kwargs)
-        item = found[0]
-        return Given(len(found), tuple(item.shape), item.dtype, item.device)
+        first = found[0] if self.lists else found
+        return Given(len(found), tuple(first.shape[not self.lists :]), first)
 
     def timestep_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the timestep of each item, or one for all; the largest of an item's tokens."""

@@ -83,8 +83,8 @@ class NoiseAngle(NoiseLevels):
 
     a is the cumulative product of alphas: a latent is the picture times the angle's cosine plus
     noise times its sine, so change grows with the angle alike at every step. Forecasts in it are 3
-    to 5 dB better than in its tangent (docs/decisions.md). Where a schedule ends in noise alone
-    (zero terminal SNR, a = 0) the angle is a right one; its tangent is not finite.
+    to 5 dB better than in its tangent (docs/decisions/noise-angle.md). Where a schedule ends in
+    noise alone (zero terminal SNR, a = 0) the angle is a right one; its tangent is not finite.
 
     Attributes:
         betas: first and last of those that the family was trained with.

@@ -10,6 +10,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from torch import nn
 
 
+@cache
 def parameters_of(module_class: Any) -> tuple[str, ...]:
     """Return the names of a module's forward parameters, in order, without `self`.
 

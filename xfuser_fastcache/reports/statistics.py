@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.clock.timeline import Call
+from xfuser_fastcache.consensus.collective import Usage
 from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate
 
 # Generations whose audits are remembered; older ones are forgotten.
@@ -31,17 +32,19 @@ class Counters:
     """Counts since they were made; decisions go on untouched when they are made anew.
 
     Args:
-        consensus: whose collectives and waits are counted.
+        usage: of the wire when counting begins.
         spans: number of flags in a decision.
 
     Attributes:
+        recomputed: forward passes that ran again, since a forecast had found no place in them.
         nonfinite_steps: decisions that found a statistic NaN, infinite or overflowing.
         peak_bytes: most bytes that this rank's anchors, and fitted maps, occupied.
     """
 
-    def __init__(self, consensus: Consensus, spans: int):
-        self.consensus = consensus
+    def __init__(self, usage: Usage, spans: int):
+        self._before = usage
         self.nonfinite_steps = 0
+        self.recomputed = 0
         self.peak_bytes = 0
         self._generations = 0
         self._steps = 0
@@ -55,17 +58,15 @@ class Counters:
         self._spent = 0.0
         # Generation -> harmful skips among the audited ones, and these.
         self._audits: dict[int, tuple[int, int]] = {}
-        self._collectives = consensus.collectives
-        self._wait_s = consensus.wait_s
 
-    def record(self, step: int, branch: int, skip: list[bool]) -> None:
+    def record(self, call: Call, skip: list[bool]) -> None:
         """Count one decision: a step of one branch, one flag per span."""
         self._decisions += 1
-        begins = step == 0 and branch == 0
+        begins = call.step == call.entered and call.branch == 0
         # The first branch may be left out of a step.
-        self._steps += begins or step != self._step
+        self._steps += begins or call.step != self._step
         self._generations += begins
-        self._step = step
+        self._step = call.step
         for span, skipped in enumerate(skip):
             self._skipped[span] += skipped
 
@@ -83,6 +84,11 @@ class Counters:
     def record_forecast(self, spent: float) -> None:
         """Count what was computed for a skip or for static tokens: a share of all blocks' cost."""
         self._spent += spent
+
+    def record_recomputed(self) -> None:
+        """Count a forward pass that ran again, since a forecast had found no place in it."""
+        self.recomputed += 1
+        self.record_forecast(1.0)
 
     def record_audit(self, generation: int, harmful: bool) -> None:
         """Count a skip whose error was measured."""
@@ -104,7 +110,7 @@ class Counters:
             "false_skip_interval": false_skip_interval(harmful, audited) if audited else None,
         }
 
-    def as_dict(self, blocks: list[BlockInfo]) -> dict[str, Any]:
+    def as_dict(self, blocks: list[BlockInfo], usage: Usage) -> dict[str, Any]:
         """Return the counts under the names of `get_cache_statistics`.
 
         `block_approx_ratio` is the share of blocks that were skipped, `spatial_approx_ratio` the
@@ -113,6 +119,10 @@ class Counters:
         saves, less what fitted maps and audits cost. Ratios are between 0 and 1, times in seconds,
         sizes in bytes. `audits` are skips whose error was measured, over the last `AUDITED`
         generations that had any, and `false_skip_rate` is of those; None where there are none.
+
+        Args:
+            blocks: of the whole model, in order.
+            usage: of the wire by now.
         """
         decided = self._decisions
         table = {}
@@ -123,7 +133,7 @@ class Counters:
                 "skipped": skipped,
                 "hit_ratio": skipped / decided if decided else 0.0,
             }
-        collectives = self.consensus.collectives - self._collectives
+        collectives = usage.collectives - self._before.collectives
         return {
             "steps": self._steps,
             "generations": self._generations,
@@ -140,8 +150,9 @@ class Counters:
             - self._spent / max(decided, 1),
             "collectives": collectives,
             "collectives_per_step": collectives / decided if decided else 0.0,
-            "consensus_wait_s": self.consensus.wait_s - self._wait_s,
+            "consensus_wait_s": usage.wait_s - self._before.wait_s,
             "cache_bytes": self.peak_bytes,
             **self.audits(),
             "nonfinite_steps": self.nonfinite_steps,
+            "recomputed": self.recomputed,
         }

@@ -69,14 +69,14 @@ class Memory:
         slope: per-channel correction of the linear forecaster, `(dim,)` a stream; else None.
         missed: what the forecast of the newest anchor's step would have been wrong by; None where
             nobody asks for it.
-        given_up: whether the span's output was not seen at the step at which it was last computed;
-            there are no anchors then.
+        output_unknown: whether the span's output was not seen at the step at which it was last
+            computed; there are no anchors then.
     """
 
     anchors: tuple[Anchor, ...] = ()
     slope: Streams | None = None
     missed: Streams | None = None
-    given_up: bool = False
+    output_unknown: bool = False
 
     def split(self, lengths: tuple[int, ...]) -> list[Memory]:
         """Cut the memory of all tokens into the memories of consecutive patches."""
@@ -126,6 +126,11 @@ class LocalState:
     def remember(self, span: int, position: Position, memory: Memory) -> None:
         """Replace what is remembered of a span for the tokens of `position`."""
         self.memories[span][_patch(position)] = memory
+
+    def forget(self, position: Position) -> None:
+        """Forget all spans' memories of the tokens of `position`."""
+        for patches in self.memories.values():
+            patches.pop(_patch(position), None)
 
     def reference(self, group: int, position: Position) -> Reference | None:
         """Return what a group is measured against for the tokens of `position`, cut as memories."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from xfuser_fastcache.models.streams import HIDDEN
-from xfuser_fastcache.tokens.base import Narrowing
+from xfuser_fastcache.tokens.base import CannotForecast, Narrowing
 
 
 class StaticTokens:
@@ -50,7 +50,7 @@ class StaticTokens:
                 before the image, first or by name.
 
         Raises:
-            RuntimeError: the module did not run at the last computed step.
+            CannotForecast: the module did not run at the last step with all tokens.
         """
         x = args[0] if args else kwargs[HIDDEN]
         tokens, behind = counts
@@ -60,11 +60,7 @@ class StaticTokens:
             self._inputs[key] = image
             return forward(*args, **kwargs)
         if key not in self._inputs:
-            raise RuntimeError(
-                "a block runs that the model had left out at the last step of this branch with all "
-                "tokens. Call the transformer with the same skip_layers at all steps of a branch, "
-                "or leave out static_kv='reuse'."
-            )
+            raise CannotForecast("a block runs that the last step with all tokens left out")
         last = self._inputs[key]
         image = self._inputs[key] = narrowing.widen(last, narrowing.narrow(last), image)
         every = torch.cat((text, image, rest), dim=1)

@@ -26,7 +26,7 @@ from xfuser_fastcache.xdit.compat import (
     replace,
     require,
 )
-from xfuser_fastcache.xdit.gloo_sends import KeptSend, pending_sends
+from xfuser_fastcache.xdit.gloo_waits import KeptSend, LimitedReceive, pending_sends
 from xfuser_fastcache.xdit.loading import PatchingFinder
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -191,17 +191,26 @@ def _patch_process_group(module: ModuleType) -> None:
 def _patch_group_coordinator(module: ModuleType) -> None:
     replace(module, "synchronize", functools.partial(_constant, None))
     replace(module, "PipelineGroupCoordinator._communicate_shapes", _communicate_shapes)
-    for name in ("_pipeline_isend", "_pipeline_isend_skip"):
-        path = f"PipelineGroupCoordinator.{name}"
-        replace(module, path, _keeping(require(module, path)))
+    for name, around in (("isend", _keeping), ("irecv", _limited)):
+        for suffix in ("", "_skip"):
+            path = f"PipelineGroupCoordinator._pipeline_{name}{suffix}"
+            replace(module, path, around(require(module, path)))
 
 
 def _keeping(isend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(isend)
     def kept_isend(self: Any, tensor: torch.Tensor) -> KeptSend:
-        return pending_sends.keep(isend(self, tensor), tensor)
+        return pending_sends.keep(isend(self, tensor), tensor, self.next_rank)
 
     return kept_isend
+
+
+def _limited(irecv: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(irecv)
+    def limited_irecv(self: Any, tensor: torch.Tensor) -> LimitedReceive:
+        return LimitedReceive(irecv(self, tensor), self.prev_rank)
+
+    return limited_irecv
 
 
 def _communicate_shapes(
@@ -214,14 +223,19 @@ def _communicate_shapes(
         for numbers in ([len(shape)], shape):
             message = torch.tensor(numbers, dtype=torch.int64)
             work = dist.isend(message, dst=self.next_rank, group=self.device_group)
-            pending_sends.keep(work, message)
+            pending_sends.keep(work, message, self.next_rank)
     if not recv_prev:
         return torch.Size([0, 0, 0])
     dims = torch.empty(1, dtype=torch.int64)
-    dist.recv(dims, src=self.prev_rank, group=self.device_group)
+    _receive(self, dims)
     received = torch.empty(int(dims), dtype=torch.int64)
-    dist.recv(received, src=self.prev_rank, group=self.device_group)
+    _receive(self, received)
     return torch.Size(received.tolist())
+
+
+def _receive(coordinator: Any, tensor: torch.Tensor) -> None:
+    source = coordinator.prev_rank
+    LimitedReceive(dist.irecv(tensor, src=source, group=coordinator.device_group), source).wait()
 
 
 def _patch_attention_backend(module: ModuleType) -> None:

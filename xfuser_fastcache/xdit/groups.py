@@ -13,6 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
+from xfuser_fastcache.xdit.gloo_waits import wait_limit
+
+# Of xfuser's coordinators, what the model communicates by.
+_GROUPS = ("device_group", "ulysses_group", "ring_group", "skip_device_group")
 
 
 def runs_transformer() -> bool:
@@ -142,6 +146,7 @@ class XDiTLayout:
 
         torch offers no public call for it; without one, gloo waits for half an hour.
         """
+        wait_limit.seconds = seconds
         for group in self._device_groups():
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -156,8 +161,8 @@ class XDiTLayout:
         )
         groups = []
         for coordinator in coordinators:
-            for name in ("device_group", "ulysses_group", "ring_group"):
-                group = getattr(coordinator, name, None)
-                if group is not None and group not in groups:
-                    groups.append(group)
+            found = [getattr(coordinator, name, None) for name in _GROUPS]
+            # A pipeline of two stages has a group for each direction.
+            found += getattr(coordinator, "device_groups", None) or []
+            groups += [g for g in dict.fromkeys(found) if g is not None and g not in groups]
         return groups

@@ -1,0 +1,254 @@
+"""From options and a model to the blueprint of a cache, every contradiction refused on the way."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser_fastcache.artifacts.calibration import (
+    CALIBRATION,
+    Fitted,
+    check_model,
+    fingerprint,
+    load_fitted,
+)
+from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
+from xfuser_fastcache.backends import forecaster_of, gate_of
+from xfuser_fastcache.blueprint import Blueprint
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.consensus.collective import BlockList, Consensus
+from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.measurements.probes import Probe
+from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.models.spans import span_of_blocks
+from xfuser_fastcache.models.streams import ENCODER
+from xfuser_fastcache.models.token_layout import TokenCounts
+from xfuser_fastcache.plugins import ADAPTERS, loaded
+from xfuser_fastcache.reports.statistics import BlockInfo
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.plan import token_plan
+
+logger = logging.getLogger("xfuser_fastcache")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options with the files that they name.
+
+    Attributes:
+        config: resolved; paths are replaced by the digests of what they hold.
+        fitted: the calibration, or None.
+        maps: linear maps, or None.
+        path: of either, for messages.
+    """
+
+    config: CacheConfig
+    fitted: Fitted | None = None
+    maps: FittedMaps | None = None
+    path: str = ""
+
+    @classmethod
+    def of(cls, config: CacheConfig) -> Request:
+        """Read the files that a config names.
+
+        Raises:
+            ValueError: a file that does not hold what it should, or options that contradict it.
+        """
+        path = config.calibration or config.linear_maps or ""
+        if config.linear_maps:
+            maps = load_maps(path)
+            config = replace(config, linear_maps=maps.digest)
+            return cls(config.resolved(), maps=maps, path=path)
+        fitted = load_fitted(path) if path else None
+        return cls(config.resolved(fitted), fitted, path=path)
+
+    @property
+    def whole_forward(self) -> bool:
+        """Whether the forecaster stands in for the whole forward pass."""
+        return self.config.methods.forecaster.whole_forward
+
+    def check(self, contracts: dict[str, BlockContract], group: DecisionGroup) -> None:
+        """Refuse what the model or the layout cannot do, before any rank is waited for.
+
+        Args:
+            contracts: of the first block of each list that this rank holds.
+            group: of the ranks that decide together.
+
+        Raises:
+            ValueError: it says what.
+        """
+        gate_of(self.config, self.fitted)
+        _check_return_order(self.config, contracts)
+        if self.maps is not None and group.stages > 1:
+            raise ValueError(
+                f"linear_maps={self.path!r} is fitted for the whole stack of blocks, of which each "
+                f"of the {group.stages} pipeline stages holds a part; leave linear_maps out, or "
+                "run with pipefusion_parallel_degree=1"
+            )
+        if self.config.shadow_audit and group.stages > 1:
+            _say_inert(
+                "shadow_audit does nothing under PipeFusion, where computing a skipped patch as "
+                "well would renew its keys and values: audits stays 0."
+            )
+
+
+def adapter_of(model: nn.Module) -> type[ModelAdapter]:
+    """Return the registered adapter of a diffusers transformer.
+
+    Raises:
+        ValueError: no adapter supports it; the message lists the supported ones.
+    """
+    known = loaded(ADAPTERS)
+    for adapter in known.values():
+        if adapter.supports(model):
+            return adapter
+    names = sorted({adapter.model_class for adapter in known.values()})
+    raise ValueError(
+        f"{type(model).__name__} is not supported by the cache; supported: {', '.join(names)}. "
+        "Pass the pipeline's transformer (pipe.transformer), or register an adapter for the model "
+        f"(entry point group {ADAPTERS!r})."
+    )
+
+
+def blocks_held(model: nn.Module, adapter: type[ModelAdapter]) -> dict[str, list[nn.Module]]:
+    """Return the blocks that this rank holds, by the list that holds them."""
+    return {name: list(getattr(model, name)) for name in adapter.block_lists}
+
+
+def block_lists_of(held: dict[str, list[nn.Module]]) -> tuple[BlockList, ...]:
+    """Return what ranks tell each other of their blocks."""
+    return tuple(
+        BlockList(len(blocks), parameters_of(blocks[0]) if blocks else 0)
+        for blocks in held.values()
+    )
+
+
+def drawn(
+    request: Request,
+    model: nn.Module,
+    adapter: type[ModelAdapter],
+    consensus: Consensus,
+    counts: TokenCounts,
+) -> Blueprint:
+    """Return the blueprint of a cache on a model.
+
+    Args:
+        request: that was checked.
+        model: the diffusers model, or a pipeline stage's part of one.
+        adapter: of its family.
+        consensus: knows what the other stages hold.
+        counts: how many tokens of a forward pass are the image's.
+
+    Raises:
+        ValueError: a file that was made for another model.
+    """
+    config, group = request.config, consensus.group
+    held = blocks_held(model, adapter)
+    blocks = [block for listed in held.values() for block in listed]
+    of_blocks = adapter.contracts(model, counts)
+    gate = gate_of(config, request.fitted, adapter.tea_polynomial)
+    apart = Probe.FIRST_RESIDUAL in gate.probes
+    infos = _block_infos(tuple(held), consensus, config.granularity, apart)
+    _check_files(request, fingerprint(model, adapter.model_class, adapter.embedder, len(infos)))
+    contracts: list[BlockContract | ForwardContract] = list(of_blocks)
+    dim = adapter.dim(model)
+    tokens: TokenPlan = NoTokenPlan()
+    if request.whole_forward:
+        contracts = [adapter.forward_contract(model, counts)]
+        dim = adapter.noise_channels(model)
+    else:
+        tokens = _token_plan(request, group, blocks, of_blocks)
+    first = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
+    maps = None
+    if request.maps is not None and not config.methods.plan_takes_maps:
+        maps = request.maps.of[config.methods.forecaster.takes_maps]
+
+    def modulated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        return of_blocks[0].image_of(adapter.modulated_input(blocks[0], args, kwargs))
+
+    return Blueprint(
+        config=config,
+        gate=gate,
+        forecaster=forecaster_of(config, request.fitted, group, maps),
+        blocks=infos,
+        contracts=contracts,
+        first_block=first,
+        dim=dim,
+        fitted=request.fitted,
+        modulated=modulated if first == 0 else None,
+        tokens=tokens,
+    )
+
+
+def _check_files(request: Request, found: dict[str, str]) -> None:
+    """Refuse a file that was made for another model."""
+    for made, kind in ((request.fitted, CALIBRATION), (request.maps, LINEAR_MAPS)):
+        if made is not None:
+            check_model(made.metadata, request.path, kind, found)
+
+
+@cache
+def _say_inert(message: str) -> None:
+    logger.warning("%s (Said once.)", message)
+
+
+def _token_plan(
+    request: Request,
+    group: DecisionGroup,
+    blocks: list[nn.Module],
+    contracts: list[BlockContract],
+) -> TokenPlan:
+    """Return the token plan that a config asks for, where there can be one."""
+    methods = request.config.methods.token_plans
+    if methods and group.stages > 1:
+        _say_inert(
+            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
+            "without them, and spatial_approx_ratio stays 0."
+        )
+        methods = ()
+    attention_costs = [
+        sum(map(parameters_of, contract.attention_of(block).values())) / parameters_of(block)
+        for block, contract in zip(blocks, contracts, strict=True)
+    ]
+    # They keep the last residual, which is what these maps correct.
+    static = None if request.maps is None else request.maps.of["linear"]
+    return token_plan(methods, contracts, attention_costs, static)
+
+
+def _check_return_order(config: CacheConfig, contracts: dict[str, BlockContract]) -> None:
+    given = config.return_hidden_states_first
+    for name, contract in contracts.items():
+        actual = contract.returns[0] != ENCODER
+        if given is not None and given != actual:
+            raise ValueError(
+                f"return_hidden_states_first={given} does not fit {name}, which returns "
+                f"{' then '.join(contract.returns)}; leave it out, the adapter knows the order"
+            )
+
+
+def parameters_of(block: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in block.parameters())
+
+
+def _block_infos(
+    names: tuple[str, ...], consensus: Consensus, granularity: int | str, first_apart: bool
+) -> list[BlockInfo]:
+    """Return all blocks of the whole model in order, from what the stages hold of each list."""
+    found = []
+    for index, name in enumerate(names):
+        count = sum(stage[index].blocks for stage in consensus.stages)
+        cost = max(stage[index].cost for stage in consensus.stages)
+        found += [(f"{name}.{i}", cost) for i in range(count)]
+    total = sum(cost for _, cost in found)
+    spans = span_of_blocks(len(found), granularity, first_apart)
+    return [
+        BlockInfo(name, span, cost / total) for (name, cost), span in zip(found, spans, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Measurements that ship with the package; each runs by a command of `fastcache`."""

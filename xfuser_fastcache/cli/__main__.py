@@ -1,0 +1,7 @@
+"""`python -m xfuser_fastcache.cli` is `fastcache`."""
+
+import sys
+
+from xfuser_fastcache.cli import main
+
+sys.exit(main())
