@@ -100,9 +100,9 @@ def tiny_fill(batch: int = 1, **sizes: Any) -> tuple[FluxFillPipeline, dict[str,
     pipeline, call = tiny_flux(
         batch=batch, pipeline_class=FluxFillPipeline, condition_channels=16 + 256, vae=vae, **sizes
     )
-    mask = torch.zeros(1, 1, 128, 128)
+    mask = torch.zeros(batch, 1, 128, 128)
     mask[..., 64:] = 1.0
-    call.update(image=torch.rand(1, 3, 128, 128), mask_image=mask)
+    call.update(image=torch.rand(batch, 3, 128, 128), mask_image=mask)
     return pipeline, call
 
 
