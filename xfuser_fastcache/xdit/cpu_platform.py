@@ -49,13 +49,6 @@ def enable_cpu_platform() -> bool:
         IncompatibleXfuserError: xfuser is missing or not a known version, or an attribute that has
             to be replaced does not exist (raised here, or by the import of that module).
 
-    Example:
-        ::
-
-            from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
-
-            enable_cpu_platform()
-            from xfuser import xFuserArgs, xFuserFluxPipeline
     """
     if has_accelerator():
         return False
