@@ -74,9 +74,8 @@ class Rules:
     @cached_property
     def foregone(self) -> bool:
         """Whether no decision rests on what is measured, which is then read a step later."""
-        config = self.config
-        given = config.steps_mask is not None or not config.enable_block_approx
-        return given and not self.lag and not config.shadow_audit
+        given = self.config.steps_mask is not None or not self.config.enable_block_approx
+        return given and not self.lag and not self.config.shadow_audit
 
     def weighed(self, span: int) -> list[int]:
         """Return the groups that the decision of a span rests on."""
@@ -110,8 +109,8 @@ def judge(rules: Rules, shared: SharedState, call: Call) -> tuple[list[Judgement
 
 def _reason_to_compute(rules: Rules, shared: SharedState, call: Call) -> str | None:
     """Return why all spans are computed at this step, or None."""
-    config, mask = rules.config, rules.config.steps_mask
-    if not config.enable_block_approx:
+    mask = rules.config.steps_mask
+    if not rules.config.enable_block_approx:
         return OFF
     if mask is not None:
         if call.planned_step >= len(mask):
