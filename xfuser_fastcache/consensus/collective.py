@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.consensus.transfer import HostCopy, Resident
 
 # Each field as value and square: generation, step, branch, digest.
 HEADER = 8
@@ -83,35 +84,6 @@ class Header:
         return f"generation {self.generation}, step {self.step}, branch {self.branch}"
 
 
-class HostCopy:
-    """A tensor on its way to the host; nobody waits for it until it is needed.
-
-    Args:
-        tensor: on any device; what is written into it afterwards is not copied.
-    """
-
-    def __init__(self, tensor: torch.Tensor):
-        self._event: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
-
-    @property
-    def arrived(self) -> bool:
-        """Whether nobody would have to wait."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> torch.Tensor:
-        """Return the copy once the device has come that far; what it does later is not awaited."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
-
-
 @dataclass
 class Ticket:
     """A posted vector that may still be on its way.
@@ -129,14 +101,6 @@ class Ticket:
     sequence: int
     vector: torch.Tensor | None = None
     work: Any = None
-
-
-class _Resident(HostCopy):
-    """A tensor that stays on its device."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self._event = None
-        self._host = tensor.clone()
 
 
 @dataclass
@@ -268,7 +232,7 @@ class Consensus:
         """
         self.collectives += 1
         # NCCL reduces where the moments are, so that only the sums come to the host.
-        copy = HostCopy(moments) if self._device.type == "cpu" else _Resident(moments)
+        copy = HostCopy(moments) if self._device.type == "cpu" else Resident(moments)
         ticket = Ticket(header, copy, self.collectives)
         if self._distributed:
             self._outgoing.append(ticket)

@@ -59,8 +59,7 @@ class Rules:
 
     @cached_property
     def decides_at(self) -> int:
-        """Index of the first span that is decided: 1 where the gate has to see the first block's
-        output, which is then always computed; else 0."""
+        """First span that is decided: 1 where the gate has to see the first block's output."""
         return int(Probe.FIRST_RESIDUAL in self.gate.probes)
 
     @cached_property
@@ -74,14 +73,9 @@ class Rules:
 
     @cached_property
     def foregone(self) -> bool:
-        """Whether no decision rests on what is measured, so that nobody need wait for it.
-
-        Vectors are posted all the same, and read a step later: ranks that part ways, or a statistic
-        that is not finite, show then.
-        """
-        config = self.config
-        given = config.steps_mask is not None or not config.enable_block_approx
-        return given and not self.lag and not config.shadow_audit
+        """Whether no decision rests on what is measured, which is then read a step later."""
+        given = self.config.steps_mask is not None or not self.config.enable_block_approx
+        return given and not self.lag and not self.config.shadow_audit
 
     def weighed(self, span: int) -> list[int]:
         """Return the groups that the decision of a span rests on."""
@@ -115,8 +109,8 @@ def judge(rules: Rules, shared: SharedState, call: Call) -> tuple[list[Judgement
 
 def _reason_to_compute(rules: Rules, shared: SharedState, call: Call) -> str | None:
     """Return why all spans are computed at this step, or None."""
-    config, mask = rules.config, rules.config.steps_mask
-    if not config.enable_block_approx:
+    mask = rules.config.steps_mask
+    if not rules.config.enable_block_approx:
         return OFF
     if mask is not None:
         if call.planned_step >= len(mask):
@@ -191,10 +185,8 @@ def _brought(rules: Rules, shared: SharedState, index: int, call: Call) -> tuple
 
 def sighting(rules: Rules, shared: SharedState, index: int, call: Call) -> Sighting:
     """Return where a group is measured in this step."""
-    exponent, reference = (
-        shared.groups[index].exponent,
-        reference_of(shared, rules.groups[index]),
-    )
+    exponent = shared.groups[index].exponent
+    reference = reference_of(shared, rules.groups[index])
     if reference is None:
         return Sighting(exponent, call.noise_level, None)
     return Sighting(exponent, call.noise_level, reference.noise_level, call.step - reference.step)

@@ -1,8 +1,8 @@
 """Runs an unmodified xfuser on the CPU over gloo.
 
 xfuser supports accelerators only: without one it does not even import. `enable_cpu_platform`
-mends what stands in the way while xfuser's modules load, from one table of module names. It is
-meant for tests, for CI and for trying a layout out; it does nothing where there is an accelerator.
+mends what stands in the way while xfuser's modules load, from one table. It is meant for tests and
+for trying a layout out; it does nothing where there is an accelerator.
 """
 
 from __future__ import annotations
@@ -49,13 +49,6 @@ def enable_cpu_platform() -> bool:
         IncompatibleXfuserError: xfuser is missing or not a known version, or an attribute that has
             to be replaced does not exist (raised here, or by the import of that module).
 
-    Example:
-        ::
-
-            from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
-
-            enable_cpu_platform()
-            from xfuser import xFuserArgs, xFuserFluxPipeline
     """
     if has_accelerator():
         return False
@@ -128,8 +121,7 @@ def finish(timeout_s: float = 60.0) -> None:
         timeout_s: how long to wait for the sends, and again for the other ranks, in seconds.
 
     Raises:
-        TimeoutError: a peer did not take what was sent to it, or ranks did not arrive; they are
-            named.
+        TimeoutError: a peer did not take what was sent, or ranks did not arrive; they are named.
     """
     pending_sends.drain(timeout_s)
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -154,6 +146,10 @@ def _host_world_group() -> Any:
     return dist.new_group(backend="gloo") if world is None else world.cpu_group
 
 
+def _constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return value
+
+
 def _patch_envs(envs: ModuleType) -> None:
     # A CUDA build of torch on a machine without a GPU says "cuda" by its build alone.
     constants = {
@@ -176,10 +172,6 @@ def _patch_envs(envs: ModuleType) -> None:
     for module in loaded:
         if "HAS_LONG_CTX_ATTN" in vars(module):
             vars(module).update(HAS_LONG_CTX_ATTN=True)
-
-
-def _constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:
-    return value
 
 
 def _patch_process_group(module: ModuleType) -> None:
@@ -256,13 +248,9 @@ def _flash_attention_for_cpu(
     is_causal: bool,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = (attention_kwargs or {}).get("attn_mask")
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query,
-        key,
-        value,
-        dropout_p,
-        is_causal,
-        attn_mask=(attention_kwargs or {}).get("attn_mask"),
+        query, key, value, dropout_p, is_causal, attn_mask=mask
     )
     return output, log_sum_exp
 
@@ -287,7 +275,6 @@ class _HostEvent:
         self._seconds = 0.0
 
     def record(self) -> None:
-        """Take the time."""
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None:
