@@ -132,11 +132,11 @@ def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
     forwards = itertools.count()
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        entered.append(engine.contracts[0].read(args, kwargs))
+        entered.append(engine.plan.contracts[0].read(args, kwargs))
         next(forwards)
 
     def leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        left.append(engine.contracts[-1].unpack(output))
+        left.append(engine.plan.contracts[-1].unpack(output))
 
     handles = (
         first.register_forward_hook(enter, with_kwargs=True),
@@ -148,11 +148,11 @@ def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
     done = get_cache_statistics(pipe.transformer)
     spans = engine.decisions.spans
     passes = next(forwards) / done["steps"]
-    held = {piece.span for piece in engine.pieces}
+    held = {piece.span for piece in engine.plan.pieces()}
     calls = Calls(
         forwards=passes,
         blocks=0 if whole else passes * len(blocks),
-        measured=passes * len({piece.span for piece in engine.pieces if piece.begins}),
+        measured=passes * len({piece.span for piece in engine.plan.pieces() if piece.begins}),
         spans=passes * len(held),
         consensus=done["collectives_per_step"],
         judged=done["collectives_per_step"] * spans,
