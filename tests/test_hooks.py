@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +163,59 @@ def test_state_dict_keys_and_module_names_do_not_change(transformer: nn.Module) 
     apply_cache_on_transformer(transformer)
     assert list(transformer.state_dict()) == keys
     assert [name for name, _ in transformer.named_modules()] == names
+
+
+# ---- copies and files ---------------------------------------------------------------------------
+
+
+def pickled(module: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("forecaster", ["taylor", "output"])
+def test_a_cached_transformer_is_not_copied_and_says_what_to_do(
+    transformer: nn.Module, copied: Any, forecaster: str
+) -> None:
+    wanted = output(transformer)
+    apply_cache_on_transformer(transformer, forecaster=forecaster, num_warmup_steps=1)
+    output(transformer)
+    with pytest.raises(TypeError, match="carries a step cache.* Call remove_cache"):
+        copied(transformer)
+    # The cache goes on, and after it the transformer is copied as any other.
+    assert get_cache_statistics(transformer)["steps"] == 1
+    output(transformer, timestep=0.4)
+    remove_cache(transformer)
+    assert torch.equal(output(copied(transformer)), wanted)
+
+
+def test_a_copied_block_says_so_too(transformer: nn.Module) -> None:
+    apply_cache_on_transformer(transformer)
+    with pytest.raises(TypeError, match="Call remove_cache"):
+        copy.deepcopy(transformer.transformer_blocks[0])
+
+
+def test_a_cached_transformer_is_saved_and_loaded_without_its_cache(
+    transformer: nn.Module, tmp_path: Path
+) -> None:
+    wanted = output(transformer)
+    apply_cache_on_transformer(transformer)
+    output(transformer)
+    transformer.save_pretrained(tmp_path)
+    loaded = type(transformer).from_pretrained(tmp_path, local_files_only=True)
+    assert hook_on(loaded) is None
+    assert torch.equal(output(loaded), wanted)
+    assert copy.deepcopy(transformer.state_dict()).keys() == loaded.state_dict().keys()
+
+
+# ---- hooks of others ----------------------------------------------------------------------------
 
 
 class Doubling(ModelHook):

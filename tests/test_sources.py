@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from support.stack import arrival, plan_of
 
 from xfuser_fastcache.clock.plan import Plan, Timestep
@@ -19,8 +20,8 @@ from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call, Timeline
 
 STEPS = 100
-# What FLUX shifts its sigmas by, at 1024, 1536 and 2048 pixels.
-SHIFTS = {1024: 1.15, 1536: 1.83, 2048: 2.76}
+# What FLUX shifts its sigmas by, by pixels a side.
+SHIFTS = {size: calculate_shift((size // 16) ** 2) for size in (1024, 1536, 2048)}
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 every_size = pytest.mark.parametrize("size", SHIFTS)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxImg2ImgPipeline
-from support.flux import STEPS, Flux, nan_after_step
+from diffusers import FluxImg2ImgPipeline
+from support.flux import STEPS, Flux, nan_after_step, tiny_vae
 from support.loops import LEVELS, SCHEDULER, Branch, begin, cached, denoise, flags_of, same
 from support.stack import EVER, Stack, config_of, ones, plan_of
 
@@ -192,14 +192,6 @@ def test_a_generation_that_begins_in_the_middle_goes_by_its_place_in_the_plan() 
     assert [(call.step, call.planned_step) for call in calls] == [(0, 2), (1, 3), (2, 4), (3, 5)]
     # The first step is to be skipped, but there is no anchor yet.
     assert (stack.flags, stack.reasons[0]) == ([0, 1, 0, 1], "no anchor")
-
-
-def tiny_vae() -> AutoencoderKL:
-    """A random VAE that makes 16 x 16 latents of 128 x 128 pixels."""
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    sizes: dict[str, Any] = {"block_out_channels": (4,) * 4, "norm_num_groups": 2}
-    sizes |= {"latent_channels": 4, "layers_per_block": 1, "shift_factor": 0.0}
-    return AutoencoderKL(down_block_types=down, up_block_types=up, **sizes)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

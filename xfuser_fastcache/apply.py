@@ -277,7 +277,7 @@ def replace_forecaster(transformer: nn.Module, forecaster: Forecaster) -> None:
     Raises:
         ValueError: there is no cache on it.
     """
-    _hook(transformer).engine.passage.forecaster = forecaster
+    _hook(transformer).engine.forecaster = forecaster
 
 
 def _hook(transformer: nn.Module) -> TransformerHook:

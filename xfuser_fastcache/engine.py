@@ -83,8 +83,12 @@ class CacheEngine:
 
     @property
     def forecaster(self) -> Forecaster:
-        """What stands in for skipped spans."""
+        """What stands in for skipped spans; another may be put in its place between two steps."""
         return self.passage.forecaster
+
+    @forecaster.setter
+    def forecaster(self, forecaster: Forecaster) -> None:
+        self.passage.forecaster = forecaster
 
     @property
     def decisions(self) -> DecisionLog:

@@ -155,11 +155,11 @@ def model_parts(generator: Generator, config: CacheConfig) -> list[Part]:
     done = get_cache_statistics(pipe.transformer)
     spans = engine.decisions.spans
     passes = next(forwards) / done["steps"]
-    held = {piece.span for piece in engine.pieces}
+    held = {piece.span for piece in engine.plan.pieces()}
     calls = Calls(
         forwards=passes,
         blocks=0 if whole else passes * len(blocks),
-        measured=passes * len({piece.span for piece in engine.pieces if piece.begins}),
+        measured=passes * len({piece.span for piece in engine.plan.pieces() if piece.begins}),
         spans=passes * len(held),
         consensus=done["collectives_per_step"],
         judged=done["collectives_per_step"] * spans,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 
 from support.stack import EVER
 from support.tiny_models import tiny_flux
@@ -72,3 +72,11 @@ def nan_after_step(step: int, mended: bool) -> Callable[..., dict[str, Any]]:
         return {"latents": kept["latents"]} if mended and index == step + 1 else {}
 
     return callback
+
+
+def tiny_vae() -> AutoencoderKL:
+    """A random VAE that makes 16 x 16 latents of 128 x 128 pixels."""
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    sizes: dict[str, Any] = {"block_out_channels": (4,) * 4, "norm_num_groups": 2}
+    sizes |= {"latent_channels": 4, "layers_per_block": 1, "shift_factor": 0.0}
+    return AutoencoderKL(down_block_types=down, up_block_types=up, **sizes)

@@ -64,7 +64,8 @@ class PresentScheduler:
     def __call__(self) -> Any:
         """Return it; None where nobody has planned anything."""
         transformer = self._transformer()
-        found = [] if transformer is None else [p.scheduler for p in owners_of(transformer)]
+        owners = [] if transformer is None else owners_of(transformer)
+        found = [getattr(pipe, "scheduler", None) for pipe in owners]
         known = {id(s): s for s in (*found, self._given) if _has_planned(s)}
         fresh = [s for key, s in known.items() if self._seen.get(key) is not s.timesteps]
         # Of several that were never looked at, one that has not begun is about to.
