@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.stack import Stack, ones
 from test_backends import Pipeline
-from test_engine import Stack, ones, without_gradients  # noqa: F401
+from test_engine import without_gradients  # noqa: F401
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics
 from xfuser_fastcache.backends import FORECASTERS, gate_of
