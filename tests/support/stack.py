@@ -141,6 +141,8 @@ class Stack:
         gate: Rule | None = None,
         **options: Any,
     ):
+        if gate is not None and not isinstance(gate, Rule):
+            gate, options = None, {**options, "gate": gate}
         if options.get("use_cache", "Fast") == "Fast":
             options = {"cache_ratio_threshold": EVER, **options}
         config = config_of(**{"forecaster": "reuse", **options})
