@@ -156,7 +156,7 @@ def drawn(
     gate = gate_of(config, request.fitted, adapter.tea_polynomial)
     apart = Probe.FIRST_RESIDUAL in gate.probes
     infos = _block_infos(tuple(held), consensus, config.granularity, apart)
-    _check_files(request, fingerprint(model, adapter.model_class, adapter.embedder, len(infos)))
+    _check_files(request, model, adapter, len(infos))
     contracts: list[BlockContract | ForwardContract] = list(of_blocks)
     dim = adapter.dim(model)
     tokens: TokenPlan = NoTokenPlan()
@@ -187,10 +187,13 @@ def drawn(
     )
 
 
-def _check_files(request: Request, found: dict[str, str]) -> None:
-    """Refuse a file that was made for another model."""
+def _check_files(
+    request: Request, model: nn.Module, adapter: type[ModelAdapter], blocks: int
+) -> None:
+    """Refuse a file that was made for another model; without one no weights are read."""
     for made, kind in ((request.fitted, CALIBRATION), (request.maps, LINEAR_MAPS)):
         if made is not None:
+            found = fingerprint(model, adapter.model_class, adapter.embedder, blocks)
             check_model(made.metadata, request.path, kind, found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import time
 import traceback
 import warnings
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 
-import xfuser_fastcache
-from xfuser_fastcache import get_cache_statistics
+from xfuser_fastcache.apply import get_cache_statistics
 from xfuser_fastcache.benchmarks.gpu.record import Figures, LeftOut
 from xfuser_fastcache.benchmarks.gpu.speed import NEVER, UNCACHED
 from xfuser_fastcache.benchmarks.gpu.subject import Subject, computed_mask
+from xfuser_fastcache.measurements.moments import Reference, measure
 
 MEMORY_FORECASTERS = ("reuse", "taylor", "damped_taylor", "taylor2", "output")
 _TORCH = str(Path(torch.__file__).parent)
@@ -116,15 +115,6 @@ def synchronisations(subject: Subject, options: dict[str, Any] | None) -> Figure
 # ---- kernels ------------------------------------------------------------------------------------
 
 
-def _measurement() -> tuple[Any, Any]:
-    """Return `measure` and `Reference` from the module of moments, wherever in the package."""
-    root = Path(xfuser_fastcache.__file__).parent
-    (path,) = root.rglob("moments.py")
-    parts = path.relative_to(root.parent).with_suffix("").parts
-    module = importlib.import_module(".".join(parts))
-    return module.measure, module.Reference
-
-
 def moments(subject: Subject, uncached_ms: float, repeat: int) -> Figures:
     """Time the measurement of what enters the blocks, alone, at the real shape.
 
@@ -133,14 +123,13 @@ def moments(subject: Subject, uncached_ms: float, repeat: int) -> Figures:
         uncached_ms: milliseconds of a step; 0 where that is not known.
         repeat: calls a run; the median of 5 runs counts, each back to back.
     """
-    measure, reference_type = _measurement()
     shape = (subject.family.batch, subject.shape.image_tokens, subject.shape.width)
     one, other = subject.draw(*shape), subject.draw(*shape)
-    reference = reference_type.of(other)
+    reference = Reference.of(other)
     microseconds: dict[str, float] = {}
     for name, call in (
         ("measure_us", lambda: measure(one, reference, 4)),
-        ("reference_us", lambda: reference_type.of(other)),
+        ("reference_us", lambda: Reference.of(other)),
     ):
         runs = []
         call()
@@ -161,7 +150,6 @@ def moments(subject: Subject, uncached_ms: float, repeat: int) -> Figures:
 def kernels(subject: Subject) -> Figures:
     """Return the time that kernels take a step, by torch's profiler, and those of `measure`."""
     _needs_gpu(subject)
-    measure, reference_type = _measurement()
 
     def profiled(options: dict[str, Any] | None) -> tuple[float, int]:
         with nullcontext() if options is None else subject.cached(**options):
@@ -170,7 +158,7 @@ def kernels(subject: Subject) -> Figures:
     uncached_us, uncached_count = profiled(None)
     cached_us, cached_count = profiled({"cache_ratio_threshold": NEVER})
     shape = (subject.family.batch, subject.shape.image_tokens, subject.shape.width)
-    one, reference = subject.draw(*shape), reference_type.of(subject.draw(*shape))
+    one, reference = subject.draw(*shape), Reference.of(subject.draw(*shape))
     own_us, own_count = _kernels_of(lambda: measure(one, reference, 4))
     return {
         f"{UNCACHED}_us_a_step": uncached_us / _PROFILED_STEPS,

@@ -233,7 +233,7 @@ def _family(record: Record, plan: Plan, subject: Subject) -> None:
 
 def _digest(subject: Subject) -> Figures:
     """Compare the decisions of a gate that measures and skips, in two generations of their own."""
-    from xfuser_fastcache import get_cache_statistics
+    from xfuser_fastcache.apply import get_cache_statistics
 
     seen = []
     for _ in range(2):

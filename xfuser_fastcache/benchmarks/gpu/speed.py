@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xfuser_fastcache import get_cache_statistics
+from xfuser_fastcache.apply import get_cache_statistics
 from xfuser_fastcache.benchmarks.gpu.record import Record
 from xfuser_fastcache.benchmarks.gpu.subject import Subject, computed_mask, same_bits
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+from xfuser_fastcache.apply import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.benchmarks.gpu.families import Family
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xfuser_fastcache import (
+from xfuser_fastcache.apply import (
     apply_cache_on_transformer,
     get_cache_statistics,
     get_cache_trace,
