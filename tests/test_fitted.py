@@ -17,9 +17,10 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from support.calibrations import fitted_for, fitted_on
 from support.flux import STEPS, Flux
+from support.loops import Branch, alone, denoise
 from support.tiny_models import TINY_PIPELINES, tiny_flux
 
-from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.artifacts.calibration import VERSION, Fitted, load_fitted
 from xfuser_fastcache.hooks import hook_on
 
@@ -280,11 +281,16 @@ def test_weights_that_were_trained_on_are_another_model(change: float) -> None:
     assert fitted_for(pipe, STEPS).metadata["weights"] != before
 
 
-def test_a_calibration_without_a_scheduler_is_refused(flux: Flux, tmp_path: Path) -> None:
+def test_a_calibration_finds_its_pipelines_scheduler_and_is_refused_without_any(
+    flux: Flux, tmp_path: Path
+) -> None:
     path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
-    with pytest.raises(
-        ValueError, match="needs the pipeline's scheduler, .* pass scheduler=pipe.s"
-    ):
+    wanted = cached(flux, path)()
+    remove_cache(flux.transformer)
+    assert torch.equal(cached(flux, path, scheduler=None)(), wanted)
+    remove_cache(flux.transformer)
+    flux.pipe.transformer = None
+    with pytest.raises(ValueError, match="no pipeline holds this .* pass scheduler=pipe.s"):
         cached(flux, path, scheduler=None)
     assert hook_on(flux.transformer) is None
 
@@ -326,12 +332,10 @@ def test_one_noise_level_apart_is_another_plan(step: int, apart: float, differs:
 
 def test_a_plan_that_is_not_known_is_refused(flux: Flux, tmp_path: Path) -> None:
     path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
-    wanted = flux()
-    cached(flux, path, scheduler=SimpleNamespace())
+    transformer = alone(scheduler=SimpleNamespace(), calibration=path, cache_ratio_threshold=0.3)
     with pytest.raises(ValueError, match="it plans 8 steps, and this one's plan is not known"):
-        flux()
-    remove_cache(flux.transformer)
-    assert torch.equal(flux(), wanted)
+        denoise(transformer, Branch(0), scheduler=None)
+    assert get_cache_statistics(transformer)["steps"] == 0
 
 
 @pytest.mark.parametrize(
