@@ -19,6 +19,7 @@ setup(
     packages=find_packages(
         include=["xfuser_fastcache", "xfuser_fastcache.*", "diffusers_adapters"],
     ),
+    package_data={"xfuser_fastcache.calibration.prompts": ["*.txt"]},
     install_requires=[
         "torch>=2.6",
         # xfuser imports triton even where there is no GPU, and does not ask for it.

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from xfuser_fastcache.models.adapter import ModelAdapter, Step
+from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract
-from xfuser_fastcache.models.streams import ENCODER, HIDDEN
+from xfuser_fastcache.models.noise import FlowSigma
+from xfuser_fastcache.models.token_layout import leading_zeros
 
-# Since diffusers 0.35 both kinds of block take the two streams and return them text first.
-_BLOCK = BlockContract(
-    parameters=(HIDDEN, ENCODER, "temb", "image_rotary_emb", "joint_attention_kwargs"),
-    returns=(ENCODER, HIDDEN),
-    tables=("image_rotary_emb",),
-    attention=("attn",),
-)
+_BLOCK = BlockContract(tables=("image_rotary_emb",), attention=("attn",))
 
 
 class FluxAdapter(ModelAdapter):
-    """FLUX.1 as diffusers' `FluxTransformer2DModel` and as xfuser's wrapper around it.
+    """FLUX.1 as diffusers' `FluxTransformer2DModel` and as both of xfuser's wrappers around it.
 
-    Source: diffusers `models/transformers/transformer_flux.py`.
+    FLUX.1-Kontext is this model too: behind the noise stand the tokens of the picture that it
+    edits, which the position ids tell. Fill and Control give it the condition in more channels.
+
+    Source: diffusers `models/transformers/transformer_flux.py`, `pipelines/flux`.
     """
 
     model_class = "FluxTransformer2DModel"
-    timestep_index = 3
     embedder = "time_text_embed"
     block_lists = {"transformer_blocks": _BLOCK, "single_transformer_blocks": _BLOCK}
+    noise = FlowSigma(given="sigma")
     # TeaCache's code for FLUX.1-dev; xDiT's teacache takes the same.
     tea_polynomial = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
     @classmethod
-    def noise_level(cls, timestep: float) -> float:
-        """FLUX is given sigma itself (0 to 1)."""
-        return timestep
-
-    @classmethod
-    def plan(cls, scheduler: Any) -> list[Step]:
-        """Every planned step; the scheduler appends a final sigma of 0, which is no step."""
-        count = len(scheduler.timesteps)
-        return [Step(sigma, sigma) for sigma in scheduler.sigmas[:count].tolist()]
+    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """Those before the first whose id has another first coordinate than 0."""
+        ids = cls.forward_layout().argument("img_ids", args, kwargs)
+        return None if ids is None else leading_zeros(ids)

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from xfuser_fastcache.models.adapter import ModelAdapter, Step
+from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract
-from xfuser_fastcache.models.streams import ENCODER, HIDDEN
-
-_BLOCK = BlockContract(
-    parameters=(HIDDEN, ENCODER, "temb", "joint_attention_kwargs"),
-    returns=(ENCODER, HIDDEN),
-    attention=("attn", "attn2"),
-)
-_TRAIN_TIMESTEPS = 1000
+from xfuser_fastcache.models.noise import FlowSigma
 
 
 class SD3Adapter(ModelAdapter):
@@ -26,18 +17,6 @@ class SD3Adapter(ModelAdapter):
     """
 
     model_class = "SD3Transformer2DModel"
-    timestep_index = 3
     embedder = "time_text_embed"
-    block_lists = {"transformer_blocks": _BLOCK}
-
-    @classmethod
-    def noise_level(cls, timestep: float) -> float:
-        """Sigma (0 to 1)."""
-        return timestep / _TRAIN_TIMESTEPS
-
-    @classmethod
-    def plan(cls, scheduler: Any) -> list[Step]:
-        """Every planned step; the scheduler appends a final sigma of 0, which is no step."""
-        count = len(scheduler.timesteps)
-        sigmas = scheduler.sigmas[:count].tolist()
-        return [Step(t, s) for t, s in zip(scheduler.timesteps.tolist(), sigmas, strict=True)]
+    block_lists = {"transformer_blocks": BlockContract(attention=("attn", "attn2"))}
+    noise = FlowSigma(given="timestep")

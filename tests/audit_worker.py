@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
+from support.toy import MASK, generate, load, same  # noqa: E402
 from support.worlds import report  # noqa: E402
-from toy_worker import MASK, generate, load, same  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,

@@ -25,11 +25,11 @@ from support.loops import (  # noqa: E402
     denoise,
     same,
 )
+from support.toy import generate, load  # noqa: E402
+from support.toy import same as same_image  # noqa: E402
 from support.worlds import report  # noqa: E402
 from test_branches import ONE, OTHER, engine_of  # noqa: E402
 from torch import nn  # noqa: E402
-from toy_worker import generate, load  # noqa: E402
-from toy_worker import same as same_image  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
+from support.toy import generate, load  # noqa: E402
 from support.worlds import report  # noqa: E402
-from toy_worker import generate, load  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     ConsensusError,

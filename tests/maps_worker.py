@@ -15,8 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from support.toy import MASK, generate, load  # noqa: E402
 from support.worlds import report  # noqa: E402
-from toy_worker import MASK, generate, load  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,

@@ -21,49 +21,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from support.backend_options import NEVER, OFTEN  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
-from support.tiny_models import TINY_PIPELINES  # noqa: E402
+from support.matrix import STEPS, VARIANTS, build, same, variants  # noqa: E402
 from support.worlds import report  # noqa: E402
-from xdit_control import describe, own_share, wrap  # noqa: E402
+from support.xdit_runs import describe, own_share  # noqa: E402
 
 from xfuser_fastcache.apply import adapter_of  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
-
-STEPS = 10
-# How a backend runs in a cell: `Fast` in all ways, the others in the first one, or in all that
-# they can where `--all_variants` asks for that.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "stack": {},
-    "three spans": {"granularity": 3},
-    "output forecast": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
-}
-FORECASTS_ALL = ("Fast", "TaylorSeer")
-
-
-def variants(backend: str, all_variants: bool) -> dict[str, dict[str, Any]]:
-    """Return the ways in which a backend runs in a cell."""
-    if backend == "Fast" or all_variants:
-        found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
-        return VARIANTS if backend in FORECASTS_ALL else found
-    return {"stack": {}}
-
-
-# Eight blocks: a stage of PipeFusion 4 must not be empty.
-SIZES = {"flux": {"num_layers": 4, "num_single_layers": 4}}
-
-
-def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Bitwise equality; two ranks without output agree."""
-    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-
-
-def build(model: str, batch: int, **flags: Any) -> tuple[Any, dict[str, Any]]:
-    """Return a model's pipeline in xfuser's class, and the arguments of one call."""
-    pipeline, call = TINY_PIPELINES[model](batch=batch, **SIZES.get(model, {}))
-    call["num_inference_steps"] = STEPS
-    pipe, _ = wrap(pipeline, call, warmup_steps=1, **flags)
-    return pipe, call
 
 
 def synchronous(generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:

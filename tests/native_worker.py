@@ -200,7 +200,7 @@ def refusals(flags: list[str]) -> dict[str, str]:
 
 def backends(flags: list[str]) -> dict[str, float]:
     """Share of steps that every backend computes, by `cache_args` of the constructor."""
-    from backend_options import OFTEN
+    from support.backend_options import OFTEN
 
     from xfuser_fastcache import get_cache_statistics, remove_cache
 

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
+from support.toy import THRESHOLD, generate, load, psnr, same  # noqa: E402
 from support.worlds import report  # noqa: E402
-from toy_worker import THRESHOLD, generate, load, psnr, same  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from support.tiny_models import tiny_sd3  # noqa: E402
 from support.worlds import report  # noqa: E402
-from xdit_control import own_share, wrap  # noqa: E402
+from support.xdit_runs import own_share, wrap  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.toy import PROMPTS, psnr
 from test_backends import Pipeline
 from test_forecasters import DIM, anchor, assert_close, remember, streams
-from toy_worker import PROMPTS, psnr
 
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of
@@ -18,7 +18,11 @@ from xfuser_fastcache.forecasters.reuse import ReuseForecaster
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
-SPANS = [name for name, make in FORECASTERS.items() if not make.whole_forward]
+SPANS = [
+    name
+    for name, make in FORECASTERS.items()
+    if not make.whole_forward and make is not AdaCorrection
+]
 every_forecaster = pytest.mark.parametrize("name", SPANS)
 START, WAY, CONSTANT = streams(1), streams(2), streams(3)
 
@@ -167,7 +171,7 @@ def test_on_the_toy_it_brings_reuse_nearer_to_the_uncached_picture() -> None:
 
 @pytest.mark.parametrize("options", [{"forecaster": "output"}, {"calibration": "x"}])
 def test_it_is_refused_where_the_whole_forward_pass_is_forecast(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="enable_adacorrection corrects the tokens of spans"):
+    with pytest.raises(ValueError, match="enable_adacorrection"):
         CacheConfig(enable_adacorrection=True, **options)
 
 
@@ -176,5 +180,28 @@ def test_the_options_reach_the_forecaster() -> None:
     config = CacheConfig(enable_adacorrection=True, **options)
     made = forecaster_of(config, None, DecisionGroup())
     assert isinstance(made, AdaCorrection)
-    assert (made.gamma, made.lam, type(made.forecaster)) == (0.5, 2.0, FORECASTERS["taylor2"])
+    assert (made.gamma, made.lam, type(made.of)) == (0.5, 2.0, FORECASTERS["taylor2"])
     assert made.depth == 3
+    spelled = {"name": "adacorrection", "of": "taylor2", "gamma": 0.5, "lam": 2.0}
+    assert CacheConfig(forecaster=spelled).resolved() == config.resolved()
+    assert CacheConfig(forecaster=spelled).digest() == config.digest()
+
+
+def test_it_corrects_forecasters_with_options_of_their_own() -> None:
+    of = {"name": "damped_taylor", "share": 0.7}
+    config = CacheConfig(forecaster={"name": "adacorrection", "of": of}).resolved()
+    assert config.methods.forecaster.of.share == 0.7
+    assert config.forecaster["of"] == of
+    assert CacheConfig(forecaster=of, enable_adacorrection=True).resolved() == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forecaster": "adacorrection", "enable_adacorrection": True},
+        {"forecaster": {"name": "adacorrection", "of": "adacorrection"}},
+    ],
+)
+def test_a_correction_is_not_corrected(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs to be the only correction of forecasts"):
+        CacheConfig(**options)

@@ -23,9 +23,10 @@ from xfuser_fastcache import (
     remove_cache,
 )
 from xfuser_fastcache.backends import BACKENDS, gate_of
-from xfuser_fastcache.config.published import CODEBOOKS, DEFAULTS
+from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.gates.base import Evidence
+from xfuser_fastcache.gates.codebook import CODEBOOKS
 from xfuser_fastcache.hooks import hook_on
 
 STEPS = 9
@@ -341,26 +342,31 @@ def test_a_codebook_is_read_from_its_least_end_up(book: str) -> None:
 
 
 def test_tea_takes_the_published_polynomial_of_flux_and_the_identity_elsewhere() -> None:
-    flux = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
-    for model, wanted in (("flux", flux), ("sd3", (1.0, 0.0)), ("pixart", (1.0, 0.0))):
+    flux = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]
+    for model, wanted in (("flux", flux), ("sd3", [1.0, 0.0]), ("pixart", [1.0, 0.0])):
         found = Pipeline(model)
         found.cache("Tea")
         assert hook_on(found.transformer).engine.plan.gate.coefficients == wanted
         remove_cache(found.transformer)
         found.cache("Tea", coefficients=[2.0, 0.5])
-        assert hook_on(found.transformer).engine.plan.gate.coefficients == (2.0, 0.5)
+        assert hook_on(found.transformer).engine.plan.gate.coefficients == [2.0, 0.5]
 
 
 @pytest.mark.parametrize("backend", ["Fb", "Tea", "Custom", "Ada"])
 def test_a_gate_that_rests_on_blocks_refuses_to_forecast_the_whole_forward_pass(
     backend: str,
 ) -> None:
-    with pytest.raises(ValueError, match=f"use_cache='{backend}' rests on .* choose another"):
+    words = f"use_cache='{backend}' does not go with forecaster='output': it needs single blocks"
+    with pytest.raises(ValueError, match=words):
         Pipeline("flux").cache(backend, forecaster="output")
 
 
 @every_backend
 def test_options_that_are_left_out_are_the_backends_own(backend: str) -> None:
-    config = CacheConfig(use_cache=backend)
-    assert {name: getattr(config, name) for name in DEFAULTS[backend]} == DEFAULTS[backend]
-    assert CacheConfig.from_dict(config.to_dict()) == config
+    config = CacheConfig(use_cache=backend).resolved()
+    brought = BACKENDS[backend].companions
+    assert {name: getattr(config, name) for name in brought._fields} == brought._asdict()
+    (gate,) = config.methods.gates
+    for name in options_of(gate):
+        assert getattr(config, name) == getattr(gate, name) == getattr(BACKENDS[backend](), name)
+    assert CacheConfig.from_dict(config.to_dict()) == config == config.resolved()

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: a known answer comes out at its known place, and runs can be broken off."""
+"""`fastcache bench`: a known answer comes out at its known place, and runs can be broken off."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ import torch
 from rich.console import Console
 from support.worlds import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import benchmark
-import fastcache_benchmark
-from _bench import curves, methods, peers, quality, worker
-from _bench.methods import Method, fixed
-from _bench.settings import PROMPTS, Settings, call_arguments, parse_layout, read_prompts
-from _bench.subject import Sample, Subject
-
+from scripts.dev import fastcache_benchmark
 from toys.captions import Caption, sample_captions
 from toys.classifier import WEIGHTS, evaluate
 from xfuser_fastcache import get_cache_statistics
+from xfuser_fastcache.benchmarks import curves, methods, peers, quality, worker
+from xfuser_fastcache.benchmarks.methods import Method, fixed
+from xfuser_fastcache.benchmarks.settings import TOY_PROMPTS, Settings, parse_layout
+from xfuser_fastcache.benchmarks.subject import Sample, Subject
+from xfuser_fastcache.calibration.prompts import read_prompts
+from xfuser_fastcache.cli import main
+from xfuser_fastcache.xdit.loaded import call_arguments
 
 TOY = str(ROOT / "toys" / "flux")
+PROMPTS = ROOT / "toys" / TOY_PROMPTS
 ISSUE = (
     "fewer-steps fewer-steps-2nd xdit-teacache xdit-fbcache cache-dit-dbcache cache-dit-taylorseer "
     "diffusers-fbcache diffusers-taylorseer diffusers-magcache"
@@ -124,7 +124,9 @@ def test_a_known_error_and_a_known_time_come_out_at_their_known_place(
     def tick() -> None:
         clock["now"] += clock["step"]
 
-    monkeypatch.setattr("_measure.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    monkeypatch.setattr(
+        "xfuser_fastcache.reports.measured.time", SimpleNamespace(perf_counter=lambda: clock["now"])
+    )
     short = Subject(subject.pipe, 2, subject.call)
     settings = settings_of(short, 2, noisy=["40", "50"])
     with grey(subject), each_step(subject, tick):
@@ -478,11 +480,11 @@ def test_a_run_can_be_broken_off_and_goes_on(
     given = command(directory)[2:]
     former = signal.getsignal(signal.SIGTERM)
     try:
-        assert benchmark.main(given) == 2
-        assert "give --resume" in capsys.readouterr().out
-        assert benchmark.main([*given, "--converged", "3", "--resume"]) == 2
-        assert "a run with another converged" in " ".join(capsys.readouterr().out.split())
-        assert benchmark.main([*given, "--resume"]) == 0
+        assert main(["bench", *given]) == 2
+        assert "give --resume" in capsys.readouterr().err
+        assert main(["bench", *given, "--converged", "3", "--resume"]) == 2
+        assert "a run with another converged" in capsys.readouterr().err
+        assert main(["bench", *given, "--resume"]) == 0
     finally:
         signal.signal(signal.SIGTERM, former)
     result = json.loads((directory / "benchmark.json").read_text())
@@ -554,7 +556,7 @@ def test_a_method_that_cannot_run_stays_in_the_documents_table(
 def test_a_method_without_its_calibration_is_listed_with_the_way_to_make_one(name: str) -> None:
     pipe = SimpleNamespace(set_progress_bar_config=lambda **_: None)
     with (
-        pytest.raises(FileNotFoundError, match="scripts/calibrate.py --computed_steps"),
+        pytest.raises(FileNotFoundError, match="fastcache calibrate --computed_steps"),
         methods.all_methods()[name].prepare(Subject(pipe, 28, {}), "7"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""scripts/calibrate.py as a user runs it, on the toy FLUX with 6 steps: resumed, and audited.
+"""`fastcache calibrate` as a user runs it, on the toy FLUX with 6 steps: resumed, and audited.
 
 One run is broken off, goes on, and is given further flags, as the fixture tells; the tests look at
 what it left behind.
@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import _masks
-import calibrate
 import numpy as np
 import pytest
 import torch
@@ -22,16 +20,22 @@ from support.worlds import ROOT
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
-from xfuser_fastcache.calibration.record import Recorder
+from xfuser_fastcache.calibration import masks, runs
+from xfuser_fastcache.calibration.options import RunOptions
+from xfuser_fastcache.calibration.record import Recorder, Trajectory
+from xfuser_fastcache.cli import calibrate, main
 from xfuser_fastcache.hooks import hook_on
 
 MODEL = str(ROOT / "toys" / "flux")
 SHIPPED = str(ROOT / "toys" / "flux" / "fastcache.safetensors")
 STEPS, GENERATIONS = 6, 5
-FLAGS = [
-    "--model", MODEL, "--num_inference_steps", str(STEPS), "--cache_ratio_threshold", "0.3",
-    "--significance_level", "0.5", "--max_lag", "3", "--dtype", "float32",
-]  # fmt: skip
+COMMON = ["--model", MODEL, "--num_inference_steps", str(STEPS), "--dtype", "float32"]
+FLAGS = {
+    "audit": COMMON,
+    "calibrate": [
+        *COMMON, "--cache_ratio_threshold", "0.3", "--significance_level", "0.5", "--max_lag", "3",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,7 @@ class Run:
         self.output, self.report = folder / "toy.safetensors", folder / "report.json"
         self.records = folder / "toy.records"
 
-    def __call__(self, *flags: str, most: int | None = None, file: bool = True) -> int:
+    def __call__(self, *flags: str, most: int | None = None, command: str = "calibrate") -> int:
         """Run the command in this process; break it off where it would record more than `most`."""
         self.recorded = 0
 
@@ -61,10 +65,10 @@ class Run:
             self.recorded += 1
             return Recorder(*args)
 
-        to = ["--output", str(self.output)] if file else []
+        to = ["--output", str(self.output)] if command == "calibrate" else [str(self.output)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibrate, "Recorder", recorder)
-            return calibrate.main([*FLAGS, *to, "--report", str(self.report), *flags])
+            patch.setattr(runs, "Recorder", recorder)
+            return main([command, *to, *FLAGS[command], "--report", str(self.report), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +164,7 @@ def test_records_of_another_run_are_refused_by_what_differs(
 ) -> None:
     run, before = finished["run"], finished["run"].output.read_bytes()
     assert run("--seed", "7", most=0) == 2
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().err
     assert "holds records of a run with another seed, prompts; give the same flags" in printed
     assert run.output.read_bytes() == before
 
@@ -169,8 +173,7 @@ def test_an_audit_of_fresh_generations_has_finite_figures(
     finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished["run"]
-    audit = ["--audit", str(run.output), "--num_prompts", "3", "--seed", "3"]
-    assert run(*audit, file=False) == 0
+    assert run("--num_prompts", "3", "--seed", "3", command="audit") == 0
     printed = capsys.readouterr().out
     (level,) = json.loads(run.report.read_text())["levels"].items()
     alpha, found = level
@@ -187,28 +190,29 @@ def test_an_audit_of_fresh_generations_has_finite_figures(
 
 def test_a_cache_with_the_file_computes_as_many_steps_as_asked(finished: dict[str, Any]) -> None:
     run, fitted = finished["run"], finished["fitted"]
-    runs = calibrate.Calibrator(calibrate.parse([*FLAGS, "--output", "x"]), ["a ring"], None)
-    uncached = runs.latents(0)
-    transformer, scheduler = runs.pipe.transformer, runs.pipe.scheduler
+    options = RunOptions(model=MODEL, num_inference_steps=STEPS, dtype="float32")
+    plain = runs.Runs(options, ["a ring"])
+    uncached = plain.latents(0)
+    transformer, scheduler = plain.pipe.transformer, plain.pipe.scheduler
     pictures = {}
     for computed in (3, 5):
         apply_cache_on_transformer(
             transformer, scheduler=scheduler, calibration=str(run.output), computed_steps=computed
         )
-        pictures[computed] = runs.latents(0)
+        pictures[computed] = plain.latents(0)
         flags = [flags for *_, flags in hook_on(transformer).engine.decisions.entries]
         assert flags == [1 - kept for kept in fitted.masks[computed]]
         remove_cache(transformer)
-    snr = {n: _masks.ratio_db(found, uncached) for n, found in pictures.items()}
+    snr = {n: masks.ratio_db(found, uncached) for n, found in pictures.items()}
     assert 0 < snr[3] < snr[5] < 80
-    assert torch.equal(runs.latents(0), uncached)
+    assert torch.equal(plain.latents(0), uncached)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "give either --output FILE to calibrate, or --audit FILE"),
-        (["--output", "a", "--audit", "b"], "give either --output FILE to calibrate, or --audit"),
+        ([], "the following arguments are required: --output"),
+        (["--output", "a", "--report"], "--report: expected one argument"),
         (["--output", "a", "--computed_steps", "7"], "--computed_steps 7: give 1 to 6, the --num"),
         (["--output", "a", "--computed_steps", "3", "0"], "--computed_steps 0: give 1 to 6"),
         (["--output", "a", "--batch_size", "1"], "--batch_size 1: give 2 or more, to fit on"),
@@ -219,7 +223,7 @@ def test_wrong_flags_are_named(
     flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        calibrate.parse([*FLAGS, *flags])
+        calibrate.parse([*FLAGS["calibrate"], *flags])
     assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -250,7 +254,8 @@ def test_what_cannot_be_calibrated_is_said_before_anything_is_recorded(
     monkeypatch.chdir(tmp_path)
     Path("few.txt").write_text("a ring\na square\n")
     assert Run(tmp_path)(*flags, most=0) == 2
-    assert words in " ".join(capsys.readouterr().out.split())
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastcache calibrate: ") and words in line
 
 
 # ---- moving steps -------------------------------------------------------------------------------
@@ -259,7 +264,7 @@ def test_what_cannot_be_calibrated_is_said_before_anything_is_recorded(
 @pytest.mark.parametrize("mask", [[1, 0, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1, 1, 0, 0, 1]])
 def test_one_or_two_steps_but_never_the_first_are_moved_by_one_or_two(mask: list[int]) -> None:
     rng = random.Random(0)
-    found = [_masks.moved(mask, rng) for _ in range(300)]
+    found = [masks.moved(mask, rng) for _ in range(300)]
     assert all(one[0] and sum(one) == sum(mask) for one in found)
     assert {int(np.abs(np.subtract(one, mask)).sum()) for one in found} <= {0, 2, 4}
     # Each step that may move does, both ways where there is room.
@@ -273,7 +278,7 @@ def test_one_or_two_steps_but_never_the_first_are_moved_by_one_or_two(mask: list
 
 @pytest.mark.parametrize("mask", [[1, 1, 1], [1, 0, 0], [1]])
 def test_where_no_step_can_move_the_search_ends(mask: list[int]) -> None:
-    assert _masks.improved(1.0, mask, 5, lambda _: 2.0, seed=0) == (1.0, mask)
+    assert masks.improved(1.0, mask, 5, lambda _: 2.0, seed=0) == (1.0, mask)
 
 
 def closeness(wanted: list[int]) -> Callable[[list[int]], float]:
@@ -290,22 +295,21 @@ def test_steps_are_moved_as_long_as_that_helps_and_tries_last() -> None:
         tried.append(mask)
         return closeness(end)(mask)
 
-    assert _masks.improved(of(begin), begin, 99, of, seed=0) == (0.0, end)
+    assert masks.improved(of(begin), begin, 99, of, seed=0) == (0.0, end)
     assert len(tried) == len({tuple(mask) for mask in tried})
     tried.clear()
-    value, mask = _masks.improved(of(begin), begin, 3, of, seed=0)
+    value, mask = masks.improved(of(begin), begin, 3, of, seed=0)
     assert len(tried) == 1 + 3 and value == max(map(closeness(end), tried)) == closeness(end)(mask)
-    assert _masks.improved(0.0, end, 99, of, seed=0) == (0.0, end)
+    assert masks.improved(0.0, end, 99, of, seed=0) == (0.0, end)
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     found = [
-        calibrate.Trajectory(rng.normal(size=(4, 4)), rng.random(2) < 0.5, rng.random(2))
-        for _ in range(2)
+        Trajectory(rng.normal(size=(4, 4)), rng.random(2) < 0.5, rng.random(2)) for _ in range(2)
     ]
-    calibrate._write(tmp_path / "a.npz", found)
-    for one, other in zip(calibrate._read(tmp_path / "a.npz"), found, strict=True):
+    runs._write(tmp_path / "a.npz", found)
+    for one, other in zip(runs._read(tmp_path / "a.npz"), found, strict=True):
         for name, value in vars(one).items():
             np.testing.assert_array_equal(value, getattr(other, name))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -24,7 +24,7 @@ from xfuser_fastcache import (
     get_cache_trace,
     remove_cache,
 )
-from xfuser_fastcache.artifacts.calibration import Cell, Fitted, load_fitted, settled
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted, load_fitted
 from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.output import OutputForecaster
@@ -165,8 +165,8 @@ FILE = fitted_on(LEVELS, lags=3, masks={3: MASK})
 
 
 def test_options_left_at_their_default_take_the_files_values() -> None:
-    config = settled(CacheConfig(calibration="x", verify_consensus=True), FILE)
-    assert config.to_dict() == CacheConfig().to_dict() | {
+    config = CacheConfig(calibration="x", verify_consensus=True).resolved(FILE)
+    assert config.to_dict() == CacheConfig().resolved().to_dict() | {
         "calibration": FILE.digest,
         "forecaster": "output",
         "test": "conformal",
@@ -183,25 +183,40 @@ def test_options_left_at_their_default_take_the_files_values() -> None:
         {"cache_ratio_threshold": 0.0},
         {"num_warmup_steps": 0, "max_consecutive_skips": 2},
         {"test": "chi2", "cache_ratio_threshold": 0.2, "significance_level": 0.37},
+        # These equal the defaults without a calibration, and hold all the same.
+        {"num_warmup_steps": 2, "max_consecutive_skips": 4},
+        {"test": "chi2", "cache_ratio_threshold": 0.05},
         {"significance_level": 0.1},
         {"steps_mask": [1] * STEPS, "computed_steps": 3},
     ],
     ids=lambda given: next(iter(given)),
 )
 def test_options_that_are_given_win(given: dict[str, Any]) -> None:
-    config = settled(CacheConfig(calibration="x", **given), FILE)
-    assert config.to_dict() == settled(CacheConfig(calibration="x"), FILE).to_dict() | given
+    config = CacheConfig(calibration="x", **given).resolved(FILE)
+    assert config.to_dict() == CacheConfig(calibration="x").resolved(FILE).to_dict() | given
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.2])
+def test_another_epsilon_is_refused_also_where_it_is_the_default(threshold: float) -> None:
+    config = CacheConfig(calibration="x", cache_ratio_threshold=threshold)
+    with pytest.raises(ValueError, match=f"cache_ratio_threshold={threshold} is not what .*0.3"):
+        config.resolved(FILE)
+
+
+def test_without_its_file_a_calibrated_config_leaves_open_what_the_file_knows() -> None:
+    config = CacheConfig(calibration="x", verify_consensus=True)
+    assert config.resolved().resolved(FILE) == config.resolved(FILE)
 
 
 def test_a_number_of_computed_steps_names_a_mask() -> None:
-    assert settled(CacheConfig(calibration="x", computed_steps=3), FILE).steps_mask == MASK
+    assert CacheConfig(calibration="x", computed_steps=3).resolved(FILE).steps_mask == MASK
 
 
 @pytest.mark.parametrize("given", [{"computed_steps": 3}, {"steps_mask": MASK}])
 def test_with_a_mask_alpha_and_epsilon_need_not_be_the_files(given: dict[str, Any]) -> None:
     """The gate, which is not asked then, would never skip at an alpha that was not calibrated."""
     other = {"significance_level": 0.37, "cache_ratio_threshold": 0.2}
-    config = settled(CacheConfig(calibration="x", **given, **other), FILE)
+    config = CacheConfig(calibration="x", **given, **other).resolved(FILE)
     assert (config.steps_mask, config.significance_level) == (MASK, 0.37)
     assert not gate_of(config, FILE).judge(evidence(0.0)).may_skip
 
@@ -210,13 +225,13 @@ def test_files_of_other_content_give_other_config_digests(tmp_path: Path) -> Non
     def digest(name: str, **changes: Any) -> int:
         fitted_on(LEVELS, **changes).save(tmp_path / name)
         config = CacheConfig(calibration=str(tmp_path / name))
-        return settled(config, load_fitted(tmp_path / name)).digest()
+        return config.resolved(load_fitted(tmp_path / name)).digest()
 
     assert digest("one") == digest("same") != digest("other", scales={0.05: 0.9})
 
 
 def test_the_backend_makes_gate_and_forecaster_from_the_file() -> None:
-    config = settled(CacheConfig(calibration="x"), FILE)
+    config = CacheConfig(calibration="x").resolved(FILE)
     gate = gate_of(config, FILE)
     assert isinstance(gate, CalibratedGate) and (gate.limits == 0.3).all()
     assert isinstance(gate_of(CacheConfig()), ChiSquareGate)
@@ -229,7 +244,7 @@ def test_the_backend_makes_gate_and_forecaster_from_the_file() -> None:
 def test_of_a_pipeline_the_last_stage_alone_corrects_and_without_the_latents(
     stage: int, stages: int, fitted: Fitted | None, sees: bool
 ) -> None:
-    config = settled(CacheConfig(calibration="x"), FILE)
+    config = CacheConfig(calibration="x").resolved(FILE)
     made = forecaster_of(config, FILE, DecisionGroup(stage=stage, stages=stages))
     assert isinstance(made, OutputForecaster)
     assert (made.fitted, made.sees_latents) == (fitted, sees)

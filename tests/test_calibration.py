@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from support.calibrations import even_levels, fitted_on, smooth, trajectory
-from support.stack import WholeForward, config_of, plan_of
+from support.stack import WholeForward, plan_of
 
-from xfuser_fastcache.artifacts.calibration import Cell, Fitted, settled
+from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
-    RIDGE,
+    CELL_RIDGE,
     UPPER_QUANTILE,
     Tables,
     anchors_of,
@@ -33,7 +34,7 @@ from xfuser_fastcache.calibration.cells import (
     tables_of,
     upper_of,
 )
-from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
+from xfuser_fastcache.calibration.replay import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.risk import least_generations
 from xfuser_fastcache.reports.false_skips import harmful_share
 
@@ -168,7 +169,7 @@ def test_the_ridge_shrinks_by_its_share() -> None:
     same = [trajectory(outputs, latents)] * 2
     # Alike generations leave no doubt, so what helps helps for certain.
     found, blind = fit_weights(same, same, LEVELS, LAGS)
-    shrunk = 1 / (1 + RIDGE)
+    shrunk = 1 / (1 + CELL_RIDGE)
     np.testing.assert_allclose(found[cell], (0, 0, 0.5 * shrunk, 0.25 * shrunk), atol=1e-7)
     np.testing.assert_allclose(blind[cell], (0, 0.5 * shrunk), atol=1e-7)
 
@@ -250,7 +251,7 @@ def run_engine(fitted: Fitted, vectors: Vectors) -> tuple[list[int], list[float]
 
     The forward pass puts out what the record says, and the latents do not depend on it.
     """
-    config = settled(config_of(calibration="x"), fitted)
+    config = CacheConfig(calibration="x").resolved(fitted)
     run, plan, errors = WholeForward(config, 4, fitted=fitted), plan_of(*LEVELS.tolist()), []
     for level, truth, x in zip(LEVELS.tolist(), *vectors, strict=True):
         truth, x = (torch.from_numpy(v).reshape(1, -1, 4) for v in (truth, x))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from chaos_worker import BAD_STEP, TIMEOUT_S
+from support.toy import STEPS
 from support.worlds import WorldFailed, run_world
-from toy_worker import STEPS
 
 pytestmark = [pytest.mark.gloo, pytest.mark.chaos]
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import compatibility
 import pytest
 import torch
-from _beside import Broken, Check, Scale, Subject, require, works
-from _features import blocks_of, compile_blocks
 from support.worlds import ROOT
 from torch import nn
+
+from scripts.dev import compatibility
+from scripts.dev._beside import Broken, Check, Scale, Subject, require, works
+from scripts.dev._features import blocks_of, compile_blocks
 
 SMALL = Scale(pixels=64, steps=6, threshold=1.0)
 ROWS = [
@@ -61,14 +61,13 @@ def test_a_row_that_does_not_hold_is_shown_and_is_a_failure(
     rows = [Check("offloading", "a feature", "flux", run), Check("VAE", "none", "flux", working)]
     monkeypatch.setattr(compatibility, "CHECKS", rows)
     page = tmp_path / "page.md"
-    monkeypatch.setattr(sys, "argv", ["compatibility.py", "--output", str(page)])
-    assert compatibility.main() == 1
+    assert compatibility.main(["--output", str(page)]) == 1
     text = page.read_text()
     assert f"| a feature | flux | works | **does not hold**: {words} |" in text
     assert f"- flux: a feature: {words}" in text
     assert "| none | flux | works | all is well |" in text
     monkeypatch.setattr(compatibility, "CHECKS", rows[1:])
-    assert compatibility.main() == 0
+    assert compatibility.main(["--output", str(page)]) == 0
 
 
 def working(subject: Subject) -> str:

@@ -196,7 +196,7 @@ def test_options_of_a_gate_stand_inside_it(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("option", ["forecaster", "calibration", "num_steps"])
 def test_options_that_are_no_gates_stand_beside_it(option: str) -> None:
-    with pytest.raises(ValueError, match=f"^{option} in gate=.* is no option of a gate"):
+    with pytest.raises(ValueError, match=f"^{option} in gate=.* is no option of the gate"):
         gate_of(CacheConfig(gate={"any_of": [{"name": "Fast", option: "taylor"}]}))
 
 
@@ -209,8 +209,12 @@ def test_options_that_are_no_gates_stand_beside_it(option: str) -> None:
             "cache_interval=3 is no option of use_cache='Fb'",
         ),
         ({"use_cache": "Ada", "cache_ratio_threshold": 0.1}, "no option of use_cache='Ada'"),
-        ({"use_cache": "Tea", "calibration": "x"}, "takes no calibration"),
-        ({"gate": "Tea", "calibration": "x"}, "takes no calibration"),
+        (
+            {"use_cache": "Tea", "calibration": "x"},
+            "with use_cache='Tea': .* takes no calibration",
+        ),
+        ({"gate": "Tea", "calibration": "x"}, "with gate='Tea': .* takes no calibration"),
+        ({"gate": "Fast", "calibration": "x"}, "with gate='Fast': .* takes no calibration"),
         ({"use_cache": "Tea", "coefficients": []}, "coefficients=.. is not allowed"),
         ({"use_cache": "Tea", "coefficients": ["x"]}, "coefficients=.* is not allowed"),
         ({"use_cache": "Ada", "codebook": "slower"}, "codebook='slower' is not allowed"),

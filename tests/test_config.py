@@ -15,11 +15,17 @@ import pytest
 import yaml
 
 from xfuser_fastcache import CacheConfig
+from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.config.mappings import read_mapping
-from xfuser_fastcache.config.option_tables import defaults_table, options_table
+from xfuser_fastcache.config.methods import REGISTRIES
+from xfuser_fastcache.config.option_tables import backends_table, methods_table, options_table
+from xfuser_fastcache.plugins import BUILT_IN
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "configuration.md"
+BUILT = {
+    name: registry[name] for registry in REGISTRIES.values() for name in BUILT_IN[registry.group]
+}
 CUSTOM = {
     "cache_ratio_threshold": 1e-5,
     "granularity": 3,
@@ -37,7 +43,7 @@ CUSTOM = {
     [
         ("cache_ratio_treshold", "did you mean 'cache_ratio_threshold'"),
         ("num_step", "did you mean 'num_steps'"),
-        ("zzz", "known: use_cache, gate, cache_ratio_threshold"),
+        ("zzz", "known: use_cache, gate, forecaster"),
         (7, "known: use_cache"),
     ],
 )
@@ -78,6 +84,7 @@ def test_an_unknown_option_is_named_with_a_hint(key: Any, hint: str) -> None:
         ("stagger_stages", 1),
         ("return_hidden_states_first", 0),
         ("calibration", 3),
+        ("linear_maps", 3),
         ("computed_steps", 7.0),
         ("computed_steps", True),
         ("steps_mask", (1, 0)),
@@ -109,7 +116,6 @@ def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, valu
         ("merge_ratio", 0),
         ("merge_ratio", 1),
         ("test", "Chi2"),
-        ("forecaster", "Taylor"),
         ("computed_steps", 0),
         ("steps_mask", []),
         ("steps_mask", [0, 1]),
@@ -130,8 +136,10 @@ def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, valu
 def test_a_value_out_of_range_is_a_value_error_that_says_the_range(name: str, value: Any) -> None:
     with pytest.raises(ValueError) as caught:
         CacheConfig(**{name: value})
-    allowed = CacheConfig.__dataclass_fields__[name].metadata["allowed"]
-    assert str(caught.value) == f"{name}={value!r} is not allowed; give {allowed}"
+    owned = [options_of(BUILT[key]) for key in ("Fast", "motion_static", "merging")]
+    (option,) = [options[name] for options in (options_of(CacheConfig), *owned) if name in options]
+    wanted = f"{name}={value!r} is not allowed; give {option.metadata['allowed']}"
+    assert str(caught.value) == wanted
 
 
 @pytest.mark.parametrize(
@@ -158,10 +166,16 @@ def test_the_ends_of_the_ranges_are_allowed(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"test": "conformal"}, "test='conformal' needs a calibration; give calibration='FILE'"),
+        ({"test": "conformal"}, ".* test='conformal' needs a calibration; give calibration='FILE'"),
         ({"computed_steps": 3}, "computed_steps=3 needs a calibration; give calibration='FILE'"),
-        ({"calibration": "x", "test": "paper"}, "test='paper' takes no calibration; leave one"),
-        ({"calibration": "x", "forecaster": "reuse"}, "forecaster='reuse' does not go with a cal"),
+        (
+            {"calibration": "x", "test": "paper"},
+            "calibration='x' does .* with test='paper'",
+        ),
+        ({"calibration": "x", "forecaster": "reuse"}, "calibration='x' does not go with forec"),
+        # It is the default without a calibration; it is refused where it is asked for.
+        ({"calibration": "x", "forecaster": "damped_taylor"}, "calibration='x' .*='damped_taylor'"),
+        ({"calibration": "x", "linear_maps": "y"}, "linear_maps='y' does not go with calibration="),
         ({"forecaster": "output", "granularity": 3}, "granularity=3 does not go with forecaster="),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -296,7 +310,8 @@ def test_the_digest_is_the_same_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("options", options_table), ("defaults", defaults_table)]
+    ("name", "table"),
+    [("options", options_table), ("backends", backends_table), ("methods", methods_table)],
 )
 def test_the_documented_tables_are_the_codes_own(name: str, table: Callable[[], str]) -> None:
     text = DOCUMENT.read_text()
@@ -306,15 +321,112 @@ def test_the_documented_tables_are_the_codes_own(name: str, table: Callable[[], 
     )
 
 
-@pytest.mark.parametrize("option", dataclasses.fields(CacheConfig), ids=lambda o: o.name)
-def test_the_table_gives_type_default_and_range_of_every_option(
-    option: dataclasses.Field[Any],
+CELLS = {
+    **{("", name): option for name, option in options_of(CacheConfig).items()},
+    **{(m, name): option for m, made in BUILT.items() for name, option in options_of(made).items()},
+}
+
+
+@pytest.mark.parametrize("key", CELLS, ids=" ".join)
+def test_the_table_gives_type_default_and_range_of_every_option(key: tuple[str, str]) -> None:
+    (method, name), option = key, CELLS[key]
+    lines = (methods_table() if method else options_table()).replace("\\|", "/").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    if method:
+        rows = [row[1:] for row in rows if row[0].endswith(f" `{method}`")]
+    (row,) = [row for row in rows if row[0].split(" (flat")[0] == f"`{name}`"]
+    meta = option.metadata
+    default = option.default is None and meta["none"] or f"`{option.default!r}`"
+    wanted = [f"`{option.type}`", default, meta["allowed"], meta["meaning"]]
+    assert row[1:] == [cell.replace("|", "/") for cell in wanted]
+
+
+def test_every_flat_option_is_owned_by_a_method() -> None:
+    owned = {
+        option.metadata.get("flat", name)
+        for made in BUILT.values()
+        for name, option in options_of(made).items()
+    }
+    flat = {f.name for f in dataclasses.fields(CacheConfig)} - set(options_of(CacheConfig))
+    assert flat == owned - {"share", "of"}
+
+
+# ---- given and default --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"max_consecutive_skips": 4, "num_warmup_steps": 2}, {}),
+        ({"forecaster": "damped_taylor"}, {}),
+        ({"forecaster": {"name": "damped_taylor", "share": 0.6}}, {}),
+        ({"cache_ratio_threshold": 0.05, "significance_level": 0.05, "test": "chi2"}, {}),
+        ({"enable_adacorrection": False, "adacorr_gamma": 1.0, "enable_token_merge": False}, {}),
+        ({"gate": {"name": "Fb", "rel_l1_thresh": 0.05}}, {"gate": "Fb"}),
+        ({"use_cache": "Ada", "codebook": "slow"}, {"use_cache": "Ada"}),
+        ({"motion_threshold": 0.01}, {"token_plan": "motion_static"}),
+    ],
+    ids=str,
+)
+def test_what_is_given_as_the_default_differs_and_means_the_same(
+    one: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    rows = [line.replace("\\|", "/").split(" | ") for line in options_table().splitlines()]
-    (row,) = [row for row in rows if row[0] == f"| `{option.name}`"]
-    published = option.metadata.get("published")
-    default = "the backend's" if published else f"`{option.default!r}`"
-    wanted = [f"`{option.type}`", default, option.metadata["allowed"]]
-    assert row[1:4] == [cell.replace("|", "/") for cell in wanted]
-    meaning = " | ".join(row[4:]).removesuffix(" |")
-    assert meaning == option.metadata["meaning"].replace("|", "/")
+    given, left_out = CacheConfig(**one), CacheConfig(**other)
+    assert given != left_out
+    assert given.resolved() == left_out.resolved() == left_out.resolved().resolved()
+    assert given.digest() == left_out.digest() == given.resolved().digest()
+
+
+def test_an_option_of_a_method_has_another_digest() -> None:
+    digests = {
+        CacheConfig(forecaster={"name": "damped_taylor", "share": share}).digest()
+        for share in (0.5, 0.6, 0.7)
+    }
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"forecaster": "Taylor"},
+            "unknown forecaster 'Taylor'; known: reuse, .* 'xfuser_",
+        ),
+        ({"token_plan": "mrging"}, "unknown token_plan 'mrging'; known: motion_static, merging"),
+        ({"forecaster": {"share": 0.7}}, "is not allowed; give the name of a forecaster"),
+        ({"forecaster": {"name": "taylor", "share": 0.7}}, "{'share': 0.7}: .* unexpected"),
+        (
+            {"forecaster": {"name": "damped_taylor", "gamma": 1}},
+            "gamma in forecaster=.* share",
+        ),
+        (
+            {"forecaster": {"name": "damped_taylor", "share": 1}},
+            "share=1 is not allowed",
+        ),
+        (
+            {"token_plan": {"name": "merging", "merge_ratio": 2}},
+            "merge_ratio=2 is not allowed",
+        ),
+        ({"adacorr_gamma": -1}, "adacorr_gamma=-1 is not allowed; give number >= 0"),
+    ],
+    ids=str,
+)
+def test_wrong_methods_and_options_of_methods_are_refused(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        CacheConfig(**options)
+
+
+@pytest.mark.parametrize("write", [json.dumps, yaml.safe_dump], ids=["json", "yaml"])
+def test_methods_with_options_survive_a_file(tmp_path: Path, write: Any) -> None:
+    config = CacheConfig(
+        gate={"any_of": ["Fb", {"name": "Ada", "codebook": {"0.1": 3}}]},
+        forecaster={"name": "adacorrection", "of": {"name": "damped_taylor", "share": 0.7}},
+    )
+    for name, form in (("given", config), ("resolved", config.resolved())):
+        path = tmp_path / name
+        path.write_text(write(form.to_dict()))
+        found = CacheConfig.from_file(path)
+        assert found.digest() == config.digest()
+        assert found.resolved() == config.resolved()

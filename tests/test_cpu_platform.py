@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import types
 import weakref
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.worlds import launch
 
+from xfuser_fastcache.consensus.collective import ConsensusTimeout
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError
-from xfuser_fastcache.xdit.gloo_sends import PendingSends
+from xfuser_fastcache.xdit.gloo_waits import PendingSends, wait_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 120
@@ -236,6 +239,7 @@ def test_modules_that_are_loaded_already_are_patched_too() -> None:
     done = run_python(
         """
 import torch
+import torch.distributed as dist
 torch.version.cuda = "12.8"
 from xfuser import envs
 from xfuser.core.distributed import parallel_state
@@ -367,7 +371,7 @@ def test_sends_are_kept_until_received_and_then_let_go() -> None:
     tensors = [torch.zeros(4) for _ in works]
     alive = [weakref.ref(tensor) for tensor in tensors]
     for work, tensor in zip(works, tensors, strict=True):
-        sends.keep(work, tensor)
+        sends.keep(work, tensor, 1)
     del tensors, tensor
     gc.collect()
     assert len(sends) == 3
@@ -386,23 +390,35 @@ def test_sends_are_kept_until_received_and_then_let_go() -> None:
 def test_a_kept_send_can_be_waited_for_without_waiting_twice() -> None:
     sends = PendingSends()
     work = FakeWork()
-    kept = sends.keep(work, torch.zeros(1))
+    kept = sends.keep(work, torch.zeros(1), 1)
     work.received.set()
     assert kept.wait() and kept.wait()
     assert work.waits == 1
 
 
+def test_a_message_that_no_one_takes_is_waited_for_no_longer_than_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wait_limit, "seconds", 0.2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    kept = PendingSends().keep(FakeWork(), torch.zeros(1), 3)
+    started = time.monotonic()
+    with pytest.raises(ConsensusTimeout, match="rank 0 waited .* taken by rank 3, .*_s=0.2 s"):
+        kept.wait()
+    assert time.monotonic() - started < 5
+
+
 def test_a_failed_send_is_reported_to_all_who_ask() -> None:
     sends = PendingSends()
     work = FakeWork(RuntimeError("connection closed by peer"))
-    kept = sends.keep(work, torch.zeros(1))
+    kept = sends.keep(work, torch.zeros(1), 1)
     work.received.set()
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         kept.wait()
     with pytest.raises(RuntimeError, match="a send to a peer failed: connection closed"):
         sends.drain(5.0)
     with pytest.raises(RuntimeError, match="an earlier send to a peer failed"):
-        sends.keep(FakeWork(), torch.zeros(1))
+        sends.keep(FakeWork(), torch.zeros(1), 1)
 
 
 def test_flash_attention_for_cpu_equals_plain_attention() -> None:

@@ -1,4 +1,4 @@
-"""docs/extending.md, executed: a gate of another package, by entry point, on two ranks."""
+"""docs/extending.md, executed: methods of another package, by entry point; a gate on two ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from support.stack import Stack, ones
+from test_backends import Pipeline
+from test_engine import without_gradients  # noqa: F401
 
-from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.backends import BACKENDS, gate_of
-from xfuser_fastcache.plugins import GATES, registered
+from xfuser_fastcache import CacheConfig, get_cache_statistics
+from xfuser_fastcache.backends import FORECASTERS, gate_of
+from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
+from xfuser_fastcache.plugins import (
+    BUILT_IN,
+    GATES,
+    TOKEN_PLANS,
+    everything_registered,
+    look_again,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+MODULES = ("budget_gate", "blend", "every_other")
 
 
 def block(mark: str) -> str:
@@ -32,23 +46,27 @@ def block(mark: str) -> str:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's package as pip would lay it out: the module, and metadata beside it."""
     site = tmp_path_factory.mktemp("site")
-    (site / "budget_gate.py").write_text(block("file: budget_gate.py"))
+    for name in MODULES:
+        (site / f"{name}.py").write_text(block(f"file: {name}.py"))
     project = block("file: pyproject.toml")
     name, version = (re.search(rf'{key} = "(.+)"', project)[1] for key in ("name", "version"))
-    group, entry = re.search(r'entry-points\."(.+)"\]\n(.+)', project).groups()
+    groups = re.findall(r'entry-points\."(.+)"\]\n(.+)', project)
+    assert len(groups) == len(MODULES)
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n" + entry.replace('"', "") + "\n")
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{group}]\n" + entry.replace('"', "") + "\n" for group, entry in groups)
+    )
     return site
 
 
 @pytest.fixture
 def on_path(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(installed)
-    registered.cache_clear()
+    look_again()
     yield
-    registered.cache_clear()
+    look_again()
 
 
 @pytest.mark.gloo
@@ -87,18 +105,90 @@ def test_the_pages_combination_is_a_config(on_path: Any, tmp_path: Path) -> None
     assert gate.rules[-1].rules[1].budget == 1.2
 
 
+def test_what_the_page_registers_is_found_and_not_loaded(on_path: Any) -> None:
+    found = everything_registered()
+    assert found[GATES.group]["budget"].value == "budget_gate:BudgetGate"
+    assert found[FORECASTERS.group]["blend"].value == "blend:BlendForecaster"
+    assert found[TOKEN_PLANS.group]["every_other"].value == "every_other:EveryOther"
+    assert {"flux", "xdit"} <= found["xfuser_fastcache.adapters"].keys() | found[
+        "xfuser_fastcache.layouts"
+    ].keys()
+
+
+def test_the_pages_gate_is_a_backend(on_path: Any) -> None:
+    config = CacheConfig(use_cache="budget").resolved()
+    assert gate_of(config).budget == 1.0
+    assert (config.forecaster, config.num_warmup_steps) == ("reuse", 1)
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(1.0, 3.0), (0.5, 2.0)])
+def test_the_pages_forecaster_stands_in(on_path: Any, share: float, wanted: float) -> None:
+    stack = Stack(
+        blocks=2, forecaster={"name": "blend", "share": share}, steps_mask=[1, 1, 0], num_steps=3
+    )
+    for level, adds in ((1.0, [1.0, 0.0]), (0.9, [1.0, 2.0]), (0.8, [9.0, 9.0])):
+        stack.added = adds
+        found = stack(ones(), level)
+    assert stack.flags == [0, 0, 1]
+    assert torch.equal(found, ones(1.0 + wanted))
+    with pytest.raises(ValueError, match="share=2 is not allowed; give 0 <= number <= 1"):
+        CacheConfig(forecaster={"name": "blend", "share": 2})
+    corrected = CacheConfig(forecaster={"name": "adacorrection", "of": "blend"})
+    assert corrected.methods.forecaster.depth == 2
+
+
+def test_the_pages_token_plan_runs_half_the_tokens(on_path: Any) -> None:
+    pipeline = Pipeline("flux")
+    uncached = pipeline()
+    pipeline.cache("Fast", token_plan="every_other", cache_ratio_threshold=0)
+    found, statistics = pipeline(), get_cache_statistics(pipeline.transformer)
+    assert found.isfinite().all() and not torch.equal(found, uncached)
+    assert 0.1 < statistics["spatial_approx_ratio"] < 0.5
+    assert statistics["block_approx_ratio"] == 0
+    with pytest.raises(ValueError, match="'every_other' does not go with forecaster='output'"):
+        CacheConfig(token_plan="every_other", forecaster="output")
+
+
 def test_options_that_a_registered_gate_does_not_take_are_named(on_path: Any) -> None:
-    for options, words in (({"budget": 1, "bugdet": 1}, "unexpected"), ({}, "missing")):
-        with pytest.raises(ValueError, match=rf"gate 'budget' .*{words}.* it takes \(budget"):
-            gate_of(CacheConfig(gate={"name": "budget", **options}))
+    with pytest.raises(ValueError, match="^bugdet in gate=.* no option of .*, which takes budget"):
+        CacheConfig(gate={"name": "budget", "budget": 1, "bugdet": 1})
+    with pytest.raises(ValueError, match="^budget=-1 is not allowed; give number >= 0"):
+        CacheConfig(gate={"name": "budget", "budget": -1})
 
 
-def test_a_name_that_a_backend_has_is_refused(on_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setitem(BACKENDS, "budget", BACKENDS["Fb"])
-    with pytest.raises(ValueError, match="'budget' is a backend's, and budget_gate:BudgetGate is"):
-        gate_of(CacheConfig(gate="budget"))
+class Plain(Gate):
+    """A gate that is no dataclass."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
+        return Verdict(0.0, self.limit)
+
+
+def registers(monkeypatch: Any, name: str, value: str) -> None:
+    monkeypatch.setitem(BUILT_IN[GATES.group], name, value)
+    look_again()
+
+
+def test_a_gate_that_is_no_dataclass_is_checked_by_its_signature(
+    on_path: Any, monkeypatch: Any
+) -> None:
+    registers(monkeypatch, "plain", "test_extending:Plain")
+    config = CacheConfig(gate={"name": "plain", "limit": 2})
+    assert gate_of(config).limit == 2
+    assert CacheConfig.from_dict(config.resolved().to_dict()).digest() == config.digest()
+    for options, words in (({"limit": 1, "x": 1}, "unexpected"), ({}, "missing")):
+        with pytest.raises(ValueError, match=rf"gate 'plain' .*{words}.* it takes \(limit"):
+            CacheConfig(gate={"name": "plain", **options})
+
+
+def test_one_name_for_two_gates_is_refused(on_path: Any, monkeypatch: Any) -> None:
+    registers(monkeypatch, "budget", "other:Gate")
+    with pytest.raises(ValueError, match="named 'budget': other:Gate and budget_gate:BudgetGate"):
+        CacheConfig()
 
 
 def test_an_unknown_gate_lists_the_known_ones_and_the_entry_point(on_path: Any) -> None:
     with pytest.raises(ValueError, match=f"unknown gate 'Slow'; known: Fast, .*budget.*{GATES}"):
-        gate_of(CacheConfig(gate="Slow"))
+        CacheConfig(gate="Slow")

@@ -1,4 +1,4 @@
-"""Fitted linear maps from the command to the cache: scripts/fit_maps.py, its file, `linear_maps`.
+"""Fitted linear maps from the command to the cache: `fastcache fit-maps`, its file, `linear_maps`.
 
 CPU: the toy FLUX with a few steps, once as it is and once with a stack whose residual is affine in
 its input. gloo: one world a layout (`maps_worker.py`).
@@ -7,23 +7,20 @@ its input. gloo: one world a layout (`maps_worker.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import calibrate
-import fit_maps
 import pytest
 import torch
 from support.calibrations import fitted_for
 from support.flux import STEPS, Flux
 from support.tiny_models import tiny_flux
+from support.toy import MASK, PROMPTS
+from support.toy import STEPS as TOY_STEPS
 from support.worlds import ROOT, run_world
-from toy_worker import MASK, PROMPTS
-from toy_worker import STEPS as TOY_STEPS
 
 from diffusers_adapters.flux import FluxAdapter
-from diffusers_adapters.sd3 import SD3Adapter
 from xfuser_fastcache import (
     CacheConfig,
     apply_cache_on_transformer,
@@ -33,11 +30,11 @@ from xfuser_fastcache import (
 from xfuser_fastcache.artifacts.file import write_file
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
 from xfuser_fastcache.artifacts.linear_maps import FittedMaps, load_maps
-from xfuser_fastcache.calibration.stack import Passage, StackRecorder, StackSums, pairs
-from xfuser_fastcache.forecasters.linear import LinearForecaster
-from xfuser_fastcache.forecasters.linear_taylor import LinearTaylorForecaster
+from xfuser_fastcache.calibration.stack import StackRecorder
+from xfuser_fastcache.cli import fit_maps
+from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
 from xfuser_fastcache.hooks import hook_on
-from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.xdit.loaded import load_pipeline
 
 MODEL = str(ROOT / "toys" / "flux")
 FLAGS = [
@@ -106,12 +103,6 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     assert found.digest == again != apart
 
 
-def test_a_file_without_any_map_is_one(tmp_path: Path) -> None:
-    none = SpanMaps((0.5,), (None,), (None,))
-    fitted = FittedMaps({"linear": none, "linear_taylor": none}, {})
-    assert tensors_of(load_maps(saved(tmp_path / "file", fitted))) == {}
-
-
 def written(**changes: Any) -> Callable[[Path], None]:
     """Return what writes a file of maps with other metadata or tables; None leaves one out."""
 
@@ -132,26 +123,15 @@ def cut_off(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing": (lambda path: None, "cannot read the linear_maps .*file"),
-    "truncated": (cut_off, "no whole linear_maps file .*anew with scripts/fit_maps.py"),
+    "truncated": (cut_off, "no whole linear_maps file .*anew with fastcache fit-maps"),
     "calibration": (
         lambda path: fitted_for(tiny_flux()[0], STEPS).save(path),
         "holds linear maps of version None; this release reads version 1",
     ),
-    "version": (written(maps_version=2), "linear maps of version 2; this release reads version 1"),
-    "no edges": (written(edges=None), "contradicts itself: 'edges'"),
     "edges": (written(edges=[0.2, 0.1]), "contradicts itself: edges are .*; allowed: finite, asc"),
     "bucket": (
         written(linear__image__2__bias=torch.ones(4).numpy()),
         "contradicts itself: linear.image.2.bias is unknown; allowed are tensors of",
-    ),
-    "tensor": (
-        written(linear__text__1__slope=torch.ones(4).numpy()),
-        "linear.text.1.slope of shape .* is unknown",
-    ),
-    "NaN": (
-        written(linear__text__1__bias=torch.full((4,), torch.nan).numpy()),
-        "linear.text.1.bias of shape .* not finite",
     ),
     "widths": (
         written(linear__text__1__bias=torch.ones(5).numpy()),
@@ -169,36 +149,19 @@ def test_what_is_no_whole_file_of_maps_is_refused(
         load_maps(tmp_path / "file")
 
 
-def test_a_file_of_maps_is_no_calibration(tmp_path: Path) -> None:
-    flux = Flux()
-    path = saved(tmp_path / "file", maps_for(flux.pipe))
-    with pytest.raises(ValueError, match=r"holds version None with linear\.image\.0\.bias"):
-        flux.cache(calibration=path)
-
-
-OTHERS: dict[str, tuple[Callable[[Flux], Any], str]] = {
-    "dtype": (lambda flux: flux.transformer.bfloat16(), r"dtype family: float32 in the file, half"),
-    "weights": (
-        lambda flux: [p.neg_() for p in flux.transformer.time_text_embed.parameters()],
-        r"\(weights: ",
-    ),
-    "blocks": (
-        lambda flux: flux.transformer.single_transformer_blocks.append(
-            flux.transformer.single_transformer_blocks[-1]
-        ),
-        r"\(blocks: 6 in the file, 7 here\); make one for this model with scripts/fit_maps",
-    ),
-}
-
-
-@pytest.mark.parametrize(("change", "words"), OTHERS.values(), ids=OTHERS)
-def test_maps_of_another_model_are_refused_by_what_differs(
-    tmp_path: Path, change: Callable[[Flux], Any], words: str
+def test_maps_of_another_model_or_of_a_part_of_one_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flux = Flux()
     path = saved(tmp_path / "file", maps_for(flux.pipe))
-    change(flux)
-    with pytest.raises(ValueError, match=f"the linear_maps '{path}' was made for .*{words}"):
+    group = DecisionGroup(ranks=(0, 1), stages=2)
+    monkeypatch.setattr(PlainLayout, "decision_group", lambda *_: group)
+    with pytest.raises(ValueError, match="of which each of the 2 pipeline stages holds a part"):
+        flux.cache(linear_maps=path)
+    monkeypatch.undo()
+    for parameter in flux.transformer.time_text_embed.parameters():
+        parameter.neg_()
+    with pytest.raises(ValueError, match=rf"the linear_maps '{path}' was made for .*\(weights: "):
         flux.cache(linear_maps=path)
     assert hook_on(flux.transformer) is None
 
@@ -207,45 +170,33 @@ def test_maps_of_another_model_are_refused_by_what_differs(
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "words"),
+    ("options", "words"),
     [
-        ({"linear_maps": 3}, TypeError, "linear_maps=3 is not allowed; give path, or none"),
-        ({"forecaster": "taylor"}, ValueError, "'taylor' takes no linear_maps; choose linear_tay"),
-        ({"granularity": 3}, ValueError, "granularity=3 does not go with linear_maps, which are"),
-        ({"calibration": "y"}, ValueError, "linear_maps do not go with a calibration, which fore"),
-        (
-            {"merge_ratio": 0.5},
-            ValueError,
-            "enable_token_merge does not go with linear_maps, which",
-        ),
-        (
-            {"motion_threshold": 0.1, "granularity": 3},
-            ValueError,
-            "granularity=3 does not go with linear_maps, which are",
-        ),
+        ({"forecaster": "taylor"}, "needs a forecaster or token plan that takes linear maps; give"),
+        ({"granularity": 3}, "does not go with granularity=3: it needs the whole stack of"),
+        ({"motion_threshold": 0.1, "granularity": 3}, "does not go with granularity=3"),
+        ({"merge_ratio": 0.5}, "does not go with token_plan='merging': it needs all tokens"),
+        ({"use_cache": "Fb"}, "does not go with use_cache='Fb': it needs the whole stack of"),
     ],
 )
-def test_options_that_do_not_go_with_maps_are_refused(
-    options: dict[str, Any], error: type[Exception], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        CacheConfig(**{"linear_maps": "x", **options})
+def test_options_that_do_not_go_with_maps_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^linear_maps='x' {words}"):
+        CacheConfig(linear_maps="x", **options)
 
 
 @pytest.mark.parametrize("backend", ["Fast", "Tea", "TaylorSeer", "Ada"])
 def test_maps_bring_their_forecaster(backend: str) -> None:
-    config = CacheConfig(use_cache=backend, linear_maps="x")
+    config = CacheConfig(use_cache=backend, linear_maps="x").resolved()
     assert config.forecaster == "linear_taylor"
     assert CacheConfig.from_dict(config.to_dict()) == config
-    assert CacheConfig(linear_maps="x", forecaster="linear").forecaster == "linear"
+    assert CacheConfig(linear_maps="x", forecaster="linear").resolved().forecaster == "linear"
 
 
 @pytest.mark.parametrize("forecaster", [None, "reuse", "linear", "taylor2"])
 def test_with_a_split_the_forecaster_is_what_it_is_without_maps(forecaster: str | None) -> None:
     """Also where the tokens that move are merged."""
     config = CacheConfig(linear_maps="x", motion_threshold=0.1, num_stages=2, forecaster=forecaster)
-    assert config.forecaster == (forecaster or "damped_taylor")
-    assert CacheConfig.from_dict(config.to_dict()) == config
+    assert config.resolved().forecaster == (forecaster or "damped_taylor")
 
 
 class SplitFlux(Flux):
@@ -274,23 +225,17 @@ def test_with_a_split_maps_are_for_static_tokens_at_computed_steps(tmp_path: Pat
     assert torch.equal(flux.latents(motion_threshold=0, linear_maps=path)[0], plain)
 
 
-def test_with_a_split_a_file_without_maps_changes_nothing(tmp_path: Path) -> None:
+def test_a_file_without_maps_leaves_what_the_forecaster_does_without_one(tmp_path: Path) -> None:
+    """To the bit: `linear_taylor` is `taylor` then, corrected or not."""
+    none = SpanMaps((0.5,), (None,), (None,))
     flux = SplitFlux()
-    fitted = maps_for(flux.pipe)
-    fitted.of["linear"] = SpanMaps((0.2, 0.6), (None, None), fitted.of["linear"].text)
-    plain, without = flux.latents()
-    images, found = flux.latents(linear_maps=saved(tmp_path / "file", fitted))
-    assert torch.equal(images, plain)
-    for name in ("estimated_flops_saved_ratio", "spatial_approx_ratio", "blocks"):
-        assert found[name] == without[name]
-
-
-def test_a_gate_that_computes_the_first_block_apart_is_refused(tmp_path: Path) -> None:
-    flux = Flux()
-    path = saved(tmp_path / "file", maps_for(flux.pipe))
-    with pytest.raises(ValueError, match="'Fb' rests on .* apart, where linear_maps are fitted"):
-        flux.cache(use_cache="Fb", linear_maps=path)
-    assert hook_on(flux.transformer) is None
+    fitted = FittedMaps({"linear": none, "linear_taylor": none}, maps_for(flux.pipe).metadata)
+    path = saved(tmp_path / "file", fitted)
+    assert tensors_of(load_maps(path)) == {}
+    for options in ({}, {"enable_adacorrection": True}):
+        plain, _ = flux.latents(motion_threshold=None, forecaster="taylor", **options)
+        found, _ = flux.latents(motion_threshold=None, linear_maps=path, **options)
+        assert torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_taylor"])
@@ -325,34 +270,6 @@ def test_statistics_count_what_maps_cost(tmp_path: Path, name: str) -> None:
 # ---- what is recorded ---------------------------------------------------------------------------
 
 
-def smooth_branch(steps: int) -> list[Passage]:
-    rng = torch.Generator().manual_seed(0)
-    tensors = torch.randn(steps, 2, 1, 5, 4, generator=rng)
-    return [Passage(Streams(x), Streams(r)) for x, r in tensors]
-
-
-@pytest.mark.parametrize(
-    ("forecaster", "count"), [(LinearForecaster(), 5 + 4), (LinearTaylorForecaster(), 4 + 3 + 2)]
-)
-def test_pairs_are_what_the_forecaster_asks_for(forecaster: Any, count: int) -> None:
-    """Of 7 steps with max_lag 2: 5 that are judged have an anchor 1 step before, 4 one 2 before.
-
-    An older one lies 1 step before the newer for 4 of the former, 2 for 3; and 2 for 2 of the rest.
-    """
-    branch, levels = smooth_branch(7), [1.0 - step / 7 for step in range(7)]
-    found = list(pairs(branch, levels, forecaster, 2))
-    assert len(found) == count
-    gap, dx, dr = found[-1]
-    assert gap == pytest.approx(1 / 7)
-    wanted = [branch[5].inputs.hidden_states, branch[5].residual.hidden_states]
-    before = [(p.inputs.hidden_states, p.residual.hidden_states) for p in branch]
-    moved = [w - before[4][i] for i, w in enumerate(wanted)]
-    if forecaster.depth == 2:
-        moved = [m - (before[4][i] - before[3][i]) for i, m in enumerate(moved)]
-    assert torch.allclose(dx.hidden_states, moved[0], atol=1e-5)
-    assert torch.allclose(dr.hidden_states, moved[1], atol=1e-5)
-
-
 def test_the_recorder_sees_the_stack_and_leaves_the_outputs_alone() -> None:
     flux = Flux()
     plain = flux()
@@ -374,20 +291,6 @@ def test_the_recorder_sees_the_stack_and_leaves_the_outputs_alone() -> None:
         flux()
         with pytest.raises(ValueError, match=r"of 3 steps whose branches ran \[8\] times"):
             recorder.take(3)
-
-
-def test_a_stream_that_the_last_block_drops_gets_no_map() -> None:
-    from tiny_models import tiny_sd3
-
-    pipe, call = tiny_sd3()
-    pipe.set_progress_bar_config(disable=True)
-    with StackRecorder(pipe.transformer, SD3Adapter, 64) as recorder:
-        pipe(**{**call, "num_inference_steps": 5})
-        branches = recorder.take(5)
-    assert branches[0][0].inputs.encoder_hidden_states is not None
-    sums = StackSums([1.0, 0.8, 0.6, 0.4, 0.2], 2, 1)
-    sums.add(branches, held_out=False)
-    assert {place.stream for place in sums.choices()} == {"image"}
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -422,9 +325,9 @@ def plant(pipe: Any) -> None:
 def test_an_affine_residual_is_found_and_forecast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe = calibrate.load_pipeline(MODEL, "float32")
+    pipe = load_pipeline(MODEL, "float32")
     plant(pipe)
-    monkeypatch.setattr(calibrate, "load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr("xfuser_fastcache.calibration.runs.load_pipeline", lambda *_: pipe)
     path = tmp_path / "maps.safetensors"
     assert fit_maps.main([*FLAGS, "--output", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -457,30 +360,6 @@ def run(pipe: Any, steps: int) -> torch.Tensor:
     return pipe(PROMPTS[0], num_inference_steps=steps, generator=generator, **SIZE).images
 
 
-def test_the_file_says_what_it_was_made_of(toy_maps: Path) -> None:
-    found = load_maps(toy_maps).metadata
-    assert found["generations"] == 6 and found["num_inference_steps"] == 7
-    assert found["scheduler"] == "FlowMatchEulerDiscreteScheduler"
-    assert (found["blocks"], found["max_lag"], found["seed"]) == ("12", 2, 0)
-    assert "significance_levels" not in found and set(found["versions"]) == {"torch", "diffusers"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--num_prompts", "5"], "--num_prompts 5: give 6 or more"),
-        (["--max_lag", "0"], "--max_lag 0: give 1 or more"),
-        (["--num_inference_steps", "2"], "--num_inference_steps 2: give 3 or more"),
-    ],
-)
-def test_flags_out_of_range_are_refused(
-    flags: Sequence[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        fit_maps.main([*FLAGS, "--output", "never", *flags])
-    assert words in capsys.readouterr().err
-
-
 # ---- layouts ------------------------------------------------------------------------------------
 
 
@@ -493,7 +372,7 @@ def test_one_file_serves_two_ranks_and_two_files_are_refused(
         tmp_path / "other", dataclasses.replace(fitted, metadata={**fitted.metadata, "seed": 9})
     )
     world = run_world("maps_worker.py", 2, "2", "1", str(toy_maps), other, str(tmp_path))
-    pipe = calibrate.load_pipeline(MODEL, "float32")
+    pipe = load_pipeline(MODEL, "float32")
     apply_cache_on_transformer(
         pipe.transformer, scheduler=pipe.scheduler, steps_mask=MASK, linear_maps=str(toy_maps)
     )
@@ -506,12 +385,3 @@ def test_one_file_serves_two_ranks_and_two_files_are_refused(
         assert "ConsensusError" in report["two files"]
         for name in ("estimated_flops_saved_ratio", "block_approx_ratio"):
             assert report["statistics"][name] == pytest.approx(statistics[name], rel=1e-3)
-
-
-@pytest.mark.gloo
-def test_a_pipeline_stage_refuses_maps_of_the_whole_stack(toy_maps: Path, tmp_path: Path) -> None:
-    path = str(toy_maps)
-    world = run_world("maps_worker.py", 2, "1", "2", path, path, str(tmp_path))
-    for report in world.values():
-        assert report["error"].startswith("ValueError: linear_maps=") and not report["left"]
-        assert "each of the 2 pipeline stages holds a part" in report["error"]

@@ -105,19 +105,19 @@ def test_a_mask_finds_the_corrections_that_were_made_for_it() -> None:
     fitted = random_tables()
     for row, mask in enumerate(([1, 0, 0, 1, 0], [1] * 5)):
         for sees, table in ((True, fitted.steering), (False, fitted.steering_blind)):
-            found = fitted.steering_of(mask, sees)
+            found = fitted.trajectory_correction(mask, sees)
             assert found is not None and found.mask == mask
             assert np.array_equal(found.weights, table[row])
             # Which pictures are guided is seen from the latents.
             assert sees == (found.guided is not None)
             assert not sees or np.array_equal(found.guided, fitted.steering_guided[row])
     unguided = dataclasses.replace(fitted, steering_guided=fitted.steering_guided[:0])
-    found = unguided.steering_of([1] * 5, True)
+    found = unguided.trajectory_correction([1] * 5, True)
     assert found is not None and found.guided is None
-    assert fitted.steering_of([1, 0, 1, 0, 0], True) is None
-    assert fitted.steering_of(None, True) is None
+    assert fitted.trajectory_correction([1, 0, 1, 0, 0], True) is None
+    assert fitted.trajectory_correction(None, True) is None
     bare = fitted_on(fitted.noise_levels, lags=2, masks=fitted.masks)
-    assert bare.steering_of([1] * 5, True) is None
+    assert bare.trajectory_correction([1] * 5, True) is None
 
 
 def cut_off(count: int) -> Callable[[Path], None]:
@@ -344,7 +344,7 @@ def test_a_plan_that_is_not_known_is_refused(flux: Flux, tmp_path: Path) -> None
         ({"cache_ratio_threshold": 0.2}, "cache_ratio_threshold=0.2 is not what .* for .0.3."),
         ({"significance_level": 0.01}, "significance_level=0.01: the calibration is for 0.05, 0.1"),
         ({"computed_steps": 5}, "computed_steps=5: the calibration has masks of 3, 4 steps"),
-        ({"granularity": 3}, "granularity=3 does not go with forecaster='output'"),
+        ({"granularity": 3}, "granularity=3 does not go with calibration='"),
     ],
     ids=["epsilon", "alpha", "computed_steps", "granularity"],
 )  # fmt: skip

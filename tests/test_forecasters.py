@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import quad
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.artifacts.linear_map import RIDGE
+from xfuser_fastcache.artifacts.linear_map import ONLINE_RIDGE
 from xfuser_fastcache.backends import FORECASTERS, forecaster_of
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.base import Forecaster
@@ -201,7 +201,7 @@ def test_linear_is_the_ridge_regression_of_residual_on_input(text: bool) -> None
         x: torch.Tensor, x1: torch.Tensor, x0: torch.Tensor, r1: torch.Tensor, r0: torch.Tensor
     ) -> torch.Tensor:
         dx, dr = (x1 - x0).flatten(0, 1), (r1 - r0).flatten(0, 1)
-        ridge = RIDGE * dx.square().sum(0).mean()
+        ridge = ONLINE_RIDGE * dx.square().sum(0).mean()
         slope = torch.stack(
             [dx[:, d] @ dr[:, d] / (dx[:, d] @ dx[:, d] + ridge) for d in range(DIM)]
         )
@@ -219,7 +219,7 @@ def test_linear_is_the_ridge_regression_of_residual_on_input(text: bool) -> None
 
 
 def test_linear_shrinks_the_true_slope_by_the_ridge_alone() -> None:
-    # Equal energies in all channels: each slope shrinks by the factor 1 / (1 + RIDGE).
+    # Equal energies in all channels: each slope shrinks by the factor 1 / (1 + ONLINE_RIDGE).
     signs = torch.sign(streams(1).hidden_states)
     x0, x1 = torch.zeros_like(signs), signs
     slope = torch.tensor([0.5, -0.25, 0.0, 2.0], dtype=torch.float64)
@@ -227,7 +227,7 @@ def test_linear_shrinks_the_true_slope_by_the_ridge_alone() -> None:
     new = anchor(0.5, Streams(x1), Streams(slope * x1))
     memory = remember(LinearForecaster(), old, new)
     assert memory.slope is not None
-    torch.testing.assert_close(memory.slope.hidden_states, slope / (1 + RIDGE))
+    torch.testing.assert_close(memory.slope.hidden_states, slope / (1 + ONLINE_RIDGE))
 
 
 def test_linear_on_an_input_that_does_not_move_is_reuse() -> None:

@@ -1,4 +1,4 @@
-"""scripts/generate.py as a user runs it: flags, errors, report, and the demo's promise."""
+"""`fastcache generate` as a user runs it: flags, errors, report, and the demo's promise."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ REPORT_KEYS = {
 
 @pytest.fixture(scope="module")
 def generate() -> Any:
-    """The script as a module; xfuser is imported on the way."""
+    """The command's module; xfuser is imported on the way."""
     from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
 
     enable_cpu_platform()
-    import generate
+    from xfuser_fastcache.cli import generate
 
     return generate
 

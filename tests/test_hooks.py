@@ -120,7 +120,7 @@ def test_asking_an_uncached_transformer_says_what_to_call(transformer: nn.Module
 def test_options_and_a_config_of_the_same_options_are_one(
     transformer: nn.Module, options: dict[str, Any]
 ) -> None:
-    config = CacheConfig.from_dict(options)
+    config = CacheConfig.from_dict(options).resolved()
     assert apply_cache_on_transformer(transformer, **options) is transformer
     assert hook_on(transformer).engine.config == config
     assert remove_cache(transformer) is transformer

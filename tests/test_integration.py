@@ -5,8 +5,10 @@ What the changes are for runs in `test_native.py`, `test_runner.py` and `test_so
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from xfuser_fastcache.backends import BACKENDS
 from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.config.published import DEFAULTS
 from xfuser_fastcache.xdit import integration
-from xfuser_fastcache.xdit.compat import IncompatibleXfuserError
+from xfuser_fastcache.xdit.compat import IncompatibleXfuserError, has_accelerator
+from xfuser_fastcache.xdit.integration import CPU_SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,7 +206,7 @@ def test_use_cache_on_the_command_line_is_still_fast_attentions(xfuser: Any) -> 
 
 
 def test_every_backend_has_a_method_of_its_name() -> None:
-    assert integration.METHODS == {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+    assert integration.METHODS == {"fastcache": "Fast", **{name: name for name in BACKENDS}}
     for method, backend in integration.METHODS.items():
         assert integration.requested(method).use_cache == backend
 
@@ -292,20 +295,82 @@ def test_the_same_cache_may_be_asked_for_twice_but_not_two() -> None:
         integration._one_of({"a": fast, "b": None, "c": fb})
 
 
-def test_models_of_the_runner_say_which_methods_they_take(xfuser: Any) -> None:
-    from xfuser.model_executor.models.runner_models import flux, stable_diffusion
+@pytest.mark.parametrize(
+    ("model", "place", "own"),
+    [
+        ("FLUX.1-dev", "flux.xFuserFluxModel", ["teacache", "dbcache"]),
+        ("FLUX.1-Kontext-dev", "flux.xFuserFluxKontextModel", ["dbcache"]),
+        ("SD3.5", "stable_diffusion.xFuserStableDiffusionModel", ["dbcache"]),
+        # It sets its methods anew for each instance.
+        ("Wan2.2-T2V", "wan.xFuserWan22T2VModel", ["dbcache"]),
+    ],
+)
+def test_models_of_the_runner_take_our_methods(
+    xfuser: Any, model: str, place: str, own: list[str]
+) -> None:
+    module, _, name = place.partition(".")
+    runner_models = importlib.import_module(f"xfuser.model_executor.models.runner_models.{module}")
+    made = getattr(runner_models, name)(xfuser.xFuserArgs(model=model, cache_method="fastcache"))
+    assert [*made.settings.step_cache_config][-len(integration.METHODS) :] == [*integration.METHODS]
+    assert set(own) <= set(made.settings.step_cache_config)
+    # The class goes on as xfuser has made it.
+    assert not set(integration.METHODS) & set(
+        getattr(runner_models, name).settings.step_cache_config or ()
+    )
 
-    taken = list(stable_diffusion.xFuserStableDiffusionModel.settings.step_cache_config)
-    assert taken == ["dbcache", *integration.METHODS]
-    taken = list(flux.xFuserFluxModel.settings.step_cache_config)
-    assert taken == ["teacache", "dbcache", *integration.METHODS]
-    # Its image tokens hold a second picture, which was never tested.
-    assert list(flux.xFuserFluxKontextModel.settings.step_cache_config) == ["dbcache"]
+
+def test_a_model_of_the_runner_without_step_caches_says_so(xfuser: Any) -> None:
+    from xfuser.model_executor.models.runner_models.lumina2 import xFuserLumina2Model
+
+    config = xfuser.xFuserArgs(model="Alpha-VLLM/Lumina-Image-2.0", cache_method="fastcache")
+    with pytest.raises(ValueError, match="cach"):
+        xFuserLumina2Model(config)
 
 
-def test_a_model_of_the_runner_that_takes_no_cache_of_ours_says_so(xfuser: Any) -> None:
-    from xfuser.model_executor.models.runner_models.flux import xFuserFluxKontextModel
+IMPORTS = """
+import xfuser_fastcache
+from xfuser.model_executor.pipelines.fastcache_pipeline import xFuserFastCachePipelineWrapper
+from xfuser.model_executor.cache.diffusers_adapters.flux import apply_cache_on_transformer
+from xfuser import xFuserArgs, xDiTParallel
+print("imported")
+"""
 
-    config = xfuser.xFuserArgs(model="FLUX.1-Kontext-dev", cache_method="fastcache")
-    with pytest.raises(ValueError, match="does not support --cache_method fastcache. Supported: "):
-        xFuserFluxKontextModel(config)
+
+def imported(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Type the import lines of the source documents in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=240,
+    )
+
+
+needs_no_accelerator = pytest.mark.skipif(has_accelerator(), reason="xfuser imports by itself here")
+
+
+@needs_no_accelerator
+def test_the_error_of_the_import_says_how_to_do_without_an_accelerator() -> None:
+    done = imported()
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    for words in (
+        "NotImplementedError: No Accelerators",
+        "enable_cpu_platform()",
+        CPU_SWITCH + "=1",
+    ):
+        assert words in last
+
+
+@needs_no_accelerator
+def test_a_variable_of_the_environment_lets_the_import_lines_run_as_typed() -> None:
+    done = imported(**{CPU_SWITCH: "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported"
+
+
+def test_another_value_of_that_variable_is_refused() -> None:
+    done = imported(**{CPU_SWITCH: "yes"})
+    assert done.returncode == 1
+    assert f"{CPU_SWITCH}='yes' is not allowed; give 1, or 0" in done.stderr

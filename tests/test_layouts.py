@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.toy import MASK, STEPS, THRESHOLD
 from support.worlds import run_world
-from toy_worker import MASK, STEPS, THRESHOLD
 
 LAYOUTS = {
     "1 rank": (1, ()),

@@ -1,4 +1,4 @@
-"""scripts/layouts.py: the cells are those of the registry, and what falls short is said."""
+"""`fastcache layouts`: the cells are those of the registry, and what falls short is said."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import layouts
 import pytest
 from support.worlds import ROOT
 
 from diffusers_adapters.registry import adapters
+from xfuser_fastcache.benchmarks import layouts
+from xfuser_fastcache.benchmarks.pipelining import pipeline_slots
 
 GOOD: dict[str, Any] = {
     "world_size": 2,
@@ -92,13 +93,13 @@ def test_each_run_of_computed_steps_fills_the_pipeline_anew(
     skipped = [False, *(chance.random() < 0.6 for _ in range(27))]
     runs = [len(list(run)) for skip, run in itertools.groupby(skipped[1:]) if not skip]
     taken = stages * patches + sum(run * patches + stages - 1 for run in runs)
-    assert layouts.pipeline_slots(skipped, stages, patches, stagger=False) == taken
+    assert pipeline_slots(skipped, stages, patches, stagger=False) == taken
 
 
 def test_staggered_stages_keep_the_pipeline_full() -> None:
     every_other = [False, *[False, True] * 20, False]
-    aligned = layouts.pipeline_slots(every_other, 2, 2, stagger=False)
-    staggered = layouts.pipeline_slots(every_other, 2, 2, stagger=True)
+    aligned = pipeline_slots(every_other, 2, 2, stagger=False)
+    staggered = pipeline_slots(every_other, 2, 2, stagger=True)
     # 4 for the first step; then 3 a pair of steps where the pipeline runs empty, else 2.
     assert aligned == 4 + 3 * 21
     assert staggered <= 4 + 2 * 21 + 2
@@ -107,7 +108,7 @@ def test_staggered_stages_keep_the_pipeline_full() -> None:
 @pytest.mark.parametrize("last", [True, False], ids=["last computed", "last skipped"])
 def test_in_a_mask_every_stage_computes_as_often(last: bool) -> None:
     skipped = [False, True, True, False, True, True, False, True, True, not last]
-    assert layouts.pipeline_slots(skipped, 2, 2, stagger=True, masked=True) == 4 + 2 * (2 + last)
+    assert pipeline_slots(skipped, 2, 2, stagger=True, masked=True) == 4 + 2 * (2 + last)
 
 
 @pytest.mark.slow

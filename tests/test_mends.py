@@ -130,25 +130,28 @@ def test_sd3_pads_to_256_tokens_on_several_ranks_unmended_and_as_asked_mended(
         textwrap.dedent(
             f"""
             import sys
-            sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT / "tests")!r}]
-            import generate
-            from worlds import report
+            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+            import torch.distributed as dist
+            from support.worlds import report
+            from xfuser_fastcache.cli.generate import options_from
+            from xfuser_fastcache.xdit import loaded
+            from xfuser_fastcache.xdit.generator import Generator
             if "unmended" in sys.argv:
-                generate.mend_xfuser = lambda: []
-            generate.start()
+                loaded.mend_xfuser = lambda: []
+            loaded.start()
             flags = [flag for flag in sys.argv[1:] if flag != "unmended"]
             config = {str(ROOT / "configs" / "toy_sd3_fast.yaml")!r}
-            options = generate.options_from(["--config", config, *flags])
-            pipe = generate.load(options)
+            options = options_from(["--config", config, *flags])
+            pipe = loaded.load_in_layout(options)
             text = []
             pipe.transformer.register_forward_pre_hook(
                 lambda module, args, kwargs: text.append(kwargs["encoder_hidden_states"].shape[1]),
                 with_kwargs=True,
             )
-            run = generate.Generator(pipe, options).run("", output_type="latent")
+            run = Generator(pipe, options).run("", output_type="latent")
             norm = run.images[0].double().norm().item() if run.images else None
-            report(generate.dist.get_rank(), tokens=text[0], norm=norm)
-            generate.cpu_platform.finish()
+            report(dist.get_rank(), tokens=text[0], norm=norm)
+            loaded.cpu_platform.finish()
             """
         )
     )

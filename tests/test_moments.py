@@ -11,7 +11,11 @@ import torch
 from xfuser_fastcache.measurements.moments import (
     CHANGE,
     CHANGE_SQUARED,
+    FRACTION,
+    FRACTION_SQUARED,
     INITIAL_EXPONENT,
+    LIMB_BITS,
+    LOWER,
     MAX_TOKENS,
     NONFINITE,
     OVERFLOW,
@@ -21,6 +25,7 @@ from xfuser_fastcache.measurements.moments import (
     TOKENS,
     Moments,
     Reference,
+    joined,
     measure,
 )
 
@@ -97,7 +102,8 @@ def test_a_change_of_one_token_changes_the_integers() -> None:
     now, anchor = pair(128, torch.float32)
     before = measure(now, Reference.of(anchor), 5)
     now[0, 3] *= 1.01
-    assert measure(now, Reference.of(anchor), 5)[CHANGE] != before[CHANGE]
+    after = measure(now, Reference.of(anchor), 5)
+    assert joined(after.tolist(), CHANGE) != joined(before.tolist(), CHANGE)
 
 
 @pytest.mark.parametrize(
@@ -127,17 +133,69 @@ def test_a_nan_adds_nothing_to_the_sums() -> None:
     healthy = measure(now[:, 1:], Reference.of(anchor[:, 1:]), 0)
     now[:, 0] = anchor[:, 0] = math.nan
     found = measure(now, Reference.of(anchor), 0)
-    sums = [CHANGE, CHANGE_SQUARED, REFERENCE]
-    assert found[sums].tolist() == healthy[sums].tolist()
+    assert found[:TOKENS].tolist() == healthy[:TOKENS].tolist()
 
 
 @pytest.mark.parametrize("bad", [1e6, 1e7])
 def test_clamped_tokens_add_up_without_wrap(bad: float) -> None:
     now, anchor = torch.full((1, 1000, 4), bad), torch.full((1, 1000, 4), -bad)
     found = measure(now, Reference.of(anchor), 0)
-    assert found[[CHANGE, CHANGE_SQUARED, REFERENCE]].tolist() == [1000 * 2**TOKEN_BITS] * 3
-    # So many tokens of the largest moment that is ever written fit into 63 bits.
-    assert MAX_TOKENS * 2**TOKEN_BITS < 2**63
+    sums = [joined(found.tolist(), sum_of) for sum_of in (CHANGE, CHANGE_SQUARED, REFERENCE)]
+    assert sums == [1000 * 2**TOKEN_BITS] * 3
+
+
+# The integers of measured tokens, before they are added: none, the least, all bits of both limbs,
+# and the largest that is ever written.
+NUMBERS = (0, 1, 2**LIMB_BITS - 1, 2**LIMB_BITS, 2**TOKEN_BITS - 1, 2**TOKEN_BITS)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_sums_of_2_to_the_40_tokens_fit_and_are_exact(number: int) -> None:
+    """So many tokens cannot be held: their limbs are added by doubling, as int64 on the device."""
+    slots = torch.zeros(SLOTS, dtype=torch.int64)
+    slots[CHANGE], slots[CHANGE + LOWER] = number >> LIMB_BITS, number & (2**LIMB_BITS - 1)
+    slots[TOKENS] = 1
+    for _ in range(40):
+        slots = slots + slots
+        assert (slots >= 0).all()
+    assert joined(slots.tolist(), CHANGE) == number * 2**40
+    found = Moments.decode(slots.tolist(), FRACTION)
+    assert (found.change, found.tokens, found.overflow) == (float(number * 2**40), 2**40, 0)
+    assert MAX_TOKENS >= 2**40
+
+
+def test_a_shard_adds_up_more_tokens_than_a_number_s_width_allows() -> None:
+    """2**22 tokens of 2**42 are 2**64: the whole sum wraps, its limbs do not."""
+    tokens = 2**22
+    now = torch.full((1, 1, 1), 1e6).expand(1, tokens, 1)
+    found = measure(now, Reference.of(torch.zeros(1, 1, 1).expand(1, tokens, 1)), 0).tolist()
+    assert joined(found, CHANGE) == joined(found, CHANGE_SQUARED) == tokens * 2**TOKEN_BITS
+    assert found[TOKENS] == found[OVERFLOW] == tokens
+
+
+def test_the_tokens_of_a_720p_video_on_four_ranks_that_see_all_of_them_fit() -> None:
+    """Wan: 21 x 90 x 160 latents, each measured by every rank of a plain group."""
+    tokens = 21 * 90 * 160
+    now, anchor = torch.full((1, tokens, 16), 0.5), torch.full((1, tokens, 16), 0.25)
+    one = measure(now, Reference.of(anchor), 0)
+    four = Moments.decode((one * 4).tolist(), 0)
+    assert (four.tokens, four.overflow, four.nonfinite) == (4 * tokens, 0, 0)
+    assert four.change == pytest.approx(4 * tokens * 16 * 0.25**2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limbs_add_up_to_the_sum_of_whole_numbers_to_the_bit(dtype: torch.dtype) -> None:
+    """What was summed in one number before: each token's, rounded by itself."""
+    now, anchor = pair(64, dtype)
+    found = measure(now, Reference.of(anchor), 5).tolist()
+    for token_sum, x, bits, power in (
+        (CHANGE, (now - anchor), FRACTION, 1),
+        (REFERENCE, anchor, FRACTION, 1),
+        (CHANGE_SQUARED, (now - anchor), FRACTION_SQUARED, 2),
+    ):
+        sizes = Reference.of(x).energy * 2.0**-5
+        numbers = (sizes**power * 2.0**bits).round().to(torch.int64)
+        assert joined(found, token_sum) == int(numbers.sum())
 
 
 @pytest.mark.parametrize(("tokens", "overflow"), [(MAX_TOKENS, 0), (MAX_TOKENS + 3, 3)])

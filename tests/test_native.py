@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.worlds import run_world
 
-from xfuser_fastcache.config.published import DEFAULTS
+from xfuser_fastcache.backends import BACKENDS
 
 WAYS = (
     "from_pretrained", "constructor", "command line", "xDiTParallel",
@@ -45,7 +45,7 @@ def test_ways_on_two_ranks() -> None:
     )
     check_models(reports, ["flux"])
     for found in reports.values():
-        assert sorted(found["backends"]) == sorted(DEFAULTS)
+        assert sorted(found["backends"]) == sorted(BACKENDS)
         assert all(0 < hits < 1 for hits in found["backends"].values()), found["backends"]
         for name, blocks in (("teacache", "TeaCached"), ("fbcache", "FBCached")):
             own = found["xdits_own"][name]

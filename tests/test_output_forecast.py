@@ -25,7 +25,7 @@ from xfuser_fastcache import (
     remove_cache,
 )
 from xfuser_fastcache.apply import adapter_of
-from xfuser_fastcache.artifacts.calibration import Cell, Fitted, Steering
+from xfuser_fastcache.artifacts.calibration import Cell, Fitted, TrajectoryCorrection
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.hooks import hook_on
@@ -147,7 +147,7 @@ def test_corrections_for_a_mask_look_at_three_anchors(
     steering = np.zeros((STEPS, 5 if sees_latents else 3), np.float32)
     steering[5] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
     mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
-    forecaster = OutputForecaster(corrected(), sees_latents, Steering(mask, steering))
+    forecaster = OutputForecaster(corrected(), sees_latents, TrajectoryCorrection(mask, steering))
     memory, x = remembered(steps, False, torch.float64, forecaster), latents(9, torch.float64)
     found = forecaster.forecast(memory, x, at(5)).hidden_states
     plain = OutputForecaster().forecast(memory, x, at(5)).hidden_states
@@ -171,9 +171,9 @@ def test_a_computed_step_of_a_mask_is_corrected_by_what_it_says(
     weights = random(STEPS, 5 if sees_latents else 3).numpy()
     weights[3] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
     mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
-    forecaster = OutputForecaster(corrected(), sees_latents, Steering(mask, weights))
+    forecaster = OutputForecaster(corrected(), sees_latents, TrajectoryCorrection(mask, weights))
     memory = remembered(steps, False, torch.float64, forecaster)
-    found = forecaster.put_out(memory)
+    found = forecaster.correct_computed(memory)
     assert found is not None
     anchors = memory.anchors
     outputs = [anchor.residual.hidden_states for anchor in anchors]
@@ -191,18 +191,22 @@ def test_a_computed_step_of_a_mask_is_corrected_by_what_it_says(
 
 def test_a_computed_step_puts_out_what_was_computed_without_a_masks_corrections() -> None:
     mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
-    blank = Steering(mask, np.zeros((STEPS, 5), np.float32))
-    full = Steering(mask, np.ones((STEPS, 5), np.float32))
+    blank = TrajectoryCorrection(mask, np.zeros((STEPS, 5), np.float32))
+    full = TrajectoryCorrection(mask, np.ones((STEPS, 5), np.float32))
     for steering, steps in ((None, (0, 1, 3)), (blank, (0, 1, 3)), (full, (3,)), (full, (0, 1.5))):
         forecaster = OutputForecaster(corrected(), True, steering)
-        assert forecaster.put_out(remembered(steps, False, torch.float64, forecaster)) is None
+        assert (
+            forecaster.correct_computed(remembered(steps, False, torch.float64, forecaster)) is None
+        )
 
 
-def by_branch(*weights: tuple[float, ...]) -> Steering:
+def by_branch(*weights: tuple[float, ...]) -> TrajectoryCorrection:
     """Corrections of step 5 for a mask: common, without guidance, and with it."""
     tables = np.zeros((STEPS, 3, 5), np.float32)
     tables[5] = weights
-    return Steering([int(step in (0, 1, 3)) for step in range(STEPS)], tables[:, 0], tables[:, 1:])
+    return TrajectoryCorrection(
+        [int(step in (0, 1, 3)) for step in range(STEPS)], tables[:, 0], tables[:, 1:]
+    )
 
 
 COMMON, WITHOUT, WITH = (0.1,) * 5, (0.3, -0.2, 0.05, 0.1, 0.6), (0.7, -0.4, 0.2, 0.3, -0.1)
@@ -222,7 +226,9 @@ def test_pictures_without_and_with_guidance_have_weights_of_their_own(picture: b
     anchors = [replace(a, inputs=four(a.inputs), residual=four(a.residual)) for a in one.anchors]
     memory = replace(one, anchors=tuple(anchors))
 
-    def forecast(rows: list[torch.Tensor], steering: Steering, branch: int | None = None) -> Any:
+    def forecast(
+        rows: list[torch.Tensor], steering: TrajectoryCorrection, branch: int | None = None
+    ) -> Any:
         forecaster = OutputForecaster(corrected(), True, steering, branch)
         return forecaster.forecast(memory, Streams(torch.cat(rows)), at(5)).hidden_states
 
@@ -243,7 +249,7 @@ def test_pictures_without_and_with_guidance_have_weights_of_their_own(picture: b
 def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> None:
     mask = [int(step in (0, 4, 5)) for step in range(STEPS)]
     weights = random(STEPS, 3).numpy()
-    forecaster = OutputForecaster(corrected(), False, Steering(mask, weights))
+    forecaster = OutputForecaster(corrected(), False, TrajectoryCorrection(mask, weights))
     x = latents(9, torch.float64)
 
     def row(memory: Memory, plain: Streams, found: Streams | None) -> int | None:
@@ -271,7 +277,9 @@ def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> Non
     computed = {(0, 4): 4, (0, 4, 5): 5, (0, 3): 4, (0, 3, 4): 5, (0, 2): None, (3, 4, 5): None}
     for steps, wanted in computed.items():
         memory = remembered(steps, False, torch.float64, forecaster)
-        assert row(memory, memory.anchors[0].residual, forecaster.put_out(memory)) == wanted
+        assert (
+            row(memory, memory.anchors[0].residual, forecaster.correct_computed(memory)) == wanted
+        )
 
 
 @pytest.mark.parametrize(

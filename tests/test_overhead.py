@@ -18,15 +18,11 @@ import pytest
 import torch
 from support.worlds import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import _parts
-import generate
-import overhead
-from _parts import COMPUTED, EVERY, SKIPPED, Breakdown, Part
-
+from scripts.dev import _parts, overhead
+from scripts.dev._parts import COMPUTED, EVERY, SKIPPED, Breakdown, Part
 from xfuser_fastcache.backends import FORECASTERS
 from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.xdit.generator import Run
 
 # Those that stand in for a span, as the toy's and the block's do.
 SPANS = [name for name, make in FORECASTERS.items() if not make.whole_forward]
@@ -91,8 +87,7 @@ def block(
         patch.setattr(_parts, "measure", spy)
         patch.setattr(overhead, "measure_block", lambda dtype: measure_block(dtype, SMALL, 0.5))
         flags = ["--flux_block", "--dtype", "bfloat16", "--report", str(path)]
-        patch.setattr(sys, "argv", [SCRIPT, *flags])
-        overhead.main()
+        assert overhead.main(flags) == 0
     yield out.getvalue(), json.loads(path.read_text()), measured
 
 
@@ -191,7 +186,7 @@ def test_what_is_added_is_the_difference_on_a_disturbed_machine(
 
 
 def test_a_skipped_block_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = generate.Run(seconds=1.0, peak_bytes=None, statistics={"block_approx_ratio": 0.5})
+    run = Run(seconds=1.0, peak_bytes=None, statistics={"block_approx_ratio": 0.5})
     generator: Any = SimpleNamespace(run=lambda *_: run, gather=lambda run: [run])
     monkeypatch.setattr(overhead.dist, "get_rank", lambda: 0)
     with pytest.raises(RuntimeError, match="measures nothing"):

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from _serve.line import Line, RankMissing, StopSign, _accept
+
+from xfuser_fastcache.serving.line import Line, RankMissing, StopSign, _accept
 
 PATIENCE_S = 1.0
 

@@ -19,7 +19,7 @@ from support.worlds import run_world
 from test_recorder import Model, every_family
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, remove_cache
-from xfuser_fastcache.config.cache_config import FORECASTERS
+from xfuser_fastcache.backends import FORECASTERS
 from xfuser_fastcache.consensus.collective import Usage
 from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate
 from xfuser_fastcache.reports.statistics import AUDITED, Counters
@@ -171,10 +171,11 @@ def test_audits_of_old_generations_are_forgotten() -> None:
     [
         ({"shadow_audit": 1.1}, ValueError, "shadow_audit=1.1 is not allowed; give 0 <= number <="),
         ({"shadow_audit": "all"}, TypeError, "shadow_audit='all' is not allowed"),
-        ({"use_cache": "Tea"}, ValueError, "an error with use_cache='Fast' alone; leave shadow_a"),
-        ({"gate": "Fb"}, ValueError, "an error with use_cache='Fast' alone"),
-        ({"motion_threshold": 0.1}, ValueError, "does not go with token plans"),
-        ({"merge_ratio": 0.5}, ValueError, "does not go with token plans"),
+        ({"use_cache": "Tea"}, ValueError, "'Tea' bounds no error; leave one of them out"),
+        ({"gate": "Fb"}, ValueError, "gate='Fb' bounds no error"),
+        ({"gate": "Fast"}, ValueError, "gate='Fast' bounds no error"),
+        ({"motion_threshold": 0.1}, ValueError, "does not go with token_plan='motion_static'"),
+        ({"merge_ratio": 0.5}, ValueError, "does not go with token_plan='merging': it needs all t"),
     ],
 )
 def test_what_audits_do_not_go_with_is_refused(

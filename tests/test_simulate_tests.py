@@ -8,8 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simulate_tests
-from simulate_tests import DIM, EPSILON, STEPS, TOKENS, WORLDS, Generations, Row, World, draw
+
+from scripts.dev import simulate_tests
+from scripts.dev.simulate_tests import (
+    DIM,
+    EPSILON,
+    STEPS,
+    TOKENS,
+    WORLDS,
+    Generations,
+    Row,
+    World,
+    draw,
+)
 
 ALPHA = 0.05
 Rows = dict[tuple[str, str], Row]
@@ -125,7 +136,8 @@ def test_harm_grows_with_the_steps_skipped_in_a_row() -> None:
 def test_same_seed_same_rows_other_seed_other_rows() -> None:
     small = ["--repetitions", "2", "--check", "5", "--calibrate", "20", "--fit", "5"]
     first, again, other = (
-        simulate_tests.main([*small, "--seed", seed]) for seed in ("1", "1", "2")
+        simulate_tests.simulate(simulate_tests.parse([*small, "--seed", seed]))
+        for seed in ("1", "1", "2")
     )
     assert first == again != other
 

@@ -298,13 +298,14 @@ def arguments_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_benchmark_takes_every_flag_of_the_command(name: str) -> None:
-    import fastcache_benchmark
+    from scripts.dev import fastcache_benchmark
 
     options = fastcache_benchmark.parse(arguments_of(name))
     assert options.model == str(ROOT / "toys" / "flux")
     assert (options.num_inference_steps, options.motion_threshold) == (30, 0.1)
     config = fastcache_benchmark.fast_config(options)
-    assert config.splits_tokens and config.cache_ratio_threshold == 0.05
+    assert config.resolved().token_plan[0]["name"] == "motion_static"
+    assert config.cache_ratio_threshold == 0.05
     analyzed = "--analyze_approximation_quality" in BENCHMARKS[name]
     assert options.analyze_approximation_quality == analyzed
 

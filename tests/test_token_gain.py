@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from support.worlds import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import token_gain
-from token_gain import PLANS, Gain, Loop, build, measure, parse, pays_from
+from scripts.dev import token_gain
+from scripts.dev.token_gain import PLANS, Gain, Loop, build, measure, parse, pays_from
 
 
 def gain(tokens: int, *ratios: float) -> Gain:

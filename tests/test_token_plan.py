@@ -21,7 +21,8 @@ from xfuser_fastcache import (
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
 from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.tokens.base import CannotForecast
-from xfuser_fastcache.tokens.plan import TokenPlan, token_plan
+from xfuser_fastcache.tokens.interface import TokenPlan
+from xfuser_fastcache.tokens.plan import token_plan
 from xfuser_fastcache.tokens.saliency import BUCKETS
 
 COUNT = 16  # image tokens
@@ -50,8 +51,8 @@ class Stack(PlainStack):
         super().__init__(blocks=blocks, **options)
 
     def tokens(self, config: CacheConfig, blocks: int) -> TokenPlan:
-        plan = token_plan(config, [BARE] * blocks, [0.0] * blocks, self.maps)
-        assert isinstance(plan, TokenPlan)
+        plan = token_plan(config.methods.token_plans, [BARE] * blocks, [0.0] * blocks, self.maps)
+        assert plan.measures
         return plan
 
     def block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -517,10 +518,13 @@ def test_compiled_blocks_are_compiled_at_most_once_a_bucket(static_kv: str, grap
 def test_merging_is_on_where_it_is_asked_for() -> None:
     options = {"token_merge_k": 3, "token_merge_lambda": 0, "num_stages": 2, "merge_ratio": 0.3}
     for name, value in options.items():
-        assert CacheConfig(**{name: value}).merges_tokens
-    assert not CacheConfig(enable_token_merge=False, **options).merges_tokens
-    assert CacheConfig(enable_token_merge=True).merges_tokens and not CacheConfig().merges_tokens
-    with pytest.raises(ValueError, match="token plans do not go with forecaster='output'"):
+        (merging,) = CacheConfig(**{name: value}).methods.token_plans
+        assert getattr(merging, name) == value
+    for off in ({}, {"enable_token_merge": False, **options}):
+        assert CacheConfig(**off).methods.token_plans == ()
+    for on in ({"enable_token_merge": True}, {"token_plan": "merging"}):
+        assert CacheConfig(**on).resolved().token_plan == ["merging"]
+    with pytest.raises(ValueError, match="'merging' does not go with forecaster='output'"):
         CacheConfig(forecaster="output", enable_token_merge=True)
 
 
@@ -528,23 +532,42 @@ def test_merging_is_on_where_it_is_asked_for() -> None:
     "option", [{"motion_threshold": 0.1}, {"adaptive_beta": [0.1, 0, 0, 0]}, {"static_kv": "drop"}]
 )
 def test_the_split_is_on_where_it_is_asked_for(option: dict[str, Any]) -> None:
-    assert CacheConfig(**option).splits_tokens
-    assert not CacheConfig(enable_spatial_approx=False, **option).splits_tokens
-    assert CacheConfig(enable_spatial_approx=True).splits_tokens and not CacheConfig().splits_tokens
-    with pytest.raises(ValueError, match="token plans do not go with forecaster='output'"):
+    (split,) = CacheConfig(**option).methods.token_plans
+    assert {name: getattr(split, name) for name in option} == option
+    spelled = CacheConfig(token_plan={"name": "motion_static", **option})
+    assert spelled.resolved() == CacheConfig(**option).resolved()
+    assert CacheConfig(enable_spatial_approx=False, **option).methods.token_plans == ()
+    assert CacheConfig(enable_spatial_approx=True).resolved().token_plan == ["motion_static"]
+    with pytest.raises(ValueError, match="'motion_static' does not go with forecaster='output'"):
         CacheConfig(forecaster="output", **option)
-    with pytest.raises(ValueError, match="token plans do not go with a calibration"):
+    with pytest.raises(ValueError, match="'motion_static' does not go with calibration='x'"):
         CacheConfig(calibration="x", **option)
+
+
+def test_plans_are_given_flat_or_in_mappings_and_not_in_both() -> None:
+    flat = CacheConfig(motion_threshold=0.2, num_stages=2)
+    plans = [
+        {"name": "motion_static", "motion_threshold": 0.2},
+        {"name": "merging", "num_stages": 2},
+    ]
+    assert CacheConfig(token_plan=plans).digest() == flat.digest() != CacheConfig().digest()
+    assert CacheConfig.from_dict(flat.resolved().to_dict()) == flat.resolved()
+    for other in ({"num_stages": 3}, {"enable_spatial_approx": True}):
+        with pytest.raises(ValueError, match="are two spellings of token plans; give one of them"):
+            CacheConfig(token_plan=plans, **other)
+    for wrong in ([], ["merging", "merging"]):
+        with pytest.raises(ValueError, match="give at least one, each once"):
+            CacheConfig(token_plan=wrong)
 
 
 @pytest.mark.parametrize("option", [{"motion_threshold": 0.1}, {"enable_token_merge": True}])
 def test_plans_are_refused_where_what_they_leave_out_would_be_missed(
     option: dict[str, Any],
 ) -> None:
-    with pytest.raises(ValueError, match="enable_adacorrection does not go with token plans"):
+    with pytest.raises(ValueError, match="enable_adacorrection does not go with token_plan="):
         CacheConfig(enable_adacorrection=True, **option)
     for options in ({"use_cache": "Ada"}, {"gate": {"any_of": ["Fast", "Ada"]}}):
-        with pytest.raises(ValueError, match="rests on the residual of the middle block, which to"):
+        with pytest.raises(ValueError, match="Ada'.* does not go with token_plan=.* leaves some"):
             gate_of(CacheConfig(**options, **option))
 
 

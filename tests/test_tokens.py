@@ -16,7 +16,7 @@ from xfuser_fastcache.tokens.merging import WINDOW, Clusters, importance
 from xfuser_fastcache.tokens.saliency import (
     BUCKETS,
     LADDER,
-    MotionRule,
+    MotionStatic,
     Split,
     bucket,
     counts_above,
@@ -69,7 +69,7 @@ def test_buckets_hold_what_moves_in_at_most_eight_sizes(tokens_held: int) -> Non
 
 
 def test_the_rank_that_moves_most_sets_the_count() -> None:
-    assert MotionRule(0.1).moving([[3], [17], [0]], time=0.5) == 17
+    assert MotionStatic(0.1).moving([[3], [17], [0]], time=0.5) == 17
 
 
 def test_an_adaptive_threshold_follows_the_largest_saliency_and_time() -> None:
@@ -77,18 +77,18 @@ def test_an_adaptive_threshold_follows_the_largest_saliency_and_time() -> None:
     edges = torch.tensor(LADDER)
     counts = [counts_above(saliency, edges).tolist(), counts_above(saliency / 100, edges).tolist()]
     # Half of the largest saliency, which is 4 to the ladder's resolution of sqrt(2).
-    assert MotionRule(0.0, (0.0, 0.5, 0.0, 0.0)).moving(counts, time=1.0) == 1
-    assert MotionRule(0.0, (0.0, 0.05, 0.0, 0.0)).moving(counts, time=1.0) == 2
-    timed = MotionRule(0.0, (0.005, 0.0, 0.25, 0.25))
+    assert MotionStatic(0.0, [0.0, 0.5, 0.0, 0.0]).moving(counts, time=1.0) == 1
+    assert MotionStatic(0.0, [0.0, 0.05, 0.0, 0.0]).moving(counts, time=1.0) == 2
+    timed = MotionStatic(0.0, [0.005, 0.0, 0.25, 0.25])
     assert [timed.moving(counts, time=t) for t in (0.0, 0.5, 1.0)] == [4, 2, 1]
-    assert MotionRule(0.0, (-1.0, 0.0, 0.0, 0.0)).moving(counts, time=1.0) == 4
+    assert MotionStatic(0.0, [-1.0, 0.0, 0.0, 0.0]).moving(counts, time=1.0) == 4
 
 
 def test_an_adaptive_threshold_never_takes_a_moving_token_for_a_static_one() -> None:
     saliency = torch.rand(1, 500, generator=torch.Generator().manual_seed(1)) ** 4
     counts = [counts_above(saliency, torch.tensor(LADDER)).tolist()]
     for tau in (0.0, 1e-5, 0.003, 0.1, 0.11, 0.9):
-        moving = MotionRule(0.0, (tau, 0.0, 0.0, 0.0)).moving(counts, time=1.0)
+        moving = MotionStatic(0.0, [tau, 0.0, 0.0, 0.0]).moving(counts, time=1.0)
         assert int((saliency >= tau).sum()) <= moving
         assert moving <= int((saliency >= tau / 2**0.5 - 1e-6).sum())
 

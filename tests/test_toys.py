@@ -34,7 +34,7 @@ def pipe(name):
 @pytest.fixture(scope="module")
 def call(name):
     """Arguments of a call besides prompt and steps; as training marks the toy."""
-    from train_toy import FAMILIES
+    from toys.training.families import FAMILIES
 
     return FAMILIES[name]().call_kwargs
 

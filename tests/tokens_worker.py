@@ -16,11 +16,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from matrix_worker import SIZES, STEPS, build, same  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
+from support.matrix import SIZES, STEPS, build, same  # noqa: E402
 from support.tiny_models import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
-from xdit_control import own_share  # noqa: E402
+from support.xdit_runs import own_share  # noqa: E402
 
 from xfuser_fastcache.apply import adapter_of  # noqa: E402
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps  # noqa: E402

@@ -11,7 +11,6 @@ importing costs most of the time. The degrees of parallelism are fixed once per 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -20,54 +19,9 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+from support.xdit_runs import describe, own_share, wrap  # noqa: E402
+
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
-
-_PER_SAMPLE = (
-    "prompt_embeds",
-    "pooled_prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-    "negative_prompt_attention_mask",
-)
-
-
-def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
-    """Build the configs from ``xFuserArgs`` fields and put xfuser's class around the pipeline.
-
-    Returns:
-        The wrapped pipeline and xfuser's ``InputConfig``.
-    """
-    from xfuser import xFuserArgs
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
-
-    engine_config, input_config = xFuserArgs(
-        height=call["height"],
-        width=call["width"],
-        num_inference_steps=call["num_inference_steps"],
-        max_sequence_length=call.get("max_sequence_length", 256),
-        output_type="latent",
-        **xfuser_args,
-    ).create_config()
-    cpu_platform.prepare_engine_config(engine_config, pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
-    return wrapper_class(pipeline, engine_config), input_config
-
-
-def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
-    """This data-parallel replica's samples, with generators that start anew.
-
-    xfuser splits a list of prompts itself, but leaves embeddings alone.
-    """
-    import torch
-    from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
-
-    size = batch // get_data_parallel_world_size()
-    share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
-    own = {name: value[share] if name in _PER_SAMPLE else value for name, value in call.items()}
-    own["generator"] = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]
-    return own
 
 
 def cut_text(call: dict[str, Any], tokens: int) -> None:
@@ -90,22 +44,9 @@ def use_embeddings_for_prompts(pipeline: Any, call: dict[str, Any]) -> None:
     pipeline.encode_prompt = encode_prompt
 
 
-def describe(latents: Any) -> dict[str, Any]:
-    """Norm, norm of each sample, eight values and a digest; None on a rank that has no latents."""
-    if latents is None:
-        return {"norm": None}
-    values = latents.double()
-    return {
-        "norm": values.norm().item(),
-        "sample_norms": [sample.norm().item() for sample in values],
-        "values": values.flatten()[:: max(1, values.numel() // 8)][:8].tolist(),
-        "sha256": hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest(),
-    }
-
-
 def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict[str, Any]]:
     """Build one pipeline and generate ``--repeat`` times; one description a generation."""
-    from tiny_models import TINY_PIPELINES
+    from support.tiny_models import TINY_PIPELINES
 
     pipeline, call = TINY_PIPELINES[model](batch=options.batch)
     call["num_inference_steps"] = options.num_inference_steps

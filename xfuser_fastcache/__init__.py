@@ -6,10 +6,12 @@ from xfuser_fastcache.xdit.integration import install
 
 if TYPE_CHECKING:
     from xfuser_fastcache.apply import (
+        apply_cache_on_pipeline,
         apply_cache_on_transformer,
         get_cache_statistics,
         get_cache_trace,
         remove_cache,
+        remove_cache_from_pipeline,
         reset_cache_statistics,
     )
     from xfuser_fastcache.clock.ownership import TransformerInUse
@@ -29,11 +31,13 @@ __all__ = [
     "ConsensusError",
     "ConsensusTimeout",
     "TransformerInUse",
+    "apply_cache_on_pipeline",
     "apply_cache_on_transformer",
     "comparison_sheet",
     "get_cache_statistics",
     "get_cache_trace",
     "remove_cache",
+    "remove_cache_from_pipeline",
     "reset_cache_statistics",
     "save_heat_map",
     "statistics_table",

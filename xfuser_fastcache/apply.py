@@ -14,12 +14,14 @@ from xfuser_fastcache.assembly import (
     drawn,
 )
 from xfuser_fastcache.clock.clock import Clock, Reader
-from xfuser_fastcache.clock.pipelines import owners_of, watch_pipelines
+from xfuser_fastcache.clock.pipelines import PresentScheduler, owners_of, watch_pipelines
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import Consensus
-from xfuser_fastcache.consensus.topology import PlainLayout
+from xfuser_fastcache.consensus.topology import Layout, PlainLayout
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.hooks import Attachment, TransformerHook, hook_on, refuse_compiled
+from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.plugins import ADAPTERS, LAYOUTS, loaded
 
 __all__ = [
@@ -112,11 +114,15 @@ def apply_cache_on_transformer(
         refuse_compiled(transformer, request.whole_forward)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
-    adapter, group = adapter_of(model), layout.decision_group()
-    request.check(adapter, group)
+    adapter = adapter_of(model)
+    group = layout.decision_group(transformer, request.whole_forward)
+    # A pipeline's stages run patches; where a condition's tokens are in them is not known.
+    counts = TokenCounts(adapter.image_tokens if group.stages == 1 else None, group.shard)
+    held = blocks_held(model, adapter)
+    kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
+    request.check(kinds, group)
     config = request.config
     layout.limit_waits(config.sync_timeout_s)
-    held = blocks_held(model, adapter)
     consensus = Consensus(
         group,
         backend=config.sync_backend,
@@ -125,12 +131,13 @@ def apply_cache_on_transformer(
         block_lists=block_lists_of(held),
     )
     try:
-        plan = drawn(request, model, adapter, consensus)
+        plan = drawn(request, model, adapter, consensus, counts)
         engine = CacheEngine(plan, consensus, _clock(transformer, config))
     except BaseException:
         consensus.close()
         raise
-    reader = Reader(transformer, adapter, layout, group.stages, scheduler, engine.denoiser)
+    pulse = PresentScheduler(transformer, scheduler)
+    reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
     blocks = [block for listed in held.values() for block in listed]
     attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
     attachment.attach(engine, reader)
@@ -177,6 +184,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
     Raises:
         TypeError: there is none.
+        ValueError: its transformer is of a family that no adapter supports.
     """
     inner = getattr(pipe, "module", pipe)  # xfuser's class around a pipeline
     held = {name: part for name, part in vars(inner).items() if isinstance(part, nn.Module)}
@@ -186,6 +194,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         for name, part in held.items()
         if any(adapter.supports(_layout(part, None).model_of(part)) for adapter in known)
     }
+    if not found and held.get("transformer") is not None:
+        adapter_of(_layout(held["transformer"], None).model_of(held["transformer"]))
     if not found:
         has = ", ".join(f"{name} ({type(part).__name__})" for name, part in held.items())
         raise TypeError(
@@ -261,6 +271,15 @@ def reset_cache_statistics(transformer: nn.Module) -> None:
     _hook(transformer).engine.reset_statistics()
 
 
+def replace_forecaster(transformer: nn.Module, forecaster: Forecaster) -> None:
+    """Let another forecaster stand in, of the same reach; calibrations fit theirs as they run.
+
+    Raises:
+        ValueError: there is no cache on it.
+    """
+    _hook(transformer).engine.forecaster = forecaster
+
+
 def _hook(transformer: nn.Module) -> TransformerHook:
     hook = hook_on(transformer)
     if hook is None:
@@ -272,11 +291,12 @@ def _hook(transformer: nn.Module) -> TransformerHook:
     return hook
 
 
-def _layout(transformer: nn.Module, process_group: Any) -> Any:
+def _layout(transformer: nn.Module, process_group: Any) -> Layout:
     if process_group is None:
         for layout in loaded(LAYOUTS).values():
             if layout.recognises(transformer):
-                return layout()
+                made: Layout = layout()
+                return made
     return PlainLayout(process_group)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
+import torch
 from torch import nn
 
 from xfuser_fastcache.artifacts.calibration import (
@@ -14,10 +16,9 @@ from xfuser_fastcache.artifacts.calibration import (
     check_model,
     fingerprint,
     load_fitted,
-    settled,
 )
 from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.backends import FORECASTERS, forecaster_of, gate_of
+from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
@@ -28,9 +29,11 @@ from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER
+from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 from xfuser_fastcache.reports.statistics import BlockInfo
-from xfuser_fastcache.tokens.plan import NoTokenPlan, TokenPlan, token_plan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.plan import token_plan
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -61,25 +64,28 @@ class Request:
         path = config.calibration or config.linear_maps or ""
         if config.linear_maps:
             maps = load_maps(path)
-            return cls(replace(config, linear_maps=maps.digest), maps=maps, path=path)
-        if path:
-            fitted = load_fitted(path)
-            return cls(settled(config, fitted), fitted, path=path)
-        return cls(config)
+            config = replace(config, linear_maps=maps.digest)
+            return cls(config.resolved(), maps=maps, path=path)
+        fitted = load_fitted(path) if path else None
+        return cls(config.resolved(fitted), fitted, path=path)
 
     @property
     def whole_forward(self) -> bool:
         """Whether the forecaster stands in for the whole forward pass."""
-        return FORECASTERS[self.config.forecaster].whole_forward
+        return self.config.methods.forecaster.whole_forward
 
-    def check(self, adapter: type[ModelAdapter], group: DecisionGroup) -> None:
+    def check(self, contracts: dict[str, BlockContract], group: DecisionGroup) -> None:
         """Refuse what the model or the layout cannot do, before any rank is waited for.
+
+        Args:
+            contracts: of the first block of each list that this rank holds.
+            group: of the ranks that decide together.
 
         Raises:
             ValueError: it says what.
         """
         gate_of(self.config, self.fitted)
-        _check_return_order(self.config, adapter)
+        _check_return_order(self.config, contracts)
         if self.maps is not None and group.stages > 1:
             raise ValueError(
                 f"linear_maps={self.path!r} is fitted for the whole stack of blocks, of which each "
@@ -125,7 +131,11 @@ def block_lists_of(held: dict[str, list[nn.Module]]) -> tuple[BlockList, ...]:
 
 
 def drawn(
-    request: Request, model: nn.Module, adapter: type[ModelAdapter], consensus: Consensus
+    request: Request,
+    model: nn.Module,
+    adapter: type[ModelAdapter],
+    consensus: Consensus,
+    counts: TokenCounts,
 ) -> Blueprint:
     """Return the blueprint of a cache on a model.
 
@@ -134,6 +144,7 @@ def drawn(
         model: the diffusers model, or a pipeline stage's part of one.
         adapter: of its family.
         consensus: knows what the other stages hold.
+        counts: how many tokens of a forward pass are the image's.
 
     Raises:
         ValueError: a file that was made for another model.
@@ -141,21 +152,27 @@ def drawn(
     config, group = request.config, consensus.group
     held = blocks_held(model, adapter)
     blocks = [block for listed in held.values() for block in listed]
+    of_blocks = adapter.contracts(model, counts)
     gate = gate_of(config, request.fitted, adapter.tea_polynomial)
     apart = Probe.FIRST_RESIDUAL in gate.probes
     infos = _block_infos(tuple(held), consensus, config.granularity, apart)
     _check_files(request, fingerprint(model, adapter.model_class, adapter.embedder, len(infos)))
-    contracts: list[BlockContract | ForwardContract]
-    tokens: NoTokenPlan | TokenPlan = NoTokenPlan()
+    contracts: list[BlockContract | ForwardContract] = list(of_blocks)
+    dim = adapter.dim(model)
+    tokens: TokenPlan = NoTokenPlan()
     if request.whole_forward:
-        contracts, dim = [ForwardContract()], adapter.latent_channels(model)
+        contracts = [adapter.forward_contract(model, counts)]
+        dim = adapter.noise_channels(model)
     else:
-        of_blocks = [adapter.block_lists[name] for name, listed in held.items() for _ in listed]
-        contracts, dim = list(of_blocks), adapter.dim(model)
         tokens = _token_plan(request, group, blocks, of_blocks)
     first = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
-    mapped = request.maps is not None and not config.splits_tokens
-    maps = request.maps.of[config.forecaster] if mapped and request.maps is not None else None
+    maps = None
+    if request.maps is not None and not config.methods.plan_takes_maps:
+        maps = request.maps.of[config.methods.forecaster.takes_maps]
+
+    def modulated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        return of_blocks[0].image_of(adapter.modulated_input(blocks[0], args, kwargs))
+
     return Blueprint(
         config=config,
         gate=gate,
@@ -165,7 +182,7 @@ def drawn(
         first_block=first,
         dim=dim,
         fitted=request.fitted,
-        modulated=partial(adapter.modulated_input, blocks[0]) if first == 0 else None,
+        modulated=modulated if first == 0 else None,
         tokens=tokens,
     )
 
@@ -187,27 +204,27 @@ def _token_plan(
     group: DecisionGroup,
     blocks: list[nn.Module],
     contracts: list[BlockContract],
-) -> TokenPlan | NoTokenPlan:
+) -> TokenPlan:
     """Return the token plan that a config asks for, where there can be one."""
+    methods = request.config.methods.token_plans
+    if methods and group.stages > 1:
+        _say_inert(
+            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
+            "without them, and spatial_approx_ratio stays 0."
+        )
+        methods = ()
     attention_costs = [
         sum(map(parameters_of, contract.attention_of(block).values())) / parameters_of(block)
         for block, contract in zip(blocks, contracts, strict=True)
     ]
     # They keep the last residual, which is what these maps correct.
     static = None if request.maps is None else request.maps.of["linear"]
-    plan = token_plan(request.config, contracts, attention_costs, static)
-    if plan is not None and group.stages > 1:
-        _say_inert(
-            "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
-            "without them, and spatial_approx_ratio stays 0."
-        )
-        plan = None
-    return NoTokenPlan() if plan is None else plan
+    return token_plan(methods, contracts, attention_costs, static)
 
 
-def _check_return_order(config: CacheConfig, adapter: type[ModelAdapter]) -> None:
+def _check_return_order(config: CacheConfig, contracts: dict[str, BlockContract]) -> None:
     given = config.return_hidden_states_first
-    for name, contract in adapter.block_lists.items():
+    for name, contract in contracts.items():
         actual = contract.returns[0] != ENCODER
         if given is not None and given != actual:
             raise ValueError(

@@ -20,7 +20,7 @@ from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import Piece, pieces_held
 from xfuser_fastcache.reports.statistics import BlockInfo
 from xfuser_fastcache.state.prober import Prober
-from xfuser_fastcache.tokens.plan import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Blueprint:
     dim: int
     fitted: Fitted | None = None
     modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None
-    tokens: TokenPlan | NoTokenPlan = field(default_factory=NoTokenPlan)
+    tokens: TokenPlan = field(default_factory=NoTokenPlan)
 
     def rules(self, consensus: Consensus) -> Rules:
         """Return what decisions go by."""

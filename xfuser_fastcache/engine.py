@@ -41,6 +41,7 @@ from xfuser_fastcache.decisions.agreement import Agreement
 from xfuser_fastcache.decisions.log import DecisionLog
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.measurements.moments import SLOTS
+from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.passage import Passage
 from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.local import LocalState
@@ -130,14 +131,14 @@ class CacheEngine:
                 agreement.post(call, local.pending)
         ahead = self._follows_next_step(call.position)
         following = self.clock.timeline.following(call) if ahead else None
-        self.passage.orders = agreement.orders(call, ahead, following)
+        self.passage.step_plan = agreement.step_plan(call, ahead, following)
 
     def _decide(self) -> None:
         """Take the consensus of the step that is open, and act on it."""
         call = self.passage.call
         assert call is not None
         self.agreement.decide_now(call, self.branches[call.branch].pending)
-        self.passage.orders = self.agreement.orders(call)
+        self.passage.step_plan = self.agreement.step_plan(call)
 
     def _new_branch(self, device: torch.device) -> LocalState:
         below = count_groups(self.consensus.group.world_size, self.plan.tokens.edges)
@@ -164,7 +165,7 @@ class CacheEngine:
         assert call is not None
         self.passage.end()
         local, lag = self.branches[call.branch], agreement.rules.lag
-        computed = not any(self.passage.orders.skip)
+        computed = not any(self.passage.step_plan.skip)
         self.prober.renew(local, call.position, all_computed=computed)
         if lag and self.prober.measures and call.position.is_last_patch:
             agreement.post(call, local.pending)
@@ -226,7 +227,9 @@ class CacheEngine:
     def attention_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
         """Return the modules of a block that are to run through `run_attention`, by name."""
         contract = self.plan.contracts[index]
-        return contract.attention_of(block) if self.plan.tokens.hooks_attention else {}
+        if not self.plan.tokens.hooks_attention or not isinstance(contract, BlockContract):
+            return {}
+        return contract.attention_of(block)
 
     def run_attention(
         self,

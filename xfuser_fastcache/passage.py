@@ -12,11 +12,12 @@ from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.decisions.agreement import Agreement
 from xfuser_fastcache.measurements.moments import Reference, measure
+from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import noise_tokens
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, LocalState, Memory
 from xfuser_fastcache.state.prober import Prober
-from xfuser_fastcache.state.shared import Orders, SharedState
+from xfuser_fastcache.state.shared import SharedState, StepPlan
 from xfuser_fastcache.tokens.base import CannotForecast
 
 
@@ -39,17 +40,17 @@ class SpanVisit(NamedTuple):
 
 
 class Passage:
-    """Runs the blocks of one rank, or stands in for them, by the orders of each step.
+    """Runs the blocks of one rank, or stands in for them, by the plan of each step.
 
     Args:
         plan: what the cache is built from.
         consensus: of the decision group.
-        agreement: takes the moments, and gives the orders.
+        agreement: takes the moments, and gives the plan.
         prober: takes the moments of the blocks.
 
     Attributes:
         call: the forward pass under way; None between two.
-        orders: what it is to do; those of the step before, until `decide` has been called.
+        step_plan: what it is to do; that of the step before, until `decide` has been called.
         recomputes: whether it runs again, since a forecast has found no place in it.
     """
 
@@ -64,7 +65,7 @@ class Passage:
         # Multiply-adds of all blocks for a token.
         self._cost = sum(part.blocks * part.cost for stage in consensus.stages for part in stage)
         self.call: Call | None = None
-        self.orders = Orders([])
+        self.step_plan = StepPlan([])
         self.recomputes = False
         self._local: LocalState
         self._decide: Callable[[], None] | None = None
@@ -76,7 +77,7 @@ class Passage:
         Args:
             call: where it is.
             local: what this rank remembers of its branch.
-            decide: takes the consensus and sets `orders`; None where that is done.
+            decide: takes the consensus and sets `step_plan`; None where that is done.
         """
         self.call, self._local, self._decide = call, local, decide
         self.recomputes = False
@@ -141,7 +142,9 @@ class Passage:
             self._visit = self._enter(index, contract.read(args, kwargs), args, kwargs)
         visit, is_last = self._visit, index == piece.last
         if visit.skips and not visit.audits:
-            return contract.pack(self._forecast(visit) if is_last else contract.read(args, kwargs))
+            if not is_last and isinstance(contract, BlockContract):
+                return contract.handed_on(args, kwargs)
+            return contract.pack(self._forecast(visit))
         counters = self.agreement.counters
         output = self.tokens.run_block(index, contract, forward, args, kwargs, counters)
         if visit.skips:
@@ -174,12 +177,10 @@ class Passage:
         self.prober.block_input(index, args, kwargs, local, shared, call.position)
         # The first span that has anchors.
         if span == rules.decides_at and reference is not None:
-            slots = local.pending[len(rules.groups) :].view(-1)
-            place = self.consensus.group.ranks.index(self.consensus.group.rank)
-            self.tokens.measure(inputs.hidden_states, reference, slots, place)
+            self.tokens.measure(inputs.hidden_states, reference, self._count_slots())
         if span >= rules.decides_at:
             self._take_decision()
-        skips = span >= rules.decides_at and self.orders.skip[span]
+        skips = span >= rules.decides_at and self.step_plan.skip[span]
         if skips and not memory.anchors:
             # Who decides without measuring knows no better; every rank finds the same.
             skips = False
@@ -188,10 +189,16 @@ class Passage:
         # A pipeline stage reads from a receive buffer that the next patch overwrites, and a
         # callback may write into the latents; nobody writes into what a block was given.
         if not skips:
-            self.tokens.enter(self.orders, memory)
+            self.tokens.enter(self.step_plan, memory)
             if rules.lag or self.forecaster.whole_forward:
                 inputs = inputs.map(torch.clone)
         return SpanVisit(span, inputs, memory, skips, audits)
+
+    def _count_slots(self) -> torch.Tensor:
+        """Return the slots of this rank's own token counts."""
+        edges, group = self.tokens.edges, self.consensus.group
+        slots = self._local.pending[len(self.agreement.rules.groups) :].view(-1)
+        return slots[group.ranks.index(group.rank) * edges :][:edges]
 
     def _leave_unfinished(self) -> None:
         """Leave a span whose last block was not called: what it put out is not known.
@@ -245,7 +252,7 @@ class Passage:
             outputs = self.tokens.leave(inputs, outputs, memory, call.noise_level)
             spent = self.tokens.static_multiply_adds(inputs)
             self.agreement.counters.record_forecast(spent / self._cost)
-        refers = self.tokens.refers or visit.span in self.prober.inputs
+        refers = self.tokens.measures or visit.span in self.prober.inputs
         anchor = Anchor(
             noise_level=call.noise_level,
             inputs=inputs,
@@ -256,7 +263,7 @@ class Passage:
             memory = self.tokens.remembered(memory, anchor, self.forecaster)
             self._local.remember(visit.span, call.position, memory)
             return outputs
-        if self.orders.distrust or memory.output_unknown:
+        if self.step_plan.distrust or memory.output_unknown:
             # Its anchors may hold the NaN, which looking back would bring up again; a span whose
             # output is not known has none.
             memory = Memory()

@@ -28,7 +28,7 @@ from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 from xfuser_fastcache.reports.statistics import BlockInfo
-from xfuser_fastcache.tokens.plan import NoTokenPlan, TokenPlan
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 
 EVER = 1e6  # A threshold that any change stays below.
 TOKENS, DIM = 6, 4
@@ -40,7 +40,7 @@ JOINT = BlockContract(parameters=(HIDDEN, ENCODER), returns=(ENCODER, HIDDEN))
 
 def config_of(**options: Any) -> CacheConfig:
     """Return options as an engine is given them."""
-    return CacheConfig(**options)
+    return CacheConfig(**options).resolved()
 
 
 def ones(value: float = 1.0) -> torch.Tensor:

@@ -8,13 +8,17 @@ weights and embeddings on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -28,13 +32,21 @@ TEXT_TOKENS = 8
 
 
 def tiny_flux(
-    seed: int = 0, num_layers: int = 2, num_single_layers: int = 4, batch: int = 1
-) -> tuple[FluxPipeline, dict[str, Any]]:
+    seed: int = 0,
+    num_layers: int = 2,
+    num_single_layers: int = 4,
+    batch: int = 1,
+    pipeline_class: type[Any] = FluxPipeline,
+    channels: int = 16,
+    condition_channels: int = 0,
+    **more_parts: Any,
+) -> tuple[Any, dict[str, Any]]:
     """FLUX at 128 x 128 pixels: 8 x 8 image tokens and 8 text tokens, two heads."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=channels + condition_channels,
+        out_channels=channels,
         num_layers=num_layers,
         num_single_layers=num_single_layers,
         attention_head_dim=16,
@@ -43,8 +55,9 @@ def tiny_flux(
         pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],
     ).eval()
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipeline = FluxPipeline(
+    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = {**dict.fromkeys(names), **more_parts}
+    pipeline = pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts
     )
     call = _call_kwargs(batch, 128)
@@ -55,6 +68,41 @@ def tiny_flux(
         pooled_prompt_embeds=torch.randn(batch, 32),
         max_sequence_length=TEXT_TOKENS,
     )
+    return pipeline, call
+
+
+def tiny_kontext(batch: int = 1, **sizes: Any) -> tuple[FluxKontextPipeline, dict[str, Any]]:
+    """FLUX.1-Kontext: `tiny_flux`, and the 8 x 4 tokens of a picture to edit, given as latents."""
+    # Without a VAE the pipeline takes its latents to have 16 channels, 64 in a token.
+    pipeline, call = tiny_flux(
+        batch=batch, pipeline_class=FluxKontextPipeline, channels=64, **sizes
+    )
+    call.update(image=torch.randn(batch, 16, 16, 8), max_area=128 * 128, _auto_resize=False)
+    return pipeline, call
+
+
+def tiny_fill(batch: int = 1, **sizes: Any) -> tuple[FluxFillPipeline, dict[str, Any]]:
+    """FLUX.1-Fill: `tiny_flux` with the channels of a masked picture and a mask behind the noise.
+
+    Its VAE makes latents of 4 channels, which are 16 in a token; the mask has 16 x 16 pixels there.
+    """
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        norm_num_groups=1,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    pipeline, call = tiny_flux(
+        batch=batch, pipeline_class=FluxFillPipeline, condition_channels=16 + 256, vae=vae, **sizes
+    )
+    mask = torch.zeros(batch, 1, 128, 128)
+    mask[..., 64:] = 1.0
+    call.update(image=torch.rand(batch, 3, 128, 128), mask_image=mask)
     return pipeline, call
 
 
@@ -140,14 +188,46 @@ def tiny_pixart(
 
 TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "flux": tiny_flux,
+    "flux-kontext": tiny_kontext,
+    "flux-fill": tiny_fill,
     "sd3": tiny_sd3,
     "sd3.5": tiny_sd35,
     "pixart": tiny_pixart,
     "pixart-sigma": partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline),
 }
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What xDiT cannot do uncached with one of these pipelines, though with others of its family.
+
+    Attributes:
+        model: a name of `TINY_PIPELINES`.
+        flag: of the layouts that are left out, whatever its value.
+        reason: in a sentence.
+        error: what xDiT itself says.
+    """
+
+    model: str
+    flag: str
+    reason: str
+    error: str
+
+
+_NO_CLASS = "xDiT has no pipeline class for it, so that its runner's transformer cuts all by itself"
+LIMITS = tuple(
+    Limit(model, flag, _NO_CLASS, error)
+    for model in ("flux-kontext", "flux-fill")
+    for flag, error in (
+        ("--pipefusion_parallel_degree=2", "is not supported by xFuser"),
+        ("--use_cfg_parallel", "Cannot split dim 0 of hidden_states (1) into 2 parts"),
+    )
+)
 # The registered adapter that each of them is for.
 ADAPTER_OF = {
     "flux": "flux",
+    "flux-kontext": "flux",
+    "flux-fill": "flux",
     "sd3": "sd3",
     "sd3.5": "sd3",
     "pixart": "pixart",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
-from xfuser_fastcache.config.cache_config import CacheConfig
 
-CALIBRATION = Kind("calibration", "scripts/calibrate.py")
+CALIBRATION = Kind("calibration", "fastcache calibrate")
 # Of the layout of the file.
 VERSION = 6
 # The plan's noise levels are compared in this precision.
@@ -47,7 +46,7 @@ class Cell(NamedTuple):
     spacing: int
 
 
-class Steering(NamedTuple):
+class TrajectoryCorrection(NamedTuple):
     """Corrections for one mask of computed steps.
 
     Attributes:
@@ -108,7 +107,7 @@ class Fitted:
         steering_guided: as `steering`, of the pictures of a batch without guidance and of those
             with it, fitted together where a call of the transformer held both, `(M, T, 2, 5)`;
             empty, `(0, T, 2, 5)`, where it did not.
-        metadata: what the file was made of and for; see `scripts/calibrate.py`.
+        metadata: what the file was made of and for; see `fastcache calibrate`.
         digest: of the file's content, in hexadecimal.
     """
 
@@ -187,14 +186,16 @@ class Fitted:
             return None
         return slope * float(change ** (of_change / 2) * energy ** (of_energy / 2))
 
-    def steering_of(self, mask: list[int] | None, sees_latents: bool) -> Steering | None:
+    def trajectory_correction(
+        self, mask: list[int] | None, sees_latents: bool
+    ) -> TrajectoryCorrection | None:
         """Return the corrections made for a mask; None without any."""
         table = self.steering if sees_latents else self.steering_blind
         guided = self.steering_guided if sees_latents else ()
         for place, count in enumerate(sorted(self.masks)[: len(table)]):
             if self.masks[count] == mask:
                 own = guided[place] if len(guided) else None
-                return Steering(self.masks[count], table[place], own)
+                return TrajectoryCorrection(self.masks[count], table[place], own)
         return None
 
     def step_at(self, noise_level: float) -> int | None:
@@ -216,6 +217,16 @@ class Fitted:
             f"step {step} has the noise level {self.noise_levels[step]:.5f} there and "
             f"{planned[step]:.5f} here"
         )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it knows of options in place of those that are not given; see `CacheConfig`."""
+        return {
+            "test": "conformal",
+            "num_warmup_steps": 1,
+            "max_consecutive_skips": self.most_skips,
+            "cache_ratio_threshold": self.metadata["cache_ratio_threshold"],
+        }
 
     @property
     def most_skips(self) -> int:
@@ -241,7 +252,7 @@ def load_fitted(path: str | Path) -> Fitted:
         raise ValueError(
             f"{str(path)!r} holds version {version} with {', '.join(sorted(held))}; this release "
             f"reads version {VERSION} with {', '.join(sorted(_TABLES))}. Make it anew with "
-            "scripts/calibrate.py"
+            "fastcache calibrate"
         )
     try:
         return Fitted(
@@ -308,51 +319,3 @@ def check_model(metadata: dict[str, Any], path: str, kind: Kind, found: dict[str
             f"the {kind.option} {path!r} was made for another model ({'; '.join(wrong)}); make one "
             f"for this model with {kind.script}"
         )
-
-
-def settled(config: CacheConfig, fitted: Fitted) -> CacheConfig:
-    """Return the options with what the calibration knows in place of those left at their default.
-
-    `calibration` becomes the file's digest, so that ranks with different files disagree.
-
-    Raises:
-        ValueError: options that contradict the file.
-    """
-    default = CacheConfig()
-    epsilon = fitted.metadata["cache_ratio_threshold"]
-    known = {
-        "forecaster": "output",
-        "test": "conformal",
-        "num_warmup_steps": 1,
-        "max_consecutive_skips": fitted.most_skips,
-        "cache_ratio_threshold": epsilon,
-    }
-    given = {
-        name: getattr(config, name)
-        for name in known
-        if getattr(config, name) != getattr(default, name)
-    }
-    options = {**known, **given}
-    mask = config.steps_mask
-    if config.computed_steps is not None:
-        if config.computed_steps not in fitted.masks:
-            raise ValueError(
-                f"computed_steps={config.computed_steps}: the calibration has masks of "
-                f"{', '.join(map(str, sorted(fitted.masks))) or 'no'} steps"
-            )
-        mask = mask or fitted.masks[config.computed_steps]
-    # With a mask the gate is not asked, and what it was made for does not matter.
-    if options["test"] == "conformal" and mask is None:
-        # 0 never skips, so it holds at any epsilon.
-        if options["cache_ratio_threshold"] not in (epsilon, 0):
-            raise ValueError(
-                f"cache_ratio_threshold={options['cache_ratio_threshold']!r} is not what the "
-                f"calibration was made for ({epsilon!r}); leave it out, or make another with "
-                "scripts/calibrate.py --cache_ratio_threshold"
-            )
-        if config.significance_level not in fitted.scales:
-            raise ValueError(
-                f"significance_level={config.significance_level!r}: the calibration is for "
-                f"{', '.join(map(str, sorted(fitted.scales)))}"
-            )
-    return replace(config, **options, steps_mask=mask, calibration=fitted.digest)

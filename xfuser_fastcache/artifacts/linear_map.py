@@ -12,7 +12,7 @@ import torch
 from xfuser_fastcache.models.streams import Streams
 
 # Pseudo-observations at a slope of zero of the online fit, as a share of the mean channel energy.
-RIDGE = 1.0
+ONLINE_RIDGE = 1.0
 
 # Tensors of a map -> the letters of their dimensions.
 SHAPES = {"diagonal": "D", "u": "Dr", "v": "Dr", "full": "DD", "bias": "D"}
@@ -257,7 +257,7 @@ class SpanMaps:
             hidden = hidden + image.change(moved.hidden_states)
         if words is not None and text is not None and moved.encoder_hidden_states is not None:
             words = words + text.change(moved.encoder_hidden_states)
-        return Streams(hidden, words)
+        return Streams(hidden, words, forecast.rest)
 
     def change_of_each(self, dx: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
         """Return the residual's change of image tokens that each have a gap of their own.
@@ -324,8 +324,8 @@ def online_slope(dx: torch.Tensor, dr: torch.Tensor) -> torch.Tensor:
     r"""Fit one slope a channel on a single pair of steps.
 
     :math:`a_d = \sum \Delta x_d \Delta r_d / (\sum \Delta x_d^2 + \rho)`, with :math:`\rho` the
-    mean of :math:`\sum \Delta x_d^2` over channels times `RIDGE`. Sums run over this rank's tokens
-    and the batch, in float32.
+    mean of :math:`\sum \Delta x_d^2` over channels times `ONLINE_RIDGE`. Sums run over this rank's
+    tokens and the batch, in float32.
 
     Args:
         dx: change of the input, `(batch, tokens, dim)`.
@@ -336,5 +336,5 @@ def online_slope(dx: torch.Tensor, dr: torch.Tensor) -> torch.Tensor:
     """
     x, r = dx.float(), dr.float()
     energy = x.square().sum(dim=(0, 1))
-    slope = (x * r).sum(dim=(0, 1)) / (energy + RIDGE * energy.mean() + 1e-30)
+    slope = (x * r).sum(dim=(0, 1)) / (energy + ONLINE_RIDGE * energy.mean() + 1e-30)
     return slope.to(dx.dtype)

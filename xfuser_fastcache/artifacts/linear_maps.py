@@ -10,12 +10,13 @@ import torch
 
 from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
-from xfuser_fastcache.config.cache_config import MAPPED
 
-LINEAR_MAPS = Kind("linear_maps", "scripts/fit_maps.py")
+LINEAR_MAPS = Kind("linear_maps", "fastcache fit-maps")
 # Of the layout of the file.
 VERSION = 1
 STREAMS = ("image", "text")
+# Forecasters that maps are fitted for; see `Forecaster.takes_maps`.
+MAPPED = ("linear_taylor", "linear")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class FittedMaps:
 
     Attributes:
         of: `forecaster` -> its maps, for all of `MAPPED`, with the same edges.
-        metadata: what the file was made of and for; see `scripts/fit_maps.py`.
+        metadata: what the file was made of and for; see `fastcache fit-maps`.
         digest: of the file's content, in hexadecimal.
 
     Raises:

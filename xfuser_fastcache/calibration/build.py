@@ -20,8 +20,8 @@ from xfuser_fastcache.calibration.cells import (
     tables_of,
     upper_of,
 )
-from xfuser_fastcache.calibration.policy import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.record import Trajectory
+from xfuser_fastcache.calibration.replay import Counts, below, oracle, simulate
 from xfuser_fastcache.calibration.risk import conformal_scale, least_generations
 from xfuser_fastcache.reports.false_skips import false_skip_interval, false_skip_rate, harmful_share
 
@@ -38,7 +38,7 @@ Generation = list[Trajectory]  # one a branch
 
 
 @dataclass(frozen=True)
-class Split:
+class Parts:
     """Generations by what they are used for; no generation is in two of them."""
 
     fit: list[Generation]
@@ -46,12 +46,12 @@ class Split:
     calibrate: list[Generation]
 
 
-def split(generations: Sequence[Generation]) -> Split:
+def split(generations: Sequence[Generation]) -> Parts:
     """Split generations, in their order."""
     count = len(generations)
     first = round(SHARES[0] * count)
     second = first + round(SHARES[1] * count)
-    return Split(
+    return Parts(
         list(generations[:first]), list(generations[first:second]), list(generations[second:])
     )
 
@@ -67,7 +67,7 @@ def flat(generations: Sequence[Generation]) -> list[Trajectory]:
 
 
 def fit(
-    parts: Split,
+    parts: Parts,
     levels: NDArray[np.float64],
     lags: int,
     epsilon: float,
@@ -100,7 +100,7 @@ def fit(
     )
 
 
-def without_corrections(fitted: Fitted, parts: Split) -> Fitted:
+def without_corrections(fitted: Fitted, parts: Parts) -> Fitted:
     """Return the calibration of the plain extrapolation, with predictions of its own errors."""
     plain = np.zeros_like(fitted.weights)
     tables = tables_of(flat([*parts.fit, *parts.held_out]), fitted.noise_levels, plain)

@@ -13,7 +13,7 @@ from xfuser_fastcache.calibration.record import Trajectory
 from xfuser_fastcache.calibration.risk import degrees_of_freedom
 
 # Ridge, as a share of each term's own energy.
-RIDGE = 1e-3
+CELL_RIDGE = 1e-3
 # Of true over predicted errors, over generations: an upper one, so that few exceed it.
 UPPER_QUANTILE = 0.9
 # What corrections are made of, in terms of a cell's basis; see `basis`.
@@ -89,7 +89,7 @@ def _ridge(
 
 
 def ridge_weights(
-    square: NDArray[np.float64], right: NDArray[np.float64], ridge: float = RIDGE
+    square: NDArray[np.float64], right: NDArray[np.float64], ridge: float = CELL_RIDGE
 ) -> NDArray[np.float64]:
     """Solve the normal equations of a ridge regression that shrinks to 0.
 

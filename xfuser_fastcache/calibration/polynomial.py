@@ -10,6 +10,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import nn
 
+from xfuser_fastcache.calibration.branches import BranchCounter
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.forward_layout import ForwardContract
 
@@ -33,8 +34,7 @@ class ChangeRecorder:
         self._contract = ForwardContract()
         self._last: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._modulated: torch.Tensor | None = None
-        self._timestep: float | None = None
-        self._branch = 0
+        self._counter = BranchCounter(transformer, adapter)
         self._handles: list[Any] = []
 
     def __enter__(self) -> ChangeRecorder:
@@ -58,7 +58,8 @@ class ChangeRecorder:
             more than in all others, is left out, since it is always computed.
         """
         pairs = [pair for step in self._steps[:-1] for pair in step]
-        self._steps, self._last, self._timestep = [], {}, None
+        self._steps, self._last = [], {}
+        self._counter.reset()
         return pairs
 
     def _see_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,15 +68,13 @@ class ChangeRecorder:
     def _see_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        timestep = float(self.adapter.timestep(args, kwargs).flatten()[0])
-        self._branch = self._branch + 1 if timestep == self._timestep else 0
-        if self._branch == 0:
+        branch = self._counter.of(args, kwargs)
+        if branch == 0:
             self._steps.append([])
-        self._timestep = timestep
         assert self._modulated is not None
         now = self._modulated.float(), self._contract.unpack(output).hidden_states.float()
-        before = self._last.get(self._branch)
-        self._last[self._branch] = now
+        before = self._last.get(branch)
+        self._last[branch] = now
         if before is not None:
             changes = [_change(x, y) for x, y in zip(now, before, strict=True)]
             self._steps[-1].append((changes[0], changes[1]))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from xfuser_fastcache.calibration.branches import BranchCounter
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
@@ -57,12 +58,10 @@ class Recorder:
 
     def __init__(self, transformer: nn.Module, adapter: type[ModelAdapter], max_tokens: int):
         self.transformer = transformer
-        self.adapter = adapter
         self.max_tokens = max_tokens
         self._contract = ForwardContract()
         self._branches: list[_Branch] = []
-        self._timestep: float | None = None
-        self._branch = 0
+        self._counter = BranchCounter(transformer, adapter)
         self._handle: Any = None
 
     def __enter__(self) -> Recorder:
@@ -78,7 +77,8 @@ class Recorder:
         Raises:
             ValueError: nothing was recorded, or branches of unequal length.
         """
-        branches, self._branches, self._timestep = self._branches, [], None
+        branches, self._branches = self._branches, []
+        self._counter.reset()
         lengths = {len(branch.rows) for branch in branches}
         if len(lengths) != 1:
             raise ValueError(
@@ -90,12 +90,10 @@ class Recorder:
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        timestep = float(self.adapter.timestep(args, kwargs).flatten()[0])
-        self._branch = self._branch + 1 if timestep == self._timestep else 0
-        self._timestep = timestep
-        if self._branch == len(self._branches):
+        index = self._counter.of(args, kwargs)
+        if index == len(self._branches):
             self._branches.append(_Branch())
-        branch = self._branches[self._branch]
+        branch = self._branches[index]
         hook, truth = hook_on(module), output
         skipped = hook is not None and hook.engine.decisions.decisions[-1].judgements[0].skip
         if hook is not None and skipped:

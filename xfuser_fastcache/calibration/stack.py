@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from xfuser_fastcache.artifacts.linear_map import SpanMaps, bucket_of
-from xfuser_fastcache.artifacts.linear_maps import STREAMS
-from xfuser_fastcache.backends import WITH_MAPS
+from xfuser_fastcache.artifacts.linear_maps import MAPPED, STREAMS
+from xfuser_fastcache.backends import FORECASTERS
+from xfuser_fastcache.calibration.branches import BranchCounter
 from xfuser_fastcache.calibration.maps import Choice, choose, gap_edges
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.calibration.ridge import RidgeSums
@@ -51,7 +52,7 @@ class StackRecorder:
         self.adapter = adapter
         self.max_tokens = max_tokens
         self._branches: list[list[Passage]] = []
-        self._timestep: float | None = None
+        self._counter = BranchCounter(transformer, adapter)
         self._branch = 0
         self._inputs: Streams | None = None
         self._handles: list[Any] = []
@@ -80,7 +81,8 @@ class StackRecorder:
         Raises:
             ValueError: a branch did not run once a step.
         """
-        branches, self._branches, self._timestep = self._branches, [], None
+        branches, self._branches = self._branches, []
+        self._counter.reset()
         lengths = sorted({len(branch) for branch in branches})
         if lengths != [steps]:
             raise ValueError(
@@ -90,18 +92,16 @@ class StackRecorder:
         return branches
 
     def _see_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = float(self.adapter.timestep(args, kwargs).flatten()[0])
-        self._branch = self._branch + 1 if timestep == self._timestep else 0
-        self._timestep = timestep
+        self._branch = self._counter.of(args, kwargs)
         if self._branch == len(self._branches):
             self._branches.append([])
 
     def _see_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        contract = next(iter(self.adapter.block_lists.values()))
+        contract = self.adapter.first_contract(block)
         self._inputs = contract.read(args, kwargs).map(self._kept)
 
     def _see_output(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        contract = list(self.adapter.block_lists.values())[-1]
+        contract = list(self.adapter.block_lists.values())[-1].of(block)
         assert self._inputs is not None
         residual = contract.unpack(output).map(self._kept).map(torch.sub, self._inputs)
         self._branches[self._branch].append(Passage(self._inputs, residual))
@@ -189,9 +189,10 @@ class StackSums:
         into: dict[Place, RidgeSums] = {} if held_out else self._fit
         if held_out:
             self._held_out.append(into)
-        for name, kind in WITH_MAPS.items():
+        for name in MAPPED:
+            forecaster = FORECASTERS[name]()
             for branch in branches:
-                for gap, dx, dr in pairs(branch, self.levels, kind(), self.max_lag):
+                for gap, dx, dr in pairs(branch, self.levels, forecaster, self.max_lag):
                     bucket = bucket_of(self.edges, gap)
                     if bucket is not None:
                         self._count(into, name, bucket, dx, dr)
@@ -229,5 +230,5 @@ class StackSums:
 
         return {
             name: SpanMaps(self.edges, chosen(name, "image"), chosen(name, "text"))
-            for name in WITH_MAPS
+            for name in MAPPED
         }

@@ -29,7 +29,7 @@ from xfuser_fastcache.state.local import Memory
 # Largest relative residual of a scheduler that counts as linear.
 LINEAR = 1e-3
 # More than cells have: what the fitted pictures were led to is not quite what others will be.
-RIDGE = 0.05
+TRAJECTORY_RIDGE = 0.05
 # Places of the terms that differ between pictures without and with guidance.
 OF_OUTPUTS = [0, 2, 4]
 
@@ -239,4 +239,4 @@ class SteeringForecaster(OutputForecaster):
 
         columns = np.stack([relative(term) for term in terms], axis=1)
         right = columns.T @ relative(target - plain)
-        return ridge_weights(columns.T @ columns, right, RIDGE).astype(np.float32)
+        return ridge_weights(columns.T @ columns, right, TRAJECTORY_RIDGE).astype(np.float32)

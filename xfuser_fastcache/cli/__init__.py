@@ -7,13 +7,26 @@ from importlib import import_module
 
 # Name -> (module with `main(arguments) -> int`, one line of help). Imported when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("xfuser_fastcache.cli.generate", "draw pictures with a step cache, on any ranks"),
+    "calibrate": ("xfuser_fastcache.cli.calibrate", "fit a cache to one model and scheduler"),
+    "audit": ("xfuser_fastcache.cli.audit", "measure how often a calibration skips wrongly"),
+    "fit-maps": ("xfuser_fastcache.cli.fit_maps", "fit linear maps of the stack of blocks"),
+    "fit-polynomial": ("xfuser_fastcache.cli.fit_polynomial", "fit TeaCache's polynomial"),
+    "bench": ("xfuser_fastcache.cli.bench", "compare caches, and fewer steps, on one model"),
     "bench-gpu": ("xfuser_fastcache.cli.bench_gpu", "measure costs and gains on one GPU"),
+    "serve": ("xfuser_fastcache.cli.serve", "serve pictures over HTTP, on any ranks"),
+    "layouts": ("xfuser_fastcache.cli.layouts", "run the embedded toys in every layout"),
+    "doctor": ("xfuser_fastcache.cli.doctor", "say what is installed, registered and refused"),
 }
+
+
+# Module -> the extra that brings it.
+EXTRAS = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    rows = [f"  {name:{width}}  {text}" for name, (_, text) in sorted(COMMANDS.items())]
+    rows = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     lines = ["usage: fastcache COMMAND [ARGUMENTS]", "", *rows, ""]
     return "\n".join([*lines, "fastcache COMMAND --help says what a command takes."])
 
@@ -25,11 +38,21 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: its name and what it takes; those of the process by default.
 
     Returns:
-        The exit status: the command's own, 2 where none was named.
+        The exit status: the command's own; 2 where none was named, or where it cannot do what it
+        was asked for, which it says in a line.
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
-        return import_module(COMMANDS[given[0]][0]).main(given[1:])
+        try:
+            return import_module(COMMANDS[given[0]][0]).main(given[1:])
+        except (ValueError, OSError) as error:
+            said = str(error)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            said = f'{error}; pip install "xfuser-fastcache[{EXTRAS[error.name]}]"'
+        print(f"fastcache {given[0]}: {' '.join(said.split())}", file=sys.stderr)
+        return 2
     if given and given[0] in ("-h", "--help"):
         print(_usage())
         return 0

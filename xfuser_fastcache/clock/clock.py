@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from xfuser_fastcache.clock.ownership import Ownership
-from xfuser_fastcache.clock.pipelines import PresentScheduler
 from xfuser_fastcache.clock.plan import Plan
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call, Timeline
 from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.token_layout import TokenCounts
 
 
 class Denoiser(Protocol):
@@ -81,28 +81,30 @@ class Reader:
     """Reads what the clock has to know from the arguments of a transformer's forward.
 
     Args:
-        transformer: that the pipeline calls.
         adapter: of its family.
+        counts: told of each forward pass how many of its tokens are the image's.
+        scheduler: returns the one that plans the steps now, or None.
         layout: knows which tokens a forward pass carries.
         stages: of the pipeline.
-        scheduler: that the user has named, or None.
         denoiser: its number, by `Clock.admit`.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
         adapter: type[ModelAdapter],
+        counts: TokenCounts,
+        scheduler: Callable[[], Any],
         layout: Any,
         stages: int = 1,
-        scheduler: Any = None,
         denoiser: int = 0,
     ):
         self.adapter = adapter
+        self.counts = counts
         self.layout = layout
         self.stages = stages
         self.denoiser = denoiser
-        self._scheduler = PresentScheduler(transformer, scheduler)
+        self._scheduler = scheduler
+        self._forward = adapter.forward_layout()
         self._plan: Plan | None = None
 
     def arrival(
@@ -114,25 +116,26 @@ class Reader:
             args, kwargs: of the transformer's forward.
             context: what `cache_context` was entered with, or None.
         """
-        adapter = self.adapter
+        adapter, forward = self.adapter, self._forward
         scheduler = self._scheduler()
         timesteps = None if scheduler is None else scheduler.timesteps
         if timesteps is None:
             self._plan = None
         elif self._plan is None or self._plan.timesteps is not timesteps:
             self._plan = Plan(timesteps, tuple(adapter.plan(scheduler)))
-        latents = args[0] if args else kwargs["hidden_states"]
+        self.counts.open(args, kwargs)
+        given = forward.given(args, kwargs)
         position = self.layout.position()
-        tokens = sum(position.patch_tokens) or tuple(latents.shape[1:])
+        tokens = sum(position.patch_tokens) or given.sizes
 
         def read_timestep() -> torch.Tensor:
-            return adapter.timestep(args, kwargs).flatten()[0]
+            return forward.timestep_of(args, kwargs).flatten()[0]
 
         return Arrival(
-            latents=latents,
+            latents=given.latents,
             read_timestep=read_timestep,
             noise_level_of=adapter.noise_level,
-            shape=(latents.shape[0], tokens, latents.dtype, latents.device),
+            shape=(given.batch, tokens, given.latents.dtype, given.latents.device),
             position=position,
             scheduler=scheduler,
             plan=self._plan,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from xfuser_fastcache.models.adapter import Step
+from xfuser_fastcache.models.noise import Step
 
 
 class Timestep(NamedTuple):

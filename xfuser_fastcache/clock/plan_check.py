@@ -32,7 +32,7 @@ def refused_plan(
             return (
                 f"the calibration is not for this generation: {wrong}. Give the scheduler, "
                 "the number of steps and the size of picture that it was made with, make "
-                "another with scripts/calibrate.py, or leave calibration out"
+                "another with fastcache calibrate, or leave calibration out"
             )
     planned = timeline.planned_steps
     if mask is None or planned is None or planned == len(mask):

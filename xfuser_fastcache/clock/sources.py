@@ -182,7 +182,8 @@ class SchedulerCounter(Source):
         self._moved = fits and index != self._entered
         # A call that the step has had, at a timestep that the next one may have as well.
         again = past is not None and past.repeats(arrival)
-        self._distrusted |= not fits or (again and plan.has(index + 1, arrival.timestep))
+        stands = again and plan.has(index + 1, arrival.timestep)
+        self._distrusted |= not fits or stands
         return self._moved or not self._distrusted
 
 

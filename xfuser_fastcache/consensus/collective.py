@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.consensus.transfer import HostCopy, Resident
 
 # Each field as value and square: generation, step, branch, digest.
 HEADER = 8
@@ -85,13 +86,21 @@ class Header:
 
 @dataclass
 class Ticket:
-    """A posted vector that may still be on its way."""
+    """A posted vector that may still be on its way.
+
+    Attributes:
+        header: which decision it belongs to.
+        moments: this rank's, int64 `(groups, slots)`.
+        sequence: counts posted vectors.
+        vector: header and moments, once they are in the collective.
+        work: that collective.
+    """
 
     header: Header
-    vector: torch.Tensor
-    width: int
-    work: Any
+    moments: HostCopy
     sequence: int
+    vector: torch.Tensor | None = None
+    work: Any = None
 
 
 @dataclass
@@ -150,6 +159,7 @@ class Consensus:
         self._device = torch.device("cpu")
         self._process_group: Any = None
         self._pool: list[Any] | None = None
+        self._outgoing: list[Ticket] = []
         self.broken = False
         if self._distributed:
             self._store = dist.PrefixStore(
@@ -221,13 +231,30 @@ class Consensus:
             moments: int64 `(groups, slots)` on any device.
         """
         self.collectives += 1
-        if not self._distributed:
-            return Ticket(header, moments.clone(), moments.shape[1], None, 0)
-        head = [number for value in header.fields().values() for number in (value, value * value)]
-        payload = moments.reshape(-1).to(self._device)
-        vector = torch.cat((torch.tensor(head, dtype=torch.int64, device=self._device), payload))
-        work = self._all_reduce(vector, header)
-        return Ticket(header, vector, moments.shape[1], work, self._sequence)
+        # NCCL reduces where the moments are, so that only the sums come to the host.
+        copy = HostCopy(moments) if self._device.type == "cpu" else Resident(moments)
+        ticket = Ticket(header, copy, self.collectives)
+        if self._distributed:
+            self._outgoing.append(ticket)
+            self._send(until=None)
+        return ticket
+
+    def _send(self, until: Ticket | None) -> None:
+        """Put outgoing vectors into their collectives, in the order in which they were posted.
+
+        That order is the same on all ranks; when each one leaves need not be. So those that have
+        not arrived on the host yet are left for later, up to the one that is awaited.
+        """
+        while self._outgoing and (until is not None or self._outgoing[0].moments.arrived):
+            ticket = self._outgoing.pop(0)
+            fields = ticket.header.fields().values()
+            head = [number for value in fields for number in (value, value * value)]
+            payload = ticket.moments.wait().reshape(-1)
+            start = torch.tensor(head, dtype=torch.int64, device=self._device)
+            ticket.vector = torch.cat((start, payload))
+            ticket.work = self._all_reduce(ticket.vector, ticket.header)
+            if ticket is until:
+                break
 
     def _all_reduce(self, vector: torch.Tensor, header: Header) -> Any:
         """The collective; nothing else in the cache communicates during a generation."""
@@ -244,15 +271,18 @@ class Consensus:
             ConsensusError: the header shows that ranks are at different places.
             ConsensusTimeout: a rank did not arrive within `timeout_s`.
         """
-        if ticket.work is None:
-            return ticket.vector.tolist()
+        if not self._distributed:
+            return ticket.moments.wait().tolist()
         started = time.perf_counter()
+        if ticket.vector is None:
+            self._send(until=ticket)
+        assert ticket.vector is not None
         self._finish(ticket.work, str(ticket.header))
         numbers = ticket.vector.tolist()
         self.wait_s += time.perf_counter() - started
         self._check(ticket.header, numbers[:HEADER])
-        body = numbers[HEADER:]
-        return [body[i : i + ticket.width] for i in range(0, len(body), ticket.width)]
+        body = torch.tensor(numbers[HEADER:], dtype=torch.int64)
+        return body.view(ticket.moments.wait().shape).tolist()
 
     def _check(self, header: Header, sums: list[int]) -> None:
         world = self.group.world_size

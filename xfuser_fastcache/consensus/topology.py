@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
@@ -18,8 +18,10 @@ class DecisionGroup:
         rank: this process's global rank.
         stage: this rank's pipeline stage, from 0.
         stages: number of pipeline stages.
-        counts_tokens: False where another rank holds the very same tokens and counts them
-            (tensor-parallel replicas).
+        counts_tokens: False where another rank measures the very same tokens and counts them:
+            tensor-parallel replicas, and in front of a forward pass that cuts its inputs by itself.
+        shard: place of this rank's tokens among those that the forward pass is given, where it cuts
+            them by itself and they are measured within; else 0.
         branch: where guidance is parallel, 0 on ranks that run the batch without guidance, 1 on
             those that run it with; None where a forward pass carries all there is.
         device_group: process group to use with `sync_backend="nccl"`; None without one.
@@ -30,6 +32,7 @@ class DecisionGroup:
     stage: int = 0
     stages: int = 1
     counts_tokens: bool = True
+    shard: int = 0
     branch: int | None = None
     device_group: Any = None
 
@@ -59,6 +62,40 @@ class Position:
         return not self.patched or self.patch == len(self.patch_tokens) - 1
 
 
+class Layout(Protocol):
+    """How ranks share a forward pass; an object of it is made for one transformer.
+
+    Registered under the entry point group `xfuser_fastcache.layouts`; the first one that recognises
+    a transformer serves it, else `PlainLayout`.
+    """
+
+    @classmethod
+    def recognises(cls, transformer: nn.Module) -> bool:
+        """Say whether this process runs that transformer in this layout; imports nothing heavy."""
+
+    def model_of(self, transformer: nn.Module) -> nn.Module:
+        """Return the diffusers model inside a wrapper, or the transformer itself."""
+
+    def decision_group(
+        self, transformer: nn.Module | None = None, whole_forward: bool = False
+    ) -> DecisionGroup:
+        """Return the ranks that decide together, and this rank's place among them.
+
+        Args:
+            transformer: that is cached.
+            whole_forward: whether it is measured in front of its forward pass, else at its blocks.
+
+        Raises:
+            ValueError: this rank takes no part.
+        """
+
+    def position(self) -> Position:
+        """Return which tokens the forward pass that has just begun carries."""
+
+    def limit_waits(self, seconds: float) -> None:
+        """Bound the waits of the model's own collectives, in seconds."""
+
+
 class PlainLayout:
     """No xDiT: a single process, or ranks of plain torch.distributed that share a forward pass.
 
@@ -79,8 +116,15 @@ class PlainLayout:
         """Return the diffusers model inside `transformer`: itself."""
         return transformer
 
-    def decision_group(self) -> DecisionGroup:
-        """Return the ranks that decide together."""
+    def decision_group(
+        self, transformer: nn.Module | None = None, whole_forward: bool = False
+    ) -> DecisionGroup:
+        """Return the ranks that decide together.
+
+        Args:
+            transformer: that is cached.
+            whole_forward: whether it is measured in front of its forward pass, else at its blocks.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return DecisionGroup()
         ranks = tuple(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))
@@ -89,7 +133,14 @@ class PlainLayout:
                 f"rank {dist.get_rank()} is not in the given process group {list(ranks)}. Pass the "
                 "group of the ranks that run this forward pass together."
             )
-        return DecisionGroup(ranks, dist.get_rank(), device_group=self.process_group)
+        place = _context_parallel_rank(transformer)
+        return DecisionGroup(
+            ranks,
+            dist.get_rank(),
+            counts_tokens=not whole_forward or place == 0,
+            shard=0 if whole_forward else place,
+            device_group=self.process_group,
+        )
 
     def position(self) -> Position:
         """Return which tokens this forward carries: all of the rank's."""
@@ -97,3 +148,14 @@ class PlainLayout:
 
     def limit_waits(self, seconds: float) -> None:
         """Bound the waits of the model's own collectives: there are none that this layout knows."""
+
+
+def _context_parallel_rank(transformer: nn.Module | None) -> int:
+    """Return this rank's place where diffusers' context parallelism cuts the tokens; else 0.
+
+    Its hooks cut what the transformer is given, beneath those of the cache.
+    """
+    config = getattr(transformer, "_parallel_config", None)
+    parallel = getattr(config, "context_parallel_config", None)
+    mesh = getattr(parallel, "_flattened_mesh", None)
+    return 0 if mesh is None else mesh.get_local_rank()

@@ -22,12 +22,12 @@ from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.shared import (
     GroupState,
     Mark,
-    Orders,
     Posted,
     SharedState,
     SpanState,
+    StepPlan,
 )
-from xfuser_fastcache.tokens.saliency import MotionRule
+from xfuser_fastcache.tokens.saliency import MotionStatic
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -45,11 +45,12 @@ class Agreement:
         counters: for the statistics.
     """
 
-    def __init__(self, rules: Rules, consensus: Consensus, motion: MotionRule | None = None):
+    def __init__(self, rules: Rules, consensus: Consensus, motion: MotionStatic | None = None):
         self.rules = rules
         self.config = rules.config
         self.consensus = consensus
         self.motion = motion
+        self._foregone = rules.foregone and motion is None
         self.decisions = DecisionLog(rules.spans)
         self.counters = Counters(consensus.usage, rules.spans)
         self.branches: dict[int, SharedState] = {}
@@ -77,12 +78,19 @@ class Agreement:
     # ---- the two timings ---------------------------------------------------------------------
 
     def decide_now(self, call: Call, pending: torch.Tensor) -> None:
-        """Post, await and decide at once; moments of the first span are this step's."""
+        """Post, await and decide at once; moments of the first span are this step's.
+
+        Where the decision is foregone, it is the vector of the step before that is awaited, which
+        has arrived by now: so the host need not wait for the device.
+        """
         shared = self.branch(call.branch)
         for index in self.rules.current:
             shared.sightings[index] = policy.sighting(self.rules, shared, index, call)
+        if self._foregone and shared.posted:
+            self._receive(shared)
         self.post(call, pending)
-        self._receive(shared)
+        if not self._foregone:
+            self._receive(shared)
         self._decide(shared, call)
 
     def decide_lagged(self, call: Call) -> None:
@@ -91,7 +99,7 @@ class Agreement:
         self._receive_due(shared)
         self._decide(shared, call)
 
-    def orders(self, call: Call, ahead: bool = False, following: Call | None = None) -> Orders:
+    def step_plan(self, call: Call, ahead: bool = False, following: Call | None = None) -> StepPlan:
         """Return what a forward pass is to do, after its step was decided.
 
         Args:
@@ -102,15 +110,15 @@ class Agreement:
         """
         shared = self.branch(call.branch)
         if not ahead or shared.forced:
-            return shared.orders
+            return shared.step_plan
         if following is None:
             # A last step that a mask computes on its own was computed in the step before.
             mask = self.config.steps_mask if call.is_last_step and not shared.poisoned else None
             done = mask is not None and not mask[call.planned_step - 1]
-            return Orders([True] * len(shared.spans)) if done else shared.orders
+            return StepPlan([True] * len(shared.spans)) if done else shared.step_plan
         self._receive_due(shared)
         judgements, _ = policy.judge(self.rules, shared, following)
-        return Orders([judged.skip for judged in judgements], shared.poisoned)
+        return StepPlan([judged.skip for judged in judgements], shared.poisoned)
 
     def post(self, call: Call, pending: torch.Tensor) -> None:
         """Send the moments measured since the last post on their way, and start them anew.
@@ -172,7 +180,7 @@ class Agreement:
         judgements, shared.forced = policy.judge(rules, shared, call)
         skip = [judged.skip for judged in judgements]
         all_tokens = rules.warms_up(call) or call.is_last_step or shared.poisoned
-        shared.orders = Orders(skip, shared.poisoned, all_tokens, self._moving(shared, call))
+        shared.step_plan = StepPlan(skip, shared.poisoned, all_tokens, self._moving(shared, call))
         self.counters.record(call, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
@@ -187,7 +195,7 @@ class Agreement:
         now = Mark(call.noise_level, call.step)
         for span, skipped in zip(shared.spans, skip, strict=True):
             if not skipped:
-                # Anchors that are distrusted are forgotten; see `Orders`.
+                # Anchors that are distrusted are forgotten; see `StepPlan`.
                 older = None if shared.poisoned else span.anchor
                 span.older_level = None if older is None else older.noise_level
                 span.anchor = now

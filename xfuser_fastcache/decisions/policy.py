@@ -59,8 +59,7 @@ class Rules:
 
     @cached_property
     def decides_at(self) -> int:
-        """Index of the first span that is decided: 1 where the gate has to see the first block's
-        output, which is then always computed; else 0."""
+        """First span that is decided: 1 where the gate has to see the first block's output."""
         return int(Probe.FIRST_RESIDUAL in self.gate.probes)
 
     @cached_property
@@ -71,6 +70,12 @@ class Rules:
             for index, group in enumerate(self.groups)
             if (group.span or 0) <= self.decides_at and group.probe is not Probe.MIDDLE_RESIDUAL
         ]
+
+    @cached_property
+    def foregone(self) -> bool:
+        """Whether no decision rests on what is measured, which is then read a step later."""
+        given = self.config.steps_mask is not None or not self.config.enable_block_approx
+        return given and not self.lag and not self.config.shadow_audit
 
     def weighed(self, span: int) -> list[int]:
         """Return the groups that the decision of a span rests on."""
@@ -104,8 +109,8 @@ def judge(rules: Rules, shared: SharedState, call: Call) -> tuple[list[Judgement
 
 def _reason_to_compute(rules: Rules, shared: SharedState, call: Call) -> str | None:
     """Return why all spans are computed at this step, or None."""
-    config, mask = rules.config, rules.config.steps_mask
-    if not config.enable_block_approx:
+    mask = rules.config.steps_mask
+    if not rules.config.enable_block_approx:
         return OFF
     if mask is not None:
         if call.planned_step >= len(mask):
@@ -180,10 +185,8 @@ def _brought(rules: Rules, shared: SharedState, index: int, call: Call) -> tuple
 
 def sighting(rules: Rules, shared: SharedState, index: int, call: Call) -> Sighting:
     """Return where a group is measured in this step."""
-    exponent, reference = (
-        shared.groups[index].exponent,
-        reference_of(shared, rules.groups[index]),
-    )
+    exponent = shared.groups[index].exponent
+    reference = reference_of(shared, rules.groups[index])
     if reference is None:
         return Sighting(exponent, call.noise_level, None)
     return Sighting(exponent, call.noise_level, reference.noise_level, call.step - reference.step)

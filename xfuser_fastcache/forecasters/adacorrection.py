@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from xfuser_fastcache.artifacts.linear_map import SpanMaps
+from xfuser_fastcache.config.capabilities import Capability
+from xfuser_fastcache.config.checks import at_least_0, option
+from xfuser_fastcache.config.methods import method_option
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, Memory
@@ -13,6 +19,7 @@ from xfuser_fastcache.state.local import Anchor, Memory
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
+@dataclass(frozen=True)
 class AdaCorrection(Forecaster):
     r"""Adds to another forecaster's output a share of the error that it made where one computed.
 
@@ -33,11 +40,6 @@ class AdaCorrection(Forecaster):
     Cost: a forecast more at each computed step, and a norm of each token at each skipped one. One
     more state is remembered, and a second anchor where the forecaster has one.
 
-    Args:
-        forecaster: of spans of blocks.
-        gamma: sensitivity, a ratio; 0 leaves every forecast alone.
-        lam: weight of the spatial term, a ratio.
-
     Source: AdaCorrection, arXiv 2602.13357: an offset score of temporal change and spatial
     variation blends cached and fresh activations, `(1 - w) cached + w fresh`. Deviations: as
     published both are computed at every step, which cannot be faster than computing; here `fresh -
@@ -49,29 +51,62 @@ class AdaCorrection(Forecaster):
     sharded.
     """
 
-    def __init__(self, forecaster: Forecaster, gamma: float = 1.0, lam: float = 1.0):
-        self.forecaster = forecaster
-        self.gamma = gamma
-        self.lam = lam
-        self.depth = max(2, forecaster.depth)
+    # A `Forecaster` once it is made.
+    of: Any = method_option("forecaster", "reuse", "what is corrected; a forecaster of spans")
+    gamma: float = option(
+        1.0,
+        at_least_0("number >= 0; 0 corrects nothing"),
+        "sensitivity (ratio)",
+        flat="adacorr_gamma",
+    )
+    lam: float = option(
+        1.0, at_least_0(), "weight of the spatial variation (ratio)", flat="adacorr_lambda"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "depth", max(2, self.of.depth))
+        object.__setattr__(self, "takes_maps", self.of.takes_maps)
+
+    @property
+    def needs(self) -> Collection[Capability]:
+        """What the last forecast was wrong by has to be known of each token, and be its own."""
+        return {Capability.BLOCKS, Capability.ALL_TOKENS, Capability.SOLE_CORRECTION}
+
+    @property
+    def withholds(self) -> Collection[Capability]:
+        """Another correction would correct what this one has put right."""
+        return {Capability.SOLE_CORRECTION, Capability.FORECASTER_TO_CALIBRATE}
+
+    def with_maps(self, maps: SpanMaps) -> AdaCorrection:
+        """Return it over the forecaster with these maps."""
+        return replace(self, of=self.of.with_maps(maps))
+
+    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
+        """Return what the forecast costs that is corrected."""
+        return self.of.multiply_adds_per_token(memory, inputs, noise_level)
+
+    def nbytes(self) -> int:
+        """Bytes that the forecaster holds."""
+        return self.of.nbytes()
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
         """Return what the forecaster remembers of a computed step."""
-        return self.forecaster.kept(inputs, outputs)
+        return self.of.kept(inputs, outputs)
 
     def update(self, memory: Memory, anchor: Anchor) -> Memory:
         """Remember a computed step, and what the forecast would have missed by."""
-        updated = self.forecaster.update(memory, anchor)
+        updated = self.of.update(memory, anchor)
         anchors = (anchor, *memory.anchors)[: self.depth]
         if not memory.anchors:
             return replace(updated, anchors=anchors)
-        said = self.forecaster.forecast(memory, anchor.inputs, anchor.noise_level)
+        said = self.of.forecast(memory, anchor.inputs, anchor.noise_level)
         fresh = anchor.inputs.map(torch.add, anchor.residual)
         return replace(updated, anchors=anchors, missed=fresh.map(torch.sub, said))
 
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the forecast, corrected where an error is known."""
-        said = self.forecaster.forecast(memory, inputs, noise_level)
+        said = self.of.forecast(memory, inputs, noise_level)
         if memory.missed is None:
             return said
         last, before = memory.anchors[0].inputs, memory.anchors[1].inputs

@@ -4,31 +4,70 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from xfuser_fastcache.artifacts.linear_map import SpanMaps, online_slope
+from xfuser_fastcache.config.capabilities import Capability
+from xfuser_fastcache.config.checks import CheckedOptions
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, Memory
 
 
-class Forecaster(ABC):
+class Forecaster(CheckedOptions, ABC):
     """Predicts a span's output from its input and from what was computed before.
 
     Every forecaster is anchored: `output = anchor output + A (input - anchor input) + b`, so that
     with nothing learnt it is `reuse`, the anchor's residual added to the present input.
 
+    A subclass is a frozen dataclass of its options (`config.checks.option`), if it has any; it
+    holds no state, which is in the memory that it is given.
+
     Attributes:
         depth: anchors that it looks back on.
         whole_forward: whether it stands in for the transformer's whole forward pass, in place of
             a span of blocks.
+        takes_maps: which of the fitted linear maps it takes, by name; None where it takes none.
     """
 
     depth: int = 1
     whole_forward: ClassVar[bool] = False
+    takes_maps: str | None = None
+
+    @property
+    def needs(self) -> Collection[Capability]:
+        """Capabilities that it needs of the others; see `config.capabilities`."""
+        return ()
+
+    @property
+    def offers(self) -> Collection[Capability]:
+        """Capabilities that the others have by it."""
+        return () if self.takes_maps is None else {Capability.MAPS_TAKER}
+
+    @property
+    def withholds(self) -> Collection[Capability]:
+        """Capabilities that nobody has beside it."""
+        withheld = {Capability.FORECASTER_TO_CALIBRATE}
+        return withheld | ({Capability.BLOCKS} if self.whole_forward else set())
+
+    def with_maps(self, maps: SpanMaps) -> Forecaster:
+        """Return the forecaster with fitted linear maps; only where it `takes_maps`."""
+        raise NotImplementedError
+
+    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
+        """Return what a forecast costs that is not negligible, the mean over all tokens.
+
+        Args:
+            memory, inputs, noise_level: as given to `forecast`.
+        """
+        return 0.0
+
+    def nbytes(self) -> int:
+        """Bytes that it holds itself, whatever is remembered."""
+        return 0
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
         """Return what an anchor remembers of a computed step: the residual."""
@@ -47,14 +86,6 @@ class Forecaster(ABC):
         """
         return None
 
-    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
-        """Return what a forecast costs, the mean over the tokens of all streams."""
-        return 0.0
-
-    def nbytes(self) -> int:
-        """Bytes that it holds itself."""
-        return 0
-
     @abstractmethod
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the predicted output of the span.
@@ -66,6 +97,7 @@ class Forecaster(ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
 class LinearMapForecaster(Forecaster):
     r"""What forecasters with a linear map share: :math:`\hat r = \bar r + L(x - \bar x)`.
 
@@ -78,8 +110,22 @@ class LinearMapForecaster(Forecaster):
             stands in for; with them nothing is fitted online.
     """
 
-    def __init__(self, maps: SpanMaps | None = None):
-        self.maps = maps
+    maps: SpanMaps | None = None
+
+    def with_maps(self, maps: SpanMaps) -> LinearMapForecaster:
+        """Return the forecaster with these maps in place of the slope fitted online."""
+        return replace(self, maps=maps)
+
+    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
+        """Return the cost of the fitted map; that of an online slope is negligible."""
+        if self.maps is None:
+            return 0.0
+        gap = abs(noise_level - memory.anchors[0].noise_level)
+        return self.maps.multiply_adds_per_token(inputs, gap)
+
+    def nbytes(self) -> int:
+        """Bytes of the maps."""
+        return 0 if self.maps is None else self.maps.nbytes()
 
     @abstractmethod
     def surprise(
@@ -93,17 +139,6 @@ class LinearMapForecaster(Forecaster):
             noise_level: sigma of this step.
             of: returns of an anchor what `now` is at this step, `entered` or `gained`.
         """
-
-    def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
-        """Return what the fitted map of the anchor's age costs."""
-        if self.maps is None:
-            return 0.0
-        gap = abs(noise_level - memory.anchors[0].noise_level)
-        return self.maps.multiply_adds_per_token(inputs, gap)
-
-    def nbytes(self) -> int:
-        """Bytes of the fitted maps."""
-        return 0 if self.maps is None else self.maps.nbytes()
 
     def pair(
         self, memory: Memory, inputs: Streams, residual: Streams, noise_level: float
@@ -203,10 +238,15 @@ class TaylorWeights(NamedTuple):
     ) -> Streams:
         """Apply `function` to the tensors of two streams and their weight, stream by stream."""
         image = function(one.hidden_states, other.hidden_states, self.image)
-        texts = one.encoder_hidden_states, other.encoder_hidden_states
-        if texts[0] is None or texts[1] is None:
-            return Streams(image)
-        return Streams(image, function(texts[0], texts[1], self.text))
+
+        def of_all(x: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None or y is None else function(x, y, self.text)
+
+        return Streams(
+            image,
+            of_all(one.encoder_hidden_states, other.encoder_hidden_states),
+            of_all(one.rest, other.rest),
+        )
 
 
 def extrapolated(memory: Memory, noise_level: float, share: float | None = None) -> Streams:

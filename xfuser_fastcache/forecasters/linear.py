@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,7 @@ from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, Memory
 
 
+@dataclass(frozen=True, eq=False)
 class LinearForecaster(LinearMapForecaster):
     r"""The residual of the last computed step, corrected by a linear map of the input's change.
 
@@ -29,6 +31,8 @@ class LinearForecaster(LinearMapForecaster):
     Deviation: anchored and fitted, where the published code leaves its projections random; one map
     a skipped span and not one a block.
     """
+
+    takes_maps = "linear"
 
     def surprise(
         self, memory: Memory, now: Streams, noise_level: float, of: Callable[[Anchor], Streams]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,7 @@ from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, Memory
 
 
+@dataclass(frozen=True, eq=False)
 class LinearTaylorForecaster(LinearMapForecaster):
     r"""A linear map of the input, with first-order Taylor on what it leaves over.
 
@@ -37,6 +39,7 @@ class LinearTaylorForecaster(LinearMapForecaster):
     """
 
     depth = 2
+    takes_maps = "linear_taylor"
 
     def surprise(
         self, memory: Memory, now: Streams, noise_level: float, of: Callable[[Anchor], Streams]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from xfuser_fastcache.artifacts.calibration import Fitted, Steering
+from xfuser_fastcache.artifacts.calibration import Fitted, TrajectoryCorrection
+from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
@@ -16,6 +18,7 @@ from xfuser_fastcache.state.local import Memory
 Weights = Sequence[float | torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
 class OutputForecaster(Forecaster):
     r"""First-order divided difference of the noise prediction over the last two computed steps.
 
@@ -39,7 +42,8 @@ class OutputForecaster(Forecaster):
         fitted: the calibration; None for the extrapolation alone.
         sees_latents: whether this rank's forward pass is given the latents and puts out the noise
             prediction; False in a pipeline, whose last stage only puts it out.
-        steering: corrections for the mask that will run, `Fitted.steering_of`; None for the cells'.
+        correction: corrections for the mask that will run, of `Fitted.trajectory_correction`; None
+            for the cells'.
         branch: of guidance, where the ranks share it out: 0 without it, 1 with it; None where a
             batch holds all there is.
 
@@ -52,19 +56,20 @@ class OutputForecaster(Forecaster):
     depth = 2
     whole_forward = True
 
-    def __init__(
-        self,
-        fitted: Fitted | None = None,
-        sees_latents: bool = True,
-        steering: Steering | None = None,
-        branch: int | None = None,
-    ):
-        self.fitted = fitted
-        self.sees_latents = sees_latents
-        self.steering = steering
-        self.branch = branch
-        if steering is not None:
-            self.depth = 3
+    fitted: Fitted | None = None
+    sees_latents: bool = True
+    correction: TrajectoryCorrection | None = None
+    branch: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.correction is not None:
+            object.__setattr__(self, "depth", 3)
+
+    @property
+    def withholds(self) -> Collection[Capability]:
+        """A calibration corrects this very forecast; single blocks are left alone."""
+        return {Capability.BLOCKS}
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
         """Return what an anchor remembers: the output itself."""
@@ -119,7 +124,7 @@ class OutputForecaster(Forecaster):
         self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Streams | None:
         """Return a forecast, or what was computed, with its corrections; None without any."""
-        if self.steering is not None:
+        if self.correction is not None:
             weights = self._steered(memory, inputs, noise_level, computed)
         else:
             weights = None if computed else self._of_cell(memory, noise_level)
@@ -143,18 +148,18 @@ class OutputForecaster(Forecaster):
         self, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Weights | None:
         """Return the weights of a mask's corrections; None at a step that is not of the plan."""
-        assert self.fitted is not None and self.steering is not None
+        assert self.fitted is not None and self.correction is not None
         levels = [noise_level, *(anchor.noise_level for anchor in memory.anchors)]
         known = [step for level in levels if (step := self.fitted.step_at(level)) is not None]
         if len(known) < len(levels):
             return None
-        row = self.steering.row(known[0], known[1:], computed)
+        row = self.correction.row(known[0], known[1:], computed)
         if row is None:
             return None
-        common = self.steering.weights[row].tolist()
-        if self.steering.guided is None:
+        common = self.correction.weights[row].tolist()
+        if self.correction.guided is None:
             return common
-        without, with_it = self.steering.guided[row].tolist()
+        without, with_it = self.correction.guided[row].tolist()
         if self.branch is not None:
             return (without, with_it)[self.branch]
         paired = halves_agree(inputs.hidden_states)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from xfuser_fastcache.forecasters.base import Forecaster
@@ -9,6 +11,7 @@ from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
 
+@dataclass(frozen=True)
 class ReuseForecaster(Forecaster):
     """`output = input + anchor residual`: exact where the residual does not change.
 

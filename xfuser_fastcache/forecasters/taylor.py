@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 
+from xfuser_fastcache.config.checks import number, option
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
 
+@dataclass(frozen=True)
 class TaylorForecaster(Forecaster):
     r"""First-order divided difference of the residual over the last two computed steps.
 
@@ -23,15 +25,14 @@ class TaylorForecaster(Forecaster):
     """
 
     depth = 2
-    # What is left of a slope an anchors' distance ahead; None for all of it.
-    share: ClassVar[float | None] = None
 
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the input moved by the extrapolated residual."""
-        return inputs.map(torch.add, extrapolated(memory, noise_level, self.share))
+        return inputs.map(torch.add, extrapolated(memory, noise_level))
 
 
-class DampedTaylorForecaster(TaylorForecaster):
+@dataclass(frozen=True)
+class DampedTaylorForecaster(Forecaster):
     r"""First-order Taylor with a slope that fades: the further ahead, the less of it is believed.
 
     :math:`\hat r(\sigma) = r_0 + (r_0 - r_1)\,(1 - \varphi^w)/(-\ln \varphi)`, where
@@ -44,10 +45,20 @@ class DampedTaylorForecaster(TaylorForecaster):
     Deviation: neither combines the two; see `TaylorForecaster` for the other.
     """
 
-    # By measurement (docs/decisions.md).
-    share = 0.6
+    depth = 2
+
+    share: float = option(
+        0.6,  # By measurement (docs/decisions/damped-taylor.md).
+        number("0 < number < 1", lambda value: 0 < value < 1),
+        "what is left of a slope an anchors' distance ahead (ratio)",
+    )
+
+    def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
+        """Return the input moved by the extrapolated residual."""
+        return inputs.map(torch.add, extrapolated(memory, noise_level, self.share))
 
 
+@dataclass(frozen=True)
 class SecondOrderTaylorForecaster(TaylorForecaster):
     r"""Second-order divided difference of the residual over the last three computed steps.
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
+from xfuser_fastcache.config.checks import number, numbers, option
+from xfuser_fastcache.gates.base import Companions, Evidence, Gate, Verdict
 from xfuser_fastcache.measurements.probes import Probe
 
-IDENTITY = (1.0, 0.0)
+IDENTITY = [1.0, 0.0]
 
 
+@dataclass(frozen=True)
 class AccumulatedGate(Gate):
     r"""Skips while the estimated change of the output since the last computed step stays small.
 
@@ -19,12 +21,6 @@ class AccumulatedGate(Gate):
     :math:`d_t = \sum |x_t - x_{t-1}| \,/ \sum |x_{t-1}|` against the step before, computed or not,
     and a polynomial :math:`p` from change of input to change of output: skip when
     :math:`\sum_s p(d_s) < threshold`, summed over the steps since the last computed one.
-
-    Args:
-        threshold: a ratio; TeaCache's default for FLUX is 0.6, xDiT's runner takes 0.12. 0 never
-            skips.
-        coefficients: of the polynomial, highest power first; the identity where none is published
-            or fitted.
 
     Example:
         >>> gate = AccumulatedGate(0.1)
@@ -43,9 +39,22 @@ class AccumulatedGate(Gate):
 
     probe = Probe.MODULATED_INPUT
 
-    def __init__(self, threshold: float, coefficients: Sequence[float] = IDENTITY):
-        self.threshold = threshold
-        self.coefficients = tuple(coefficients)
+    cache_ratio_threshold: float = option(
+        0.6,  # TeaCache's for FLUX; xDiT's runner takes 0.12.
+        number("number >= 0; 0 never skips", lambda value: value >= 0),
+        "estimated relative change of the output, summed since the last computed step, below which "
+        "may be skipped (ratio)",
+    )
+    coefficients: list[float] | None = option(
+        None,
+        numbers("list of numbers, highest power first"),
+        "polynomial from relative change of the modulated input to that of the output",
+        none="the one published for the model, or the identity",
+    )
+
+    def on_model(self, polynomial: list[float] | None) -> AccumulatedGate:
+        """Take the model's polynomial, where none was given."""
+        return replace(self, coefficients=self.coefficients or polynomial or IDENTITY)
 
     def init(self) -> float:
         """Nothing has added up."""
@@ -54,9 +63,9 @@ class AccumulatedGate(Gate):
     def judge(self, evidence: Evidence, state: float | None = None) -> Verdict:
         """Compare the sum, this step's change among it, with the threshold."""
         added = self._added(evidence)
-        if added is None or self.threshold == 0:
+        if added is None or self.cache_ratio_threshold == 0:
             return Verdict(None, 0.0)
-        return Verdict((state or 0.0) + added, self.threshold)
+        return Verdict((state or 0.0) + added, self.cache_ratio_threshold)
 
     def update(self, state: float, evidence: Evidence, skipped: bool) -> float:
         """Add this step's change; a computed step starts anew."""
@@ -65,4 +74,14 @@ class AccumulatedGate(Gate):
     def _added(self, evidence: Evidence) -> float | None:
         """Return the polynomial of the relative change."""
         change = evidence.relative_change
-        return None if change is None else float(np.polyval(self.coefficients, change))
+        return None if change is None else float(np.polyval(self.coefficients or IDENTITY, change))
+
+
+@dataclass(frozen=True)
+class CustomGate(AccumulatedGate):
+    """TeaCache's decisions with TaylorSeer's forecasts.
+
+    Source: LightX2V's CustomCache.
+    """
+
+    companions = Companions("taylor")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from xfuser_fastcache.config.capabilities import Capability
+from xfuser_fastcache.config.checks import CheckedOptions
 from xfuser_fastcache.measurements.probes import Probe
 
 
@@ -91,19 +93,66 @@ class Rule(ABC):
         """Return what is remembered after a decision; see `Gate.update`."""
 
 
-class Gate(Rule):
+class Companions(NamedTuple):
+    """What a gate brings where it is the backend, by its source or by measurement.
+
+    Attributes:
+        forecaster: by name.
+        num_warmup_steps: first steps that are always computed.
+        max_consecutive_skips: None for no limit.
+    """
+
+    forecaster: str = "reuse"
+    num_warmup_steps: int = 1
+    max_consecutive_skips: int | None = None
+
+
+class Gate(CheckedOptions, Rule):
     """Says whether a span may be skipped, as a pure function of evidence that all ranks share.
 
-    A subclass has `judge` and, where it remembers something, `init` and `update`. Comparisons are
-    strict, so a threshold of 0 never skips.
+    A subclass is a frozen dataclass of its options (`config.checks.option`), which `CacheConfig`
+    takes flat too. It has `judge` and, where it remembers something, `init` and `update`.
+    Comparisons are strict, so a threshold of 0 never skips.
 
     Attributes:
         probe: what is measured for it; None for a gate that needs no measurement.
         asks_always: whether it is asked also where nothing was measured.
+        companions: what goes with it where it is the backend.
     """
 
     probe: ClassVar[Probe | None] = Probe.SPAN_INPUT
     asks_always: ClassVar[bool] = False
+    companions: ClassVar[Companions] = Companions()
+
+    @property
+    def needs(self) -> Collection[Capability]:
+        """Capabilities that follow from what is measured; see `config.capabilities`."""
+        needed = set()
+        if self.probe not in (None, Probe.SPAN_INPUT):
+            needed.add(Capability.BLOCKS)
+        if self.probe is Probe.MIDDLE_RESIDUAL:
+            needed.add(Capability.ALL_TOKENS)
+        return needed
+
+    @property
+    def withholds(self) -> Collection[Capability]:
+        """Capabilities that nobody has beside it; a threshold is no error unless a gate says so.
+
+        The first block is a span of its own where it is looked at.
+        """
+        withheld = {Capability.GATE_TO_CALIBRATE, Capability.ERROR_BOUND}
+        return withheld | (
+            {Capability.WHOLE_STACK} if self.probe is Probe.FIRST_RESIDUAL else set()
+        )
+
+    def on_model(self, polynomial: list[float] | None) -> Gate:
+        """Return the gate for a model.
+
+        Args:
+            polynomial: from relative change of the modulated input to that of the output, highest
+                power first, as published for the model; None for none.
+        """
+        return self
 
     @abstractmethod
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:

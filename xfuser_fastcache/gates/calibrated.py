@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import gammaincinv
 
 from xfuser_fastcache.artifacts.calibration import Fitted
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 
 
+@dataclass(frozen=True, eq=False)
 class CalibratedGate(Gate):
     r"""Skips where the error that a skip would make is predicted to stay below epsilon.
 
@@ -36,16 +39,24 @@ class CalibratedGate(Gate):
     Source: docs/methods/statistics.md.
     """
 
-    def __init__(self, fitted: Fitted, epsilon: float, test: str, significance_level: float):
-        self.fitted = fitted
-        if test == "conformal":
-            scale = fitted.scales.get(significance_level, 0.0)
-            self.limits = np.full(fitted.slopes.shape, scale * epsilon)
+    fitted: Fitted
+    epsilon: float
+    test: str
+    significance_level: float
+    # Largest predicted error that the test lets pass, by cell.
+    limits: NDArray[np.float64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        fitted = self.fitted
+        if self.test == "conformal":
+            scale = fitted.scales.get(self.significance_level, 0.0)
+            limits = np.full(fitted.slopes.shape, scale * self.epsilon)
         else:
             # A statistic that did not vary has an infinite number of degrees of freedom.
             degrees = np.minimum(fitted.degrees, 1e9)
-            factors = 2.0 * gammaincinv(degrees / 2, significance_level) / degrees
-            self.limits = epsilon / fitted.upper * np.sqrt(factors)
+            factors = 2.0 * gammaincinv(degrees / 2, self.significance_level) / degrees
+            limits = self.epsilon / fitted.upper * np.sqrt(factors)
+        object.__setattr__(self, "limits", limits)
 
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         """Compare the predicted relative error with the largest that the test lets pass."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from scipy.special import gammaincinv
 
-from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
+from xfuser_fastcache.config.capabilities import Capability
+from xfuser_fastcache.config.checks import choice, number, option
+from xfuser_fastcache.gates.base import Companions, Evidence, Gate, Verdict
 
 # Tokens of one picture are correlated, so the token count overstates the degrees of freedom.
 MAX_DEGREES_OF_FREEDOM = 64.0
 
 
+@dataclass(frozen=True)
 class ChiSquareGate(Gate):
     r"""Skips a span whose input changed too little to matter.
 
@@ -28,11 +32,7 @@ class ChiSquareGate(Gate):
       :math:`\delta^2 = Q/R < \chi^2_{ND,1-\alpha} / (ND)`. Its threshold is just above 1 for any
       real model, so nearly any change below 100 % passes, and a smaller alpha makes it looser.
       It has no epsilon; a `cache_ratio_threshold` of 0 still means "never skip".
-
-    Args:
-        cache_ratio_threshold: epsilon, a ratio.
-        significance_level: alpha, a ratio.
-        test: `"chi2"` or `"paper"`.
+    - `test="conformal"` is a calibration's: `gates/calibrated.py`.
 
     Example:
         >>> gate = ChiSquareGate(cache_ratio_threshold=0.1)
@@ -44,34 +44,51 @@ class ChiSquareGate(Gate):
 
     Source: FastCache, arXiv 2505.20353, section on the transformer-level cache. `chi2` deviates
     from it: the published statistic has no scale, so its test accepts what it should reject, and
-    knows no age of the anchor (docs/decisions.md has the comparison of statistics).
+    knows no age of the anchor (docs/decisions/change-times-age.md compares statistics).
     """
 
-    def __init__(
-        self,
-        cache_ratio_threshold: float,
-        significance_level: float = 0.05,
-        test: str = "chi2",
-    ):
-        self.epsilon = cache_ratio_threshold
-        self.alpha = significance_level
-        self.test = test
+    # By measurement (docs/decisions/damped-taylor.md).
+    companions = Companions("damped_taylor", num_warmup_steps=2, max_consecutive_skips=4)
 
-    @classmethod
-    def from_config(cls, config: CacheConfig) -> ChiSquareGate:
-        """Build the gate that a config asks for."""
-        return cls(config.cache_ratio_threshold, config.significance_level, config.test or "chi2")
+    cache_ratio_threshold: float = option(
+        0.05,  # FastCache's.
+        number("number >= 0; 0 never skips", lambda value: value >= 0),
+        "epsilon: relative change of a span's input below which may be skipped (ratio); xDiT's "
+        "`rel_l1_thresh`",
+    )
+    significance_level: float = option(
+        0.05,
+        number("0 < number < 1", lambda value: 0 < value < 1),
+        "alpha of the test (ratio); smaller is safer with test='chi2'",
+    )
+    test: str = option(
+        "chi2",
+        choice("chi2", "conformal", "paper"),
+        "chi2: equivalence test with a scale; conformal: alpha bounds the share of harmful skips, "
+        "needs a calibration and is the default with one; paper: FastCache's literal rule, which "
+        "accepts nearly any change below 100 %",
+    )
+
+    @property
+    def needs(self) -> Collection[Capability]:
+        """Only a calibration knows the conformal test's scale."""
+        return {Capability.CALIBRATION} if self.test == "conformal" else ()
+
+    @property
+    def withholds(self) -> Collection[Capability]:
+        """Epsilon bounds an error; and a calibration is for all tests but the paper's."""
+        return {Capability.GATE_TO_CALIBRATE} if self.test == "paper" else ()
 
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         r"""Compare :math:`Q/R`, for `chi2` :math:`g^2 Q/R`, with its threshold."""
         if evidence.reference <= 0:
             return Verdict(None, 0.0)
         statistic = evidence.change / evidence.reference
-        if self.epsilon == 0:
+        if self.cache_ratio_threshold == 0:
             return Verdict(statistic, 0.0)
         if self.test == "paper":
             degrees = float(evidence.tokens * evidence.dim)
-            quantile = 2.0 * gammaincinv(degrees / 2, 1 - self.alpha)
+            quantile = 2.0 * gammaincinv(degrees / 2, 1 - self.significance_level)
             return Verdict(statistic, float(quantile / degrees))
         if evidence.change_squared <= 0:
             # No token moved enough to stand out from the others.
@@ -81,5 +98,5 @@ class ChiSquareGate(Gate):
             degrees = min(max(degrees, 1.0), MAX_DEGREES_OF_FREEDOM)
         statistic *= evidence.lag**2
         # The chi-square quantile, as SciPy's stats.chi2.ppf computes it, without its overhead.
-        quantile = 2.0 * gammaincinv(degrees / 2, self.alpha)
-        return Verdict(statistic, float(self.epsilon**2 * quantile / degrees))
+        quantile = 2.0 * gammaincinv(degrees / 2, self.significance_level)
+        return Verdict(statistic, float(self.cache_ratio_threshold**2 * quantile / degrees))

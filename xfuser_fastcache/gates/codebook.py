@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
+from xfuser_fastcache.config.checks import Check, option
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 from xfuser_fastcache.measurements.probes import Probe
 
+# AdaCache, arXiv 2411.02397: upper end of a rate of change -> interval in steps. As in LightX2V.
+CODEBOOKS: dict[str, dict[float, int]] = {
+    "slow": {0.03: 12, 0.05: 10, 0.07: 8, 0.09: 6, 0.11: 4, 1.0: 3},
+    "fast": {0.08: 6, 0.16: 5, 0.24: 4, 0.32: 3, 0.4: 2, 1.0: 1},
+}
 
+
+def read_codebook(given: Any) -> dict[float, int]:
+    """Return a codebook by its name or its entries; a bare ValueError where that is none.
+
+    Example:
+        >>> read_codebook({"0.1": 4, 1: 2})
+        {0.1: 4, 1.0: 2}
+    """
+    if isinstance(given, str):
+        if given not in CODEBOOKS:
+            raise ValueError
+        return dict(CODEBOOKS[given])
+    if not isinstance(given, dict) or not given:
+        raise ValueError
+    try:
+        found = {float(end): interval for end, interval in given.items()}  # JSON has text for keys
+    except (TypeError, ValueError):
+        raise ValueError from None
+    intervals = [i for i in found.values() if isinstance(i, int) and not isinstance(i, bool)]
+    if len(intervals) < len(found) or min(intervals) < 1:
+        raise ValueError
+    if not all(0 < end < math.inf for end in found):
+        raise ValueError
+    return found
+
+
+@dataclass(frozen=True)
 class CodebookGate(Gate):
     r"""Picks at each computed step after how many steps the next one is computed.
 
@@ -16,9 +51,6 @@ class CodebookGate(Gate):
     :math:`c = \sum |r - \bar r| \,/ (k \sum |\bar r|)`. The interval is that of the codebook's
     first entry above `c`, of its last one where there is none. The first two computed steps are
     neighbours: before two are known, the interval is 1.
-
-    Args:
-        codebook: upper end of a rate -> interval in steps. Intervals of 1 never skip.
 
     Example:
         >>> gate = CodebookGate({0.05: 6, 1.0: 2})
@@ -35,8 +67,17 @@ class CodebookGate(Gate):
     probe = Probe.MIDDLE_RESIDUAL
     asks_always = True
 
-    def __init__(self, codebook: Mapping[float, int]):
-        self.codebook = sorted(codebook.items())
+    codebook: dict[float, int] = option(
+        "slow",
+        Check("slow | fast, or mapping of numbers > 0 to ints >= 1", read_codebook),
+        "upper end of a rate of change (ratio a step) -> steps to the next computed step; "
+        "intervals of 1 never skip",
+    )
+    _entries: list[tuple[float, int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_entries", sorted(self.codebook.items()))
 
     def init(self) -> int:
         """Compute the next step."""
@@ -55,5 +96,5 @@ class CodebookGate(Gate):
         if change is None:
             return last
         rate = change / evidence.gap
-        above = (interval for end, interval in self.codebook if rate < end)
-        return next(above, self.codebook[-1][1])
+        above = (interval for end, interval in self._entries if rate < end)
+        return next(above, self._entries[-1][1])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from xfuser_fastcache.config.checks import number, option
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 from xfuser_fastcache.measurements.probes import Probe
 
 
+@dataclass(frozen=True)
 class FirstBlockGate(Gate):
     r"""Skips all blocks but the first where that one adds what it added before.
 
     With :math:`r` the first block's residual, on image tokens, and :math:`\bar r` that of the last
     step at which all was computed: skip when
     :math:`\sum |r - \bar r| \,/ \sum |\bar r| < threshold`.
-
-    Args:
-        threshold: a ratio; diffusers' default is 0.05. 0 never skips.
 
     Example:
         >>> gate = FirstBlockGate(0.05)
@@ -34,9 +34,12 @@ class FirstBlockGate(Gate):
 
     probe = Probe.FIRST_RESIDUAL
 
-    def __init__(self, threshold: float):
-        self.threshold = threshold
+    cache_ratio_threshold: float = option(
+        0.05,  # diffusers' FirstBlockCacheConfig's.
+        number("number >= 0; 0 never skips", lambda value: value >= 0),
+        "relative change of the first block's residual below which may be skipped (ratio)",
+    )
 
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         """Compare the relative L1 change with the threshold."""
-        return Verdict(evidence.relative_change, self.threshold)
+        return Verdict(evidence.relative_change, self.cache_ratio_threshold)

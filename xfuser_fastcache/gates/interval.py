@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
+from xfuser_fastcache.config.checks import integer, option
+from xfuser_fastcache.gates.base import Companions, Evidence, Gate, Verdict
 
 
+@dataclass(frozen=True)
 class IntervalGate(Gate):
-    """Computes a span every `interval` steps, whatever happens; nothing is measured.
-
-    Args:
-        interval: steps from one computed step to the next; diffusers' default is 5. 1 never skips.
+    """Computes a span every `cache_interval` steps, whatever happens; nothing is measured.
 
     Example:
         >>> gate = IntervalGate(3)
@@ -28,9 +28,13 @@ class IntervalGate(Gate):
     probe = None
     asks_always = True
 
-    def __init__(self, interval: int):
-        self.interval = interval
+    # As in diffusers' TaylorSeerCacheConfig.
+    companions = Companions("taylor", num_warmup_steps=3)
+
+    cache_interval: int = option(
+        5, integer(1, "; 1 never skips"), "steps from one computed step to the next"
+    )
 
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:
         """Compare the age of the anchor with the interval."""
-        return Verdict(float(evidence.lag), float(self.interval))
+        return Verdict(float(evidence.lag), float(self.cache_interval))

@@ -4,7 +4,9 @@ Every token is measured and rounded to an integer by itself; integers add up to 
 any order. So neither the order of ranks nor the way in which tokens are sharded changes a sum.
 
 A token's size is its squared L2 norm, or its L1 norm where a gate's published rule asks for that.
-Layout of one group of moments, all int64:
+A number of `TOKEN_BITS` bits is cut into two limbs before it is added, so that the sums of 2**40
+tokens fit. Layout of one group of moments, all int64; the first three are sums of upper limbs, and
+those of lower limbs stand `LOWER` slots behind them:
 
 | slot | sum over image tokens and batch of | unit |
 | --- | --- | --- |
@@ -23,16 +25,20 @@ from dataclasses import dataclass
 
 import torch
 
-CHANGE, CHANGE_SQUARED, REFERENCE, TOKENS, NONFINITE, OVERFLOW = range(6)
-SLOTS = 6
+CHANGE, CHANGE_SQUARED, REFERENCE = range(3)
+LOWER = 3
+TOKENS, NONFINITE, OVERFLOW = range(6, 9)
+SLOTS = 9
 
 FRACTION = 26
 # Room for a token that changes by 2**9 times the mean energy; coarse for small changes, which all
 # round to 0 together where no token stands out: the gate then takes its cap.
 FRACTION_SQUARED = 24
-# A token's moment stays below 2**TOKEN_BITS, so 2**(62 - TOKEN_BITS) tokens add up without wrap.
+# A token's moment is at most 2**TOKEN_BITS, and each of its limbs at most 2**LIMB_BITS, so that
+# 2**(61 - LIMB_BITS) tokens add up without wrap.
 TOKEN_BITS = 42
-MAX_TOKENS = 2 ** (62 - TOKEN_BITS)
+LIMB_BITS = TOKEN_BITS // 2
+MAX_TOKENS = 2 ** (61 - LIMB_BITS)
 # Before any reduced reference is known: room for a token of squared norm 2**29 (FLUX at RMS 300).
 INITIAL_EXPONENT = 14
 # Squared norms below 2**-126 are no float32.
@@ -84,9 +90,9 @@ class Moments:
         """Read one group of integers that were encoded at scale `2**exponent`."""
         unit = 2.0 ** (exponent - FRACTION)
         return cls(
-            change=slots[CHANGE] * unit,
-            change_squared=slots[CHANGE_SQUARED] * 2.0 ** (2 * exponent - FRACTION_SQUARED),
-            reference=slots[REFERENCE] * unit,
+            change=joined(slots, CHANGE) * unit,
+            change_squared=joined(slots, CHANGE_SQUARED) * 2.0 ** (2 * exponent - FRACTION_SQUARED),
+            reference=joined(slots, REFERENCE) * unit,
             tokens=slots[TOKENS],
             nonfinite=slots[NONFINITE],
             overflow=slots[OVERFLOW] + max(0, slots[TOKENS] - MAX_TOKENS),
@@ -102,6 +108,16 @@ class Moments:
         if self.reference <= 0:
             return max(exponent - 24, SMALLEST_EXPONENT)
         return math.ceil(math.log2(self.reference / self.tokens))
+
+
+def joined(slots: list[int], sum_of: int) -> int:
+    """Return a sum from those of its limbs, as a Python integer, which has no width.
+
+    Args:
+        slots: of one group.
+        sum_of: `CHANGE`, `CHANGE_SQUARED` or `REFERENCE`.
+    """
+    return (slots[sum_of] << LIMB_BITS) + slots[sum_of + LOWER]
 
 
 def _size(x: torch.Tensor, norm: int) -> torch.Tensor:
@@ -151,6 +167,11 @@ def measure(
     # What is not finite adds nothing; what does not fit is clamped, and bit TOKEN_BITS marks it.
     values.nan_to_num_(nan=0.0, posinf=0.0).clamp_(max=2.0**TOKEN_BITS).round_()
     numbers = values.to(torch.int64)
-    overflow = (numbers >> TOKEN_BITS).amax(0).sum() if change.numel() else finite
+    # This sum may wrap; the difference below is right all the same, as it is below 2**63 itself.
+    whole = numbers.sum(dim=(1, 2))
+    upper = numbers.bitwise_right_shift_(LIMB_BITS).sum(dim=(1, 2))
+    lower = whole - (upper << LIMB_BITS)
+    marks = numbers.bitwise_right_shift_(TOKEN_BITS - LIMB_BITS)
+    overflow = marks.amax(0).sum() if change.numel() else finite
     tokens = torch.full_like(finite, change.numel())
-    return torch.cat((numbers.sum(dim=(1, 2)), torch.stack((tokens, tokens - finite, overflow))))
+    return torch.cat((upper, lower, torch.stack((tokens, tokens - finite, overflow))))

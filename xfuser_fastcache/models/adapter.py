@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from torch import nn
 
 from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.forward_layout import ForwardContract, ForwardLayout
+from xfuser_fastcache.models.noise import NoiseLevels, Step
+from xfuser_fastcache.models.signatures import parameters_of
 from xfuser_fastcache.models.streams import HIDDEN
+from xfuser_fastcache.models.token_layout import TokenCounts
+
+__all__ = ["ModelAdapter", "Step"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One planned denoising step.
-
-    Attributes:
-        timestep: as the transformer gets it, but for rounding to the model's dtype.
-        noise_level: the variable of forecasts: sigma, or what else grows evenly with the noise.
-    """
-
-    timestep: float
-    noise_level: float
-
-
-class ModelAdapter(ABC):
+class ModelAdapter:
     """What the engine must know of a model family; one file a family, no state.
 
     Attributes:
         model_class: name of the diffusers transformer class; subclasses of it count.
-        timestep_index: position of `timestep` among the parameters of the transformer's forward.
         embedder: submodule for the timestep's embedding, which every pipeline stage holds whole.
         block_lists: attribute of the transformer that holds blocks -> their contract, in the order
             in which the forward pass runs through them.
+        forward: what the forward pass is given.
+        noise: how its timesteps stand for noise.
         tea_polynomial: coefficients, highest power first, that TeaCache publishes for the family:
             from relative change of the modulated input to that of the output; None where none is.
     """
 
     model_class: ClassVar[str]
-    timestep_index: ClassVar[int]
     embedder: ClassVar[str]
     block_lists: ClassVar[Mapping[str, BlockContract]]
+    forward: ClassVar[ForwardLayout] = ForwardLayout()
+    noise: ClassVar[NoiseLevels]
     tea_polynomial: ClassVar[tuple[float, ...] | None] = None
 
     @classmethod
@@ -51,15 +47,66 @@ class ModelAdapter(ABC):
         """Say whether `model` (not a wrapper around it) belongs to this family."""
         return any(base.__name__ == cls.model_class for base in type(model).__mro__)
 
+    # ---- sizes -------------------------------------------------------------------------------
+
     @classmethod
     def dim(cls, model: Any) -> int:
         """Return the width of a token inside the blocks, `hidden_states.shape[-1]`."""
-        return model.inner_dim
+        found = getattr(model, "inner_dim", None)
+        if found is None:
+            found = model.config.num_attention_heads * model.config.attention_head_dim
+        return found
 
     @classmethod
-    def latent_channels(cls, model: Any) -> int:
-        """Return the channels of the latents that the transformer is given."""
-        return model.config.in_channels
+    def noise_channels(cls, model: Any) -> int:
+        """Return how many channels of the latents, the first ones, are noise.
+
+        A model is given more where a mask and a condition come with the noise (FLUX Fill, Wan I2V),
+        and puts out more where it predicts variances too (PixArt).
+        """
+        given, made = model.config.in_channels, model.config.out_channels
+        return given if made is None else min(given, made)
+
+    @classmethod
+    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """Return how many image tokens stand before those of conditions and padding; None for all.
+
+        Args:
+            args: of the transformer's forward.
+            kwargs: likewise.
+        """
+        return None
+
+    # ---- what is read ------------------------------------------------------------------------
+
+    @classmethod
+    def forward_layout(cls) -> ForwardLayout:
+        """Return `forward` with the order of parameters that the class in diffusers has."""
+        return _with_parameters(cls.forward, getattr(diffusers, cls.model_class, None))
+
+    @classmethod
+    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the timestep among the arguments of the transformer's forward."""
+        return cls.forward_layout().timestep_of(args, kwargs)
+
+    @classmethod
+    def forward_contract(cls, model: Any, counts: TokenCounts) -> ForwardContract:
+        """Return the contract of a transformer's whole forward pass."""
+        return ForwardContract(cls.forward_layout(), cls.noise_channels(model), counts)
+
+    @classmethod
+    def contracts(cls, model: Any, counts: TokenCounts | None = None) -> list[BlockContract]:
+        """Return the contract of each block that a model holds, in order.
+
+        Args:
+            model: whose blocks they are.
+            counts: of its forward pass; None where all of a block's image tensor is image.
+        """
+        return [
+            contract.of(block, counts)
+            for name, contract in cls.block_lists.items()
+            for block in getattr(model, name)
+        ]
 
     @classmethod
     def modulated_input(
@@ -73,24 +120,32 @@ class ModelAdapter(ABC):
             kwargs: likewise.
 
         Returns:
-            Image tokens, `(batch, tokens, dim)`.
+            Of all rows of the block's image tensor, `(batch, tokens, dim)`.
         """
-        contract = next(iter(cls.block_lists.values()))
+        contract = cls.first_contract(block)
         hidden_states = contract.argument(HIDDEN, args, kwargs)
         return block.norm1(hidden_states, emb=contract.argument("temb", args, kwargs))[0]
 
     @classmethod
-    def timestep(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """Return the timestep among the arguments of the transformer's forward."""
-        index = cls.timestep_index
-        return args[index] if index < len(args) else kwargs["timestep"]
+    def first_contract(cls, block: nn.Module) -> BlockContract:
+        """Return the contract of the first of the model's blocks."""
+        return next(iter(cls.block_lists.values())).of(block)
+
+    # ---- time --------------------------------------------------------------------------------
 
     @classmethod
-    @abstractmethod
     def noise_level(cls, timestep: float) -> float:
         """Return the noise level (sigma) that belongs to a timestep as the transformer gets it."""
+        return cls.noise.level(timestep)
 
     @classmethod
-    @abstractmethod
     def plan(cls, scheduler: Any) -> list[Step]:
         """Return the steps that `scheduler.timesteps` plans, in full precision."""
+        return cls.noise.plan(scheduler)
+
+
+@cache
+def _with_parameters(layout: ForwardLayout, model_class: Any) -> ForwardLayout:
+    if model_class is None:
+        return layout
+    return replace(layout, parameters=parameters_of(model_class))

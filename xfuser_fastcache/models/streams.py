@@ -19,19 +19,28 @@ class Streams:
         hidden_states: image tokens, `(batch, tokens, dim)`.
         encoder_hidden_states: text tokens `(batch, text_tokens, dim)`, or None where the model's
             blocks do not replace them.
+        rest: rows that stand behind the image's and are none, of a condition or padding,
+            `(batch, rows, dim)`; None where there are none. They are never measured or merged.
     """
 
     hidden_states: torch.Tensor
     encoder_hidden_states: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
 
     def map(self, function: Callable[..., torch.Tensor], *others: Streams) -> Streams:
         """Apply `function` stream by stream, to this and to the same stream of `others`.
 
-        A text stream that one of them lacks is left out: the last block of SD3 drops it.
+        A stream that one of them lacks is left out: the last block of SD3 drops its text.
         """
-        image = function(self.hidden_states, *(other.hidden_states for other in others))
-        texts = [streams.encoder_hidden_states for streams in (self, *others)]
-        return Streams(image, None if any(text is None for text in texts) else function(*texts))
+        every = (self, *others)
+        image = function(*(streams.hidden_states for streams in every))
+        texts = [streams.encoder_hidden_states for streams in every]
+        rests = [streams.rest for streams in every]
+        return Streams(
+            image,
+            None if any(text is None for text in texts) else function(*texts),
+            None if any(rest is None for rest in rests) else function(*rests),
+        )
 
     def split(self, lengths: tuple[int, ...]) -> list[Streams]:
         """Cut the image tokens into consecutive parts; each keeps the whole text stream.
@@ -39,12 +48,13 @@ class Streams:
         Args:
             lengths: tokens of each part; see `cut`.
         """
+        assert self.rest is None, "pipelines of patches have no rows of conditions"
         parts = cut(self.hidden_states, lengths)
         return [Streams(part, self.encoder_hidden_states) for part in parts]
 
     def nbytes(self) -> int:
         """Bytes that the streams occupy."""
-        tensors = (self.hidden_states, self.encoder_hidden_states)
+        tensors = (self.hidden_states, self.encoder_hidden_states, self.rest)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -88,7 +88,7 @@ class SpanState:
 
 
 @dataclass(frozen=True)
-class Orders:
+class StepPlan:
     """What a forward pass is to do.
 
     Attributes:
@@ -113,7 +113,7 @@ class SharedState:
         groups: one a group of moments.
         previous: the last step; None before.
         computed: the last step at which no span was skipped; None before.
-        orders: those of the current step.
+        step_plan: those of the current step.
         forced: whether no stage may act on those of the next step instead.
         sightings: of the moments measured since the last post, one a group; None where nothing was.
         audit: of the current step; None where nothing is audited.
@@ -127,7 +127,7 @@ class SharedState:
     groups: list[GroupState]
     previous: Mark | None = None
     computed: Mark | None = None
-    orders: Orders = field(default_factory=lambda: Orders([]))
+    step_plan: StepPlan = field(default_factory=lambda: StepPlan([]))
     forced: bool = False
     sightings: list[Sighting | None] = field(default_factory=list)
     audit: Audit | None = None

@@ -34,7 +34,7 @@ class StaticTokens:
         self,
         key: Hashable,
         narrowing: Narrowing | None,
-        tokens: int,
+        counts: tuple[int, int],
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -44,7 +44,7 @@ class StaticTokens:
         Args:
             key: of the module and the branch.
             narrowing: which tokens the block runs on; None for all.
-            tokens: number of all image tokens.
+            counts: number of all image tokens, and of rows behind them in the same tensor.
             forward: the module's own; of its result, the first tensor holds the image tokens.
             args, kwargs: its arguments: `hidden_states` `(batch, tokens, dim)`, where text stands
                 before the image, first or by name.
@@ -53,8 +53,9 @@ class StaticTokens:
             CannotForecast: the module did not run at the last step with all tokens.
         """
         x = args[0] if args else kwargs[HIDDEN]
+        tokens, behind = counts
         few = tokens if narrowing is None else narrowing.rows.shape[1]
-        text, image = x.split((x.shape[1] - few, few), dim=1)
+        text, image, rest = x.split((x.shape[1] - few - behind, few, behind), dim=1)
         if narrowing is None:
             self._inputs[key] = image
             return forward(*args, **kwargs)
@@ -62,13 +63,13 @@ class StaticTokens:
             raise CannotForecast("a block runs that the last step with all tokens left out")
         last = self._inputs[key]
         image = self._inputs[key] = narrowing.widen(last, narrowing.narrow(last), image)
-        every = torch.cat((text, image), dim=1)
+        every = torch.cat((text, image, rest), dim=1)
         if args:
             args = (every, *args[1:])
         else:
             kwargs = {**kwargs, HIDDEN: every}
         output = forward(*args, **kwargs)
-        if isinstance(output, tuple):
-            return (narrowing.narrow(output[0]), *output[1:])
-        text, image = output.split((text.shape[1], tokens), dim=1)
-        return torch.cat((text, narrowing.narrow(image)), dim=1)
+        first = output[0] if isinstance(output, tuple) else output
+        text, image, rest = first.split((first.shape[1] - tokens - behind, tokens, behind), dim=1)
+        first = torch.cat((text, narrowing.narrow(image), rest), dim=1)
+        return (first, *output[1:]) if isinstance(output, tuple) else first

@@ -1,15 +1,17 @@
-"""What a token plan makes of a computed span: few image tokens in its blocks, all outside."""
+"""What token plans share: few image tokens in the blocks of a computed span, all outside."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 
+from xfuser_fastcache.config.capabilities import Capability
+from xfuser_fastcache.config.checks import CheckedOptions
 from xfuser_fastcache.models.block_contract import BlockContract
-from xfuser_fastcache.models.streams import Streams
 
 
 class CannotForecast(Exception):
@@ -41,6 +43,43 @@ class Narrowing(ABC):
             entered: the few that entered it, `narrow(x)`.
             left: the few as they left it, same shape.
         """
+
+
+class TokenMethod(CheckedOptions):
+    """A way to choose tokens: a frozen dataclass of its options.
+
+    It holds no state. A subclass says at which blocks it narrows the tokens further, and how.
+    Where several are asked for, each narrows what those before it have left.
+
+    Attributes:
+        needs, offers, withholds: see `config.capabilities`.
+        takes_maps: whether fitted linear maps are for the tokens that it leaves out.
+    """
+
+    needs: ClassVar[Collection[Capability]] = frozenset({Capability.BLOCKS})
+    offers: ClassVar[Collection[Capability]] = frozenset()
+    withholds: ClassVar[Collection[Capability]] = frozenset({Capability.ALL_TOKENS})
+    takes_maps: ClassVar[bool] = False
+
+    def links_at(self, index: int, blocks: int) -> int:
+        """Return how many narrowings of its own are in force at a block; it never falls.
+
+        Args:
+            index: of the block.
+            blocks: their number.
+        """
+        return 0
+
+    def link(self, x: torch.Tensor, change: torch.Tensor, same_rows: bool) -> Narrowing:
+        """Return the next narrowing; a function of the arguments alone, alike on every rank in the
+        number of tokens that it leaves.
+
+        Args:
+            x: the tokens that are left, as they enter the block, `(batch, tokens, dim)`.
+            change: relative change of each since it was last computed, `(batch, tokens)`.
+            same_rows: whether all items must keep the same tokens.
+        """
+        raise NotImplementedError
 
 
 class Chain(Narrowing):
@@ -98,10 +137,11 @@ def run_narrowed(
         args, kwargs: its arguments.
         slice_tables: whether tables with a row a token are narrowed too.
     """
-    x = contract.read(args, kwargs).hidden_states
+    streams = contract.read(args, kwargs)
+    x, behind = streams.hidden_states, contract.layout.behind(streams)
     few = narrowing.narrow(x)
     rows = narrowing.rows if slice_tables else None
     args, kwargs = contract.replaced(args, kwargs, few, x.shape[1], rows)
-    output = contract.unpack(forward(*args, **kwargs))
+    output = contract.unpack(forward(*args, **kwargs), behind)
     every = narrowing.widen(x, few, output.hidden_states)
-    return contract.pack(Streams(every, output.encoder_hidden_states))
+    return contract.pack(replace(output, hidden_states=every))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from xfuser_fastcache.tokens.base import Narrowing
+from xfuser_fastcache.config.checks import at_least_0, integer, number, option
+from xfuser_fastcache.tokens.base import Narrowing, TokenMethod
 
 # Consecutive tokens among which neighbours are searched: memory is tokens x WINDOW.
 WINDOW = 16
@@ -129,3 +131,35 @@ class Clusters(Narrowing):
         """Return each token with what its cluster has gained."""
         index = self._cluster[..., None].expand(-1, -1, x.shape[2])
         return x + (left - entered).gather(1, index)
+
+
+@dataclass(frozen=True)
+class Merging(TokenMethod):
+    """Later blocks run on clusters of the tokens that the earlier ones ran on.
+
+    Their numbers are fixed, so that ranks agree on them without a word.
+
+    Source: FastCache's token merging; see `importance` and `Clusters`.
+    """
+
+    token_merge_k: int = option(5, integer(1), "neighbours that tell how dense a token stands")
+    token_merge_lambda: float = option(
+        1.0, at_least_0(), "weight of a token's relative change beside its density"
+    )
+    num_stages: int = option(
+        3, integer(1), "equal parts of the blocks; each but the first merges once more"
+    )
+    merge_ratio: float = option(
+        0.5,
+        number("0 < number < 1", lambda value: 0 < value < 1),
+        "tokens that a merge leaves (ratio)",
+    )
+
+    def links_at(self, index: int, blocks: int) -> int:
+        """Return the stage that a block lies in, counted from 0."""
+        return index * self.num_stages // blocks
+
+    def link(self, x: torch.Tensor, change: torch.Tensor, same_rows: bool) -> Narrowing:
+        """Return clusters of the tokens that are left."""
+        score = importance(x, change, self.token_merge_k, self.token_merge_lambda)
+        return Clusters(x, score, self.merge_ratio, same_rows)

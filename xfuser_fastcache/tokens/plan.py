@@ -3,90 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from xfuser_fastcache.artifacts.linear_map import SpanMaps
-from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.measurements.moments import Reference
 from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.local import Anchor, Memory
-from xfuser_fastcache.state.shared import Orders
+from xfuser_fastcache.state.shared import StepPlan
 from xfuser_fastcache.tokens.attention import StaticTokens
-from xfuser_fastcache.tokens.base import Chain, Narrowing, run_narrowed
-from xfuser_fastcache.tokens.merging import Clusters, importance
+from xfuser_fastcache.tokens.base import Chain, Narrowing, TokenMethod, run_narrowed
+from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 from xfuser_fastcache.tokens.saliency import (
-    MotionRule,
+    MotionStatic,
     Split,
     bucket,
     counts_above,
     token_saliency,
 )
 
-# FastCache's own is 0.1, in no unit; docs/methods/tokens.md has what was measured.
-MOTION_THRESHOLD = 0.01
 
-
-@dataclass(frozen=True)
-class Pyramid:
-    """How tokens are merged on their way through the blocks.
-
-    Attributes:
-        stages: equal parts of the blocks; all tokens run through the first one.
-        ratio: of tokens that each later stage leaves of those before it.
-        neighbours: K of `importance`.
-        weight: lambda of `importance`.
-    """
-
-    stages: int = 3
-    ratio: float = 0.5
-    neighbours: int = 5
-    weight: float = 1.0
-
-
-class NoTokenPlan:
-    """All tokens run through all blocks."""
-
-    motion = None
-    edges = 0
-    refers = False
-    splits = False
-    hooks_attention = False
-
-    def open_step(self, starts_generation: bool) -> None:
-        """Nothing to forget."""
-
-    def nbytes(self) -> int:
-        """Nothing is held."""
-        return 0
-
-    def measure(
-        self, hidden_states: torch.Tensor, reference: Reference, slots: torch.Tensor, rank: int
-    ) -> None:
-        """Nothing is measured."""
-
-    def enter(self, orders: Orders, memory: Memory) -> None:
-        """Nothing is chosen."""
-
-    def run_block(
-        self,
-        index: int,
-        contract: Any,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        counters: Counters,
-    ) -> Any:
-        """Run a block as it is."""
-        return forward(*args, **kwargs)
-
-
-class TokenPlan(NoTokenPlan):
+class ChosenTokens(TokenPlan):
     """Chooses the tokens of each computed span, and puts all of them together again behind it.
 
     Split: what entered the first span that is not always computed says which tokens moved; all
@@ -96,46 +39,40 @@ class TokenPlan(NoTokenPlan):
     without a word. Text always runs.
 
     Args:
-        motion: how motion is told from stillness; None without a split.
-        pyramid: how tokens are merged; None where they are not.
+        methods: that choose tokens; at most one of them by their motion.
         contracts: of all blocks, in order.
-        attention_costs: share of each block's cost that its attention modules have, 0 to 1, where
-            static tokens stay in attention; None where they do not.
+        attention_costs: share of each block's cost that its attention modules have, 0 to 1.
         maps: of the whole stack, for static tokens: `r = r_0 + L(x - x_0)`, of the forecaster
             `linear`; None for none.
     """
 
-    refers = True
+    measures = True
 
     def __init__(
         self,
-        motion: MotionRule | None,
-        pyramid: Pyramid | None,
+        methods: Sequence[TokenMethod],
         contracts: Sequence[BlockContract],
-        attention_costs: Sequence[float] | None = None,
+        attention_costs: Sequence[float],
         maps: SpanMaps | None = None,
     ):
-        self.motion = motion
-        self._pyramid = pyramid
+        self.motion = next((m for m in methods if isinstance(m, MotionStatic)), None)
+        self._methods = methods
         self._blocks = len(contracts)
         self._attention_costs = attention_costs
         self._maps = maps
-        self._static = StaticTokens() if attention_costs is not None else None
+        keeps = self.motion is not None and self.motion.static_kv == "reuse"
+        self._static = StaticTokens() if keeps else None
         # A table's row is one for the whole batch, and so is then the choice.
         self._same_rows = any(contract.tables for contract in contracts)
-        self._edges = torch.tensor(() if motion is None else motion.edges)
-        self._tokens = 0
+        self._edges = torch.tensor(() if self.motion is None else self.motion.edges)
+        self._tokens = self._behind = 0
         self._saliency: torch.Tensor | None = None
-        # Of the span that is being computed.
+        # Of the span that is being computed; of each method, the narrowings in force.
         self._narrows = False
         self._split: Split | None = None
-        self._clusters: list[Clusters] = []
+        self._links: list[Narrowing] = []
+        self._in_force = [0] * len(methods)
         self._narrowing: Narrowing | None = None
-
-    @property
-    def edges(self) -> int:
-        """Number of saliencies at which tokens are counted."""
-        return len(self._edges)
 
     @property
     def hooks_attention(self) -> bool:
@@ -145,6 +82,7 @@ class TokenPlan(NoTokenPlan):
     def open_step(self, starts_generation: bool) -> None:
         """Forget the step before, or the whole generation."""
         self._saliency = self._split = self._narrowing = None
+        self._links = []
         if starts_generation and self._static is not None:
             self._static.forget()
 
@@ -153,42 +91,32 @@ class TokenPlan(NoTokenPlan):
         return sum(held.nbytes() for held in (self._static, self._maps) if held is not None)
 
     def measure(
-        self, hidden_states: torch.Tensor, reference: Reference, slots: torch.Tensor, rank: int
+        self, hidden_states: torch.Tensor, reference: Reference | None, slots: torch.Tensor
     ) -> None:
-        """Measure what entered the first span that is not always computed.
-
-        Args:
-            hidden_states: `(batch, tokens, dim)`.
-            reference: what each token was when it was last computed.
-            slots: of all ranks' token counts, int64.
-            rank: this one's place in the group.
-        """
+        """Measure the saliency of each token, and count those that reach each edge."""
+        assert reference is not None
         self._saliency = token_saliency(hidden_states, reference)
         self._edges = self._edges.to(hidden_states.device)
-        own = slots[rank * self.edges :][: self.edges]
-        own.add_(counts_above(self._common(self._saliency), self._edges))
+        slots.add_(counts_above(self._common(self._saliency), self._edges))
 
     def _common(self, saliency: torch.Tensor) -> torch.Tensor:
         """Return the largest saliency of any item, where all items take the same tokens."""
         return saliency.amax(dim=0, keepdim=True) if self._same_rows else saliency
 
-    def enter(self, orders: Orders, memory: Memory) -> None:
-        """Choose the tokens of a span that is about to be computed.
-
-        Args:
-            orders: of this step.
-            memory: of the span.
-        """
-        self._split, self._clusters, self._narrowing = None, [], None
+    def enter(self, step_plan: StepPlan, memory: Memory) -> None:
+        """Take those that moved most, as many as move where most do."""
+        self._split, self._links, self._narrowing = None, [], None
+        self._in_force = [0] * len(self._methods)
         # A span whose output was not seen has nothing that static tokens could take.
         known = self._saliency is not None and bool(memory.anchors)
-        self._narrows = known and not orders.all_tokens
+        self._narrows = known and not step_plan.all_tokens
         if self._narrows and self.motion is not None:
             assert self._saliency is not None
             tokens = self._saliency.shape[1]
-            count = bucket(orders.moving, tokens)
+            count = bucket(step_plan.moving, tokens)
             if count < tokens:
                 self._split = Split(self._common(self._saliency), count)
+                self._links.append(self._split)
 
     @property
     def splits(self) -> bool:
@@ -202,40 +130,38 @@ class TokenPlan(NoTokenPlan):
             index: of the block.
             x: what enters it, `(batch, tokens, dim)`.
         """
-        links: list[Narrowing] = [] if self._split is None else [self._split]
-        links += self._clusters
-        merges = self._pyramid
-        if self._narrows and merges is not None:
-            assert self._saliency is not None
-            while len(self._clusters) < index * merges.stages // self._blocks:
+        for place, method in enumerate(self._methods if self._narrows else ()):
+            while self._in_force[place] < method.links_at(index, self._blocks):
+                assert self._saliency is not None
                 # Of a token that was all zero it may be infinite.
-                few, temporal = x, self._saliency.sqrt().clamp(max=1e6)[..., None]
-                for link in links:
-                    few, temporal = link.narrow(few), link.narrow(temporal)
-                score = importance(few, temporal[..., 0], merges.neighbours, merges.weight)
-                self._clusters.append(Clusters(few, score, merges.ratio, self._same_rows))
-                links.append(self._clusters[-1])
-        return Chain(links) if links else None
+                few, change = x, self._saliency.sqrt().clamp(max=1e6)[..., None]
+                for link in self._links:
+                    few, change = link.narrow(few), link.narrow(change)
+                self._links.append(method.link(few, change[..., 0], self._same_rows))
+                self._in_force[place] += 1
+        return Chain(self._links) if self._links else None
 
     def run_block(
         self,
         index: int,
-        contract: BlockContract,
+        contract: BlockContract | ForwardContract,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         counters: Counters,
     ) -> Any:
-        """Run a block of a computed span; arguments as of `CacheEngine.run_block`."""
+        """Run a block on the tokens that are chosen for it."""
+        assert isinstance(contract, BlockContract)
         inputs = contract.read(args, kwargs)
         self._tokens, text = inputs.hidden_states.shape[1], inputs.encoder_hidden_states
+        self._behind = contract.layout.behind(inputs)
         self._narrowing = self._choose(index, inputs.hidden_states)
         if self._narrowing is None:
             return forward(*args, **kwargs)
         left_out = 1 - self._narrowing.rows.shape[1] / self._tokens
         # Tokens are taken to cost alike.
         saved = left_out * self._tokens / (self._tokens + (0 if text is None else text.shape[1]))
-        if self._attention_costs is not None:
+        if self._static is not None:
             saved *= 1 - self._attention_costs[index]
         counters.record_narrowed(index, left_out, saved)
         slice_tables = self._static is None
@@ -248,22 +174,15 @@ class TokenPlan(NoTokenPlan):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an attention module of a block; `key` names it and the branch."""
+        """Run an attention module on static tokens too, as they were."""
         assert self._static is not None
-        return self._static.attend(key, self._narrowing, self._tokens, forward, args, kwargs)
+        counts = self._tokens, self._behind
+        return self._static.attend(key, self._narrowing, counts, forward, args, kwargs)
 
     def leave(
         self, inputs: Streams, outputs: Streams, memory: Memory, noise_level: float
     ) -> Streams:
-        """Return a span's output: computed tokens as they left it, static ones moved as when they
-        were last computed, corrected by the map of their age.
-
-        Args:
-            inputs: what entered the span.
-            outputs: of its last block.
-            memory: of the span before this step.
-            noise_level: sigma of this step.
-        """
+        """Put computed and static tokens together again, the latter with the map of their age."""
         assert self._split is not None
         anchor = memory.anchors[0]
         static = inputs.hidden_states + anchor.residual.hidden_states
@@ -271,24 +190,14 @@ class TokenPlan(NoTokenPlan):
             dx = inputs.hidden_states - anchor.inputs.hidden_states
             static += self._maps.change_of_each(dx, (noise_level - _levels(anchor)).abs())
         image = self._split.mixed(outputs.hidden_states, static)
-        return Streams(image, outputs.encoder_hidden_states)
+        return replace(outputs, hidden_states=image)
 
     def static_multiply_adds(self, inputs: Streams) -> float:
-        """Return what maps of static tokens cost, the mean over the tokens of all streams.
-
-        Args:
-            inputs: what entered the span.
-        """
+        """Return what the maps of static tokens cost."""
         return 0.0 if self._maps is None else self._maps.multiply_adds_of_each(inputs)
 
     def remembered(self, memory: Memory, anchor: Anchor, forecaster: Forecaster) -> Memory:
-        """Return a span's memory after it ran on some tokens: each token keeps its own anchors.
-
-        Args:
-            memory: of the span before the step.
-            anchor: as if all tokens had been computed.
-            forecaster: whose memory it is.
-        """
+        """Keep of each token its own anchors."""
         old = memory.anchors
         updated = forecaster.update(memory, self._mixed(anchor, old[0]))
         older = [
@@ -304,7 +213,7 @@ class TokenPlan(NoTokenPlan):
 
         def streams(new: Streams, old: Streams) -> Streams:
             image = mixed(new.hidden_states, old.hidden_states)
-            return Streams(image, new.encoder_hidden_states)
+            return replace(new, hidden_states=image)
 
         inputs = streams(now.inputs, before.inputs)
         assert now.reference is not None and before.reference is not None
@@ -327,34 +236,10 @@ def _levels(anchor: Anchor) -> torch.Tensor:
 
 
 def token_plan(
-    config: CacheConfig,
+    methods: Sequence[TokenMethod],
     contracts: Sequence[BlockContract],
     attention_costs: Sequence[float],
     maps: SpanMaps | None = None,
-) -> TokenPlan | None:
-    """Return the plan that a config asks for, or None.
-
-    Args:
-        config: validated options.
-        contracts: of all blocks, in order.
-        attention_costs: share of each block's cost that its attention modules have, 0 to 1.
-        maps: of the whole stack, for static tokens; see `TokenPlan`.
-    """
-    if not config.splits_tokens and not config.merges_tokens:
-        return None
-    pyramid, rule, kept_in_attention = None, None, None
-    if config.merges_tokens:
-        given: dict[str, Any] = {
-            "stages": config.num_stages,
-            "ratio": config.merge_ratio,
-            "neighbours": config.token_merge_k,
-            "weight": config.token_merge_lambda,
-        }
-        pyramid = Pyramid(**{name: value for name, value in given.items() if value is not None})
-    if config.splits_tokens:
-        threshold = config.motion_threshold
-        rule = MotionRule(
-            MOTION_THRESHOLD if threshold is None else threshold, config.adaptive_beta
-        )
-        kept_in_attention = None if config.static_kv == "drop" else attention_costs
-    return TokenPlan(rule, pyramid, contracts, kept_in_attention, maps)
+) -> TokenPlan:
+    """Return the plan of the methods that a config asks for; arguments as of `ChosenTokens`."""
+    return ChosenTokens(methods, contracts, attention_costs, maps) if methods else NoTokenPlan()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from xfuser_fastcache.config.capabilities import Capability
+from xfuser_fastcache.config.checks import at_least_0, choice, numbers, option
 from xfuser_fastcache.measurements.moments import Reference
-from xfuser_fastcache.tokens.base import Narrowing
+from xfuser_fastcache.tokens.base import Narrowing, TokenMethod
 
 # Token counts are rounded up to so many equal parts of all tokens: as many shapes, at most, meet
 # a compiled block.
@@ -72,42 +73,59 @@ def bucket(moving: int, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class MotionRule:
-    r"""From the counts of all ranks to the number of tokens that move; alike on every rank.
+class MotionStatic(TokenMethod):
+    r"""Tokens that moved run through the blocks; a static one is forecast.
 
-    A token moves when its saliency reaches :math:`\tau`: `threshold`, or with `beta`
-    :math:`\beta_0 + \beta_1 S_{var} + \beta_2 t + \beta_3 t^2`, where :math:`S_{var}` is the
-    largest saliency of any token of any rank. Then both are rounded down to an edge, since only
-    counts at edges are known to all ranks: never does a token count as static that is not.
-
-    Attributes:
-        threshold: ratio; the only edge where there is no `beta`.
-        beta: four coefficients, which replace it, or None.
+    A token moves when its saliency reaches :math:`\tau`: `motion_threshold`, or with
+    `adaptive_beta` :math:`\beta_0 + \beta_1 S_{var} + \beta_2 t + \beta_3 t^2`, where
+    :math:`S_{var}` is the largest saliency of any token of any rank. Then both are rounded down to
+    an edge, since only counts at edges are known to all ranks: never does a token count as static
+    that is not.
 
     Source: FastCache's adaptive threshold. Deviations: `S_var` is the saliency of this module, and
     t is the noise level over that of the generation's first step, 1 to 0, for every model.
     """
 
-    threshold: float
-    beta: Sequence[float] | None = None
+    offers = frozenset({Capability.MAPS_TAKER})
+    takes_maps = True
+
+    motion_threshold: float = option(
+        # FastCache's own is 0.1, in no unit; docs/methods/tokens.md has what was measured.
+        0.01,
+        at_least_0(),
+        "a token moves when its squared relative change since it was last computed reaches it "
+        "(ratio); 0: every token",
+    )
+    adaptive_beta: list[float] | None = option(
+        None,
+        numbers("four finite numbers", 4),
+        "in place of motion_threshold: b0 + b1 * the largest saliency + b2 * t + b3 * t^2, with t "
+        "from 1 at the first step to 0",
+    )
+    static_kv: str = option(
+        "reuse",
+        choice("reuse", "drop"),
+        "keys and values of static tokens; reuse: the last ones stay in attention; drop: none, "
+        "FastCache to the letter",
+    )
 
     @property
     def edges(self) -> tuple[float, ...]:
         """Saliencies at which tokens are counted, ascending."""
-        return (self.threshold,) if self.beta is None else LADDER
+        return (self.motion_threshold,) if self.adaptive_beta is None else LADDER
 
     def moving(self, counts: list[list[int]], time: float) -> int:
-        """Return the largest number of moving tokens of any rank.
+        """Return the largest number of moving tokens of any rank; alike on every rank.
 
         Args:
             counts: of tokens that reach each edge, a list a rank.
             time: t, from 1 at the generation's first step to 0.
         """
         most = [max(column) for column in zip(*counts, strict=True)]
-        if self.beta is None:
+        if self.adaptive_beta is None:
             return most[0]
         largest = max((e for e, count in zip(LADDER, most, strict=True) if count), default=0.0)
-        constant, by_saliency, linear, square = self.beta
+        constant, by_saliency, linear, square = self.adaptive_beta
         tau = constant + by_saliency * largest + linear * time + square * time * time
         return most[max(bisect.bisect_right(LADDER, tau) - 1, 0)]
 

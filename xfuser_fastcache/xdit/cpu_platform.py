@@ -1,8 +1,8 @@
 """Runs an unmodified xfuser on the CPU over gloo.
 
 xfuser supports accelerators only: without one it does not even import. `enable_cpu_platform`
-mends what stands in the way while xfuser's modules load, from one table of module names. It is
-meant for tests, for CI and for trying a layout out; it does nothing where there is an accelerator.
+mends what stands in the way while xfuser's modules load, from one table. It is meant for tests and
+for trying a layout out; it does nothing where there is an accelerator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xfuser_fastcache.xdit.compat import (
     replace,
     require,
 )
-from xfuser_fastcache.xdit.gloo_sends import KeptSend, pending_sends
+from xfuser_fastcache.xdit.gloo_waits import KeptSend, LimitedReceive, pending_sends
 from xfuser_fastcache.xdit.loading import PatchingFinder
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -49,13 +49,6 @@ def enable_cpu_platform() -> bool:
         IncompatibleXfuserError: xfuser is missing or not a known version, or an attribute that has
             to be replaced does not exist (raised here, or by the import of that module).
 
-    Example:
-        ::
-
-            from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
-
-            enable_cpu_platform()
-            from xfuser import xFuserArgs, xFuserFluxPipeline
     """
     if has_accelerator():
         return False
@@ -128,8 +121,7 @@ def finish(timeout_s: float = 60.0) -> None:
         timeout_s: how long to wait for the sends, and again for the other ranks, in seconds.
 
     Raises:
-        TimeoutError: a peer did not take what was sent to it, or ranks did not arrive; they are
-            named.
+        TimeoutError: a peer did not take what was sent, or ranks did not arrive; they are named.
     """
     pending_sends.drain(timeout_s)
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -152,6 +144,10 @@ def _host_world_group() -> Any:
     state = sys.modules.get("xfuser.core.distributed.parallel_state")
     world = getattr(state, "_WORLD", None)
     return dist.new_group(backend="gloo") if world is None else world.cpu_group
+
+
+def _constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return value
 
 
 def _patch_envs(envs: ModuleType) -> None:
@@ -178,10 +174,6 @@ def _patch_envs(envs: ModuleType) -> None:
             vars(module).update(HAS_LONG_CTX_ATTN=True)
 
 
-def _constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:
-    return value
-
-
 def _patch_process_group(module: ModuleType) -> None:
     from yunchang.globals import PROCESS_GROUP
 
@@ -191,17 +183,26 @@ def _patch_process_group(module: ModuleType) -> None:
 def _patch_group_coordinator(module: ModuleType) -> None:
     replace(module, "synchronize", functools.partial(_constant, None))
     replace(module, "PipelineGroupCoordinator._communicate_shapes", _communicate_shapes)
-    for name in ("_pipeline_isend", "_pipeline_isend_skip"):
-        path = f"PipelineGroupCoordinator.{name}"
-        replace(module, path, _keeping(require(module, path)))
+    for name, around in (("isend", _keeping), ("irecv", _limited)):
+        for suffix in ("", "_skip"):
+            path = f"PipelineGroupCoordinator._pipeline_{name}{suffix}"
+            replace(module, path, around(require(module, path)))
 
 
 def _keeping(isend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(isend)
     def kept_isend(self: Any, tensor: torch.Tensor) -> KeptSend:
-        return pending_sends.keep(isend(self, tensor), tensor)
+        return pending_sends.keep(isend(self, tensor), tensor, self.next_rank)
 
     return kept_isend
+
+
+def _limited(irecv: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(irecv)
+    def limited_irecv(self: Any, tensor: torch.Tensor) -> LimitedReceive:
+        return LimitedReceive(irecv(self, tensor), self.prev_rank)
+
+    return limited_irecv
 
 
 def _communicate_shapes(
@@ -214,14 +215,19 @@ def _communicate_shapes(
         for numbers in ([len(shape)], shape):
             message = torch.tensor(numbers, dtype=torch.int64)
             work = dist.isend(message, dst=self.next_rank, group=self.device_group)
-            pending_sends.keep(work, message)
+            pending_sends.keep(work, message, self.next_rank)
     if not recv_prev:
         return torch.Size([0, 0, 0])
     dims = torch.empty(1, dtype=torch.int64)
-    dist.recv(dims, src=self.prev_rank, group=self.device_group)
+    _receive(self, dims)
     received = torch.empty(int(dims), dtype=torch.int64)
-    dist.recv(received, src=self.prev_rank, group=self.device_group)
+    _receive(self, received)
     return torch.Size(received.tolist())
+
+
+def _receive(coordinator: Any, tensor: torch.Tensor) -> None:
+    source = coordinator.prev_rank
+    LimitedReceive(dist.irecv(tensor, src=source, group=coordinator.device_group), source).wait()
 
 
 def _patch_attention_backend(module: ModuleType) -> None:
@@ -242,13 +248,9 @@ def _flash_attention_for_cpu(
     is_causal: bool,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = (attention_kwargs or {}).get("attn_mask")
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query,
-        key,
-        value,
-        dropout_p,
-        is_causal,
-        attn_mask=(attention_kwargs or {}).get("attn_mask"),
+        query, key, value, dropout_p, is_causal, attn_mask=mask
     )
     return output, log_sum_exp
 
@@ -273,7 +275,6 @@ class _HostEvent:
         self._seconds = 0.0
 
     def record(self) -> None:
-        """Take the time."""
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None:

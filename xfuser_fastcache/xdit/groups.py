@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from datetime import timedelta
+from types import CodeType
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
+from xfuser_fastcache.xdit.gloo_waits import wait_limit
+
+# Of xfuser's coordinators, what the model communicates by.
+_GROUPS = ("device_group", "ulysses_group", "ring_group", "skip_device_group")
 
 
 def runs_transformer() -> bool:
@@ -17,6 +24,36 @@ def runs_transformer() -> bool:
     from xfuser.core.distributed import parallel_state
 
     return parallel_state.model_parallel_is_initialized()
+
+
+def names_in(forward: Any) -> frozenset[str]:
+    """Return the names that a function's code uses, and those of the methods that it calls.
+
+    Args:
+        forward: a function or method, perhaps wrapped.
+    """
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    function = inspect.unwrap(forward)
+    code = getattr(function, "__code__", None)
+    return frozenset() if code is None else frozenset(_names_of(code))
+
+
+def _names_of(code: CodeType) -> set[str]:
+    within = [_names_of(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*within)
+
+
+def cuts(transformer: nn.Module) -> tuple[bool, bool]:
+    """Say whether a transformer's own forward cuts what it is given: by tokens, by guidance.
+
+    The classes of xfuser's runner do: every rank gives them all latents, and they gather in the
+    end. The wrappers of its pipelines are given this rank's share. Told by the groups that the
+    code of the forward asks for its place in.
+    """
+    names = names_in(transformer.forward)
+    by_tokens = names & {"get_sequence_parallel_rank", "get_ulysses_parallel_rank"}
+    return bool(by_tokens), "get_classifier_free_guidance_rank" in names
 
 
 class XDiTLayout:
@@ -49,8 +86,14 @@ class XDiTLayout:
             transformer.module if isinstance(transformer, xFuserModelBaseWrapper) else transformer
         )
 
-    def decision_group(self) -> DecisionGroup:
+    def decision_group(
+        self, transformer: nn.Module | None = None, whole_forward: bool = False
+    ) -> DecisionGroup:
         """Return the ranks of this model replica.
+
+        Args:
+            transformer: that is cached.
+            whole_forward: whether it is measured in front of its forward pass, else at its blocks.
 
         Raises:
             ValueError: on a separate VAE rank, which runs no transformer.
@@ -67,12 +110,20 @@ class XDiTLayout:
         self._stages = parallel_state.get_pipeline_parallel_world_size()
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
         branch = parallel_state.get_classifier_free_guidance_rank()
+        shard, counts = 0, parallel_state.get_tensor_model_parallel_rank() == 0
+        cuts_tokens, cuts_guidance = (False, False) if transformer is None else cuts(transformer)
+        if cuts_tokens and not whole_forward:
+            shard = parallel_state.get_sequence_parallel_rank()
+        if whole_forward:
+            counts = counts and not (cuts_tokens and parallel_state.get_sequence_parallel_rank())
+            counts = counts and not (cuts_guidance and branch)
         return DecisionGroup(
             ranks=tuple(replica.ranks),
             rank=dist.get_rank(),
             stage=parallel_state.get_pipeline_parallel_rank(),
             stages=self._stages,
-            counts_tokens=parallel_state.get_tensor_model_parallel_rank() == 0,
+            counts_tokens=counts,
+            shard=shard,
             branch=branch if guidance_is_parallel else None,
             device_group=replica.device_group,
         )
@@ -95,6 +146,7 @@ class XDiTLayout:
 
         torch offers no public call for it; without one, gloo waits for half an hour.
         """
+        wait_limit.seconds = seconds
         for group in self._device_groups():
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -109,8 +161,8 @@ class XDiTLayout:
         )
         groups = []
         for coordinator in coordinators:
-            for name in ("device_group", "ulysses_group", "ring_group"):
-                group = getattr(coordinator, name, None)
-                if group is not None and group not in groups:
-                    groups.append(group)
+            found = [getattr(coordinator, name, None) for name in _GROUPS]
+            # A pipeline of two stages has a group for each direction.
+            found += getattr(coordinator, "device_groups", None) or []
+            groups += [g for g in dict.fromkeys(found) if g is not None and g not in groups]
         return groups

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.config.published import DEFAULTS
+from xfuser_fastcache.plugins import BUILT_IN, GATES
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
 from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from xfuser_fastcache.config.cache_config import CacheConfig
 
 # What --cache_method and cache_args call our backends.
-METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in DEFAULTS}}
+METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in BUILT_IN[GATES.group]}}
+# Environment variable that switches the CPU platform on, as `enable_cpu_platform` does.
+CPU_SWITCH = "XFUSER_FASTCACHE_CPU"
 _OLD_SWITCHES = ("use_teacache", "use_fbcache")
 # Attribute of xfuser's runtime config that carries what the command line asked for.
 _REQUEST = "step_cache"
@@ -70,6 +73,7 @@ def install() -> None:
     Raises:
         IncompatibleXfuserError: xfuser is loaded, and not a release that the patches were tested
             on. Where it is not loaded yet, its import raises this.
+        ValueError: the environment variable `XFUSER_FASTCACHE_CPU` is neither 0 nor 1.
     """
     if _FINDERS[0] in sys.meta_path:
         return
@@ -82,6 +86,13 @@ def install() -> None:
         raise
     sys.meta_path.insert(0, _FINDERS[0])
     sys.meta_path.append(_FINDERS[1])
+    switch = os.environ.get(CPU_SWITCH, "0")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{CPU_SWITCH}={switch!r} is not allowed; give 1, or 0 for nothing")
+    if switch == "1":
+        from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+
+        enable_cpu_platform()
 
 
 def uninstall() -> None:
@@ -324,20 +335,30 @@ def _patch_runner(module: ModuleType) -> None:
 
         return apply_step_cache
 
+    def with_our_methods(validate: Callable[..., None]) -> Callable[..., None]:
+        def validate_config(self: Any, config: Any) -> None:
+            # Not on the class: some models set it anew for each instance (`_customize_settings`).
+            if self.capabilities.supports_step_caching:
+                known = self.settings.step_cache_config or {}
+                self.settings.step_cache_config = {**known, **dict.fromkeys(METHODS)}
+            validate(self, config)
+
+        return validate_config
+
+    _wrap(module, "xFuserModel._validate_config", with_our_methods)
     _wrap(module, "xFuserModel._load_model_checked", without_cache)
     _wrap(module, "xFuserModel._apply_step_cache", with_ours)
 
 
-def _allow_methods(class_name: str) -> Callable[[ModuleType], None]:
-    """A model of the runner says that it takes our methods."""
-
-    def patch(module: ModuleType) -> None:
-        settings = require(module, f"{class_name}.settings")
-        before = require(module, f"{class_name}.settings.step_cache_config")
-        settings.step_cache_config = {**before, **dict.fromkeys(METHODS)}
-        _undo.append(functools.partial(setattr, settings, "step_cache_config", before))
-
-    return patch
+def _without_accelerator(error: Exception) -> Exception:
+    """Say how xfuser runs without an accelerator, where it is that which its import misses."""
+    if not isinstance(error, NotImplementedError):
+        return error
+    return NotImplementedError(
+        f"{error}. Without an accelerator xfuser runs on the CPU over gloo, for tests and for "
+        "trying things out: call xfuser_fastcache.xdit.cpu_platform.enable_cpu_platform() before "
+        f"the first import of xfuser, or set {CPU_SWITCH}=1 before the import of xfuser_fastcache"
+    )
 
 
 _PIPELINES = "xfuser.model_executor.pipelines"
@@ -356,7 +377,5 @@ PATCHES: dict[str, Patch] = {
         _patch_from_pretrained("xFuserPixArtSigmaPipeline")
     ),
     f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),
-    f"{_RUNNER_MODELS}.flux": Patch(_allow_methods("xFuserFluxModel")),
-    f"{_RUNNER_MODELS}.stable_diffusion": Patch(_allow_methods("xFuserStableDiffusionModel")),
 }
-_FINDERS = (PatchingFinder(PATCHES), AliasFinder(ALIASES))
+_FINDERS = (PatchingFinder(PATCHES, {"xfuser": _without_accelerator}), AliasFinder(ALIASES))

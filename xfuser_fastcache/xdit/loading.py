@@ -16,15 +16,21 @@ class PatchingFinder(importlib.abc.MetaPathFinder):
 
     Args:
         patches: what is called with a module, by the module's name.
+        explained: what makes a better error of one that a module's import raises, likewise.
     """
 
-    def __init__(self, patches: Mapping[str, Callable[[ModuleType], None]]):
+    def __init__(
+        self,
+        patches: Mapping[str, Callable[[ModuleType], None]],
+        explained: Mapping[str, Callable[[Exception], Exception]] | None = None,
+    ):
         self.patches = patches
+        self.explained = explained or {}
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         """Return the spec that the finders behind give, with a loader that patches the module."""
-        patch = self.patches.get(fullname)
-        if patch is None:
+        patch, explain = self.patches.get(fullname), self.explained.get(fullname)
+        if patch is None and explain is None:
             return None
         # Only those behind: two finders of this kind that asked each other would never end.
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
@@ -37,8 +43,14 @@ class PatchingFinder(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_patch(module: ModuleType) -> None:
-            execute(module)
-            patch(module)
+            try:
+                execute(module)
+            except Exception as error:
+                if explain is None:
+                    raise
+                raise explain(error) from error
+            if patch is not None:
+                patch(module)
 
         # On the instance, so that the loader keeps its type and everything else it offers.
         spec.loader.exec_module = execute_and_patch

@@ -7,7 +7,8 @@ import weakref
 from typing import Any
 
 from xfuser_fastcache.apply import (
-    apply_cache_on_transformer,
+    apply_cache_on_pipeline,
+    denoisers_of,
     get_cache_statistics,
     remove_cache,
     reset_cache_statistics,
@@ -16,22 +17,8 @@ from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.hooks import hook_on
 
 
-class _SchedulerOf:
-    """The scheduler that a pipeline has now; nothing once the pipeline is gone.
-
-    A pipeline's scheduler may be exchanged while the cache is on. The reference is weak, so that
-    deleting a pipeline frees its memory at once.
-    """
-
-    def __init__(self, pipe: Any):
-        self._pipe = weakref.ref(pipe)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(self._pipe(), "scheduler", None), name)
-
-
 def put_on(pipe: Any, config: CacheConfig) -> None:
-    """Put a cache on a pipeline's transformer, with the pipeline's scheduler; a collective call.
+    """Put a cache on a pipeline's denoisers; a collective call.
 
     xfuser's warm-up run (`prepare_run`) is then made without the cache: its three steps would be
     counted, and masks and calibrations hold for another number of steps.
@@ -41,28 +28,19 @@ def put_on(pipe: Any, config: CacheConfig) -> None:
         config: the cache's options.
 
     Raises:
-        TypeError: a pipeline without a transformer, or an option of the wrong type.
-        ValueError, ConsensusError: as `apply_cache_on_transformer`.
+        TypeError, ValueError, ConsensusError: as `apply_cache_on_pipeline`.
     """
-    _check_transformer(pipe)
-    apply_cache_on_transformer(pipe.transformer, config=config, scheduler=_SchedulerOf(pipe))
+    apply_cache_on_pipeline(pipe, config=config)
     if hasattr(type(pipe), "prepare_run"):
         pipe.prepare_run = functools.partial(_prepare_run, weakref.ref(pipe), config)
 
 
 def take_off(pipe: Any) -> None:
-    """Take the cache off a pipeline's transformer, where there is one."""
+    """Take the cache off a pipeline's denoisers, where there is one."""
     vars(pipe).pop("prepare_run", None)
-    if hook_on(pipe.transformer) is not None:
-        remove_cache(pipe.transformer)
-
-
-def _check_transformer(pipe: Any) -> None:
-    if getattr(pipe, "transformer", None) is None:
-        raise TypeError(
-            f"{type(pipe).__name__} has no transformer to cache; give a pipeline of diffusers or "
-            "xfuser that has one, such as FluxPipeline"
-        )
+    for denoiser in denoisers_of(pipe).values():
+        if hook_on(denoiser) is not None:
+            remove_cache(denoiser)
 
 
 def _prepare_run(pipe_of: Any, config: CacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +66,7 @@ class xFuserFastCachePipelineWrapper:  # the name in FastCache's documents
         fastcache_config: the options that `enable_fastcache` was given; None where it is off.
 
     Raises:
-        TypeError: what is given has no transformer.
+        TypeError, ValueError: what is given has no transformer that is supported.
 
     Example:
         ::
@@ -106,7 +84,7 @@ class xFuserFastCachePipelineWrapper:  # the name in FastCache's documents
     fastcache_config: CacheConfig | None
 
     def __init__(self, pipeline: Any):
-        _check_transformer(pipeline)
+        denoisers_of(pipeline)  # or say what is missing
         self._pipeline = pipeline
         self.fastcache_config = None
 
@@ -182,9 +160,9 @@ class xFuserFastCachePipelineWrapper:  # the name in FastCache's documents
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._OWN:
             object.__setattr__(self, name, value)
-        elif name == "transformer" and self.fastcache_config is not None:
+        elif self.fastcache_config is not None and name in denoisers_of(self._pipeline):
             take_off(self._pipeline)
-            self._pipeline.transformer = value
+            setattr(self._pipeline, name, value)
             put_on(self._pipeline, self.fastcache_config)
         else:
             setattr(self._pipeline, name, value)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xfuser_fastcache.apply import get_cache_statistics
+from xfuser_fastcache.apply import denoisers_of, get_cache_statistics
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.mends import mend_xfuser
@@ -73,13 +73,16 @@ def save_statistics(pipe: Any, directory: Path) -> None:
 
     if not is_last_process() or hook_on(pipe.transformer) is None:
         return
-    statistics = get_cache_statistics(pipe.transformer)
-    path = directory / STATISTICS_FILE
-    path.write_text(json.dumps(statistics, indent=2) + "\n")
-    log(
-        f"{statistics['use_cache']}: {statistics['block_approx_ratio']:.1%} of the blocks skipped, "
-        f"{statistics['collectives_per_step']:g} collectives a step; statistics in {path}"
-    )
+    for name, denoiser in denoisers_of(pipe).items():
+        statistics = get_cache_statistics(denoiser)
+        suffix = "" if name == "transformer" else f"_{name}"
+        path = (directory / STATISTICS_FILE).with_stem(Path(STATISTICS_FILE).stem + suffix)
+        path.write_text(json.dumps(statistics, indent=2) + "\n")
+        log(
+            f"{statistics['use_cache']}: {statistics['block_approx_ratio']:.1%} of the blocks "
+            f"skipped, {statistics['collectives_per_step']:g} collectives a step; statistics in "
+            f"{path}"
+        )
 
 
 if __name__ == "__main__":

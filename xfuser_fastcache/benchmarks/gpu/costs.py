@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
 import traceback
@@ -36,6 +37,8 @@ def memory(subject: Subject, forecaster: str | None) -> Figures:
     A mask skips 64 % of the steps, so that each forecaster holds as many anchors as it ever does.
     """
     _needs_gpu(subject)
+    # What an earlier cache has left in cycles would be freed somewhere within this generation.
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -49,9 +52,15 @@ def memory(subject: Subject, forecaster: str | None) -> Figures:
             subject.denoise()
             figures["cache_bytes"] = get_cache_statistics(subject.model)["cache_bytes"]
     torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    after = torch.cuda.memory_allocated()
+    gc.collect()
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": peak,
         "held_before_bytes": before,
+        "added_bytes": peak - before,
+        # What only Python's collector of cycles frees.
+        "left_in_cycles_bytes": after - torch.cuda.memory_allocated(),
         **figures,
     }
 

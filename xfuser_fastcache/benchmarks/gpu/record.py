@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -103,7 +104,8 @@ class Record:
         except LeftOut as error:
             self.put(family, cell, variant, {}, LEFT_OUT, str(error))
         except Exception:
-            self.put(family, cell, variant, earlier, ERROR, traceback.format_exc(limit=-6))
+            reason = _without_folders(traceback.format_exc(limit=-6))
+            self.put(family, cell, variant, earlier, ERROR, reason)
         except BaseException:
             if not earlier:
                 self.put(family, cell, variant, {}, LEFT_OUT, "cut off when the budget was spent")
@@ -131,6 +133,14 @@ class Record:
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(json.dumps(self.as_dict(finished), indent=1) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+
+def _without_folders(text: str) -> str:
+    """Return a traceback whose files begin at their package: the rest is this machine's matter."""
+    for folder in sorted(sys.path, key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(f'File "{folder.rstrip("/")}/', 'File "')
+    return text
 
 
 def _short(figures: Figures) -> str:

@@ -59,10 +59,10 @@ class Plan:
         return 20 if self.small else 300
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return what the figures were measured on, and with which versions."""
+def describe(device: torch.device) -> tuple[str, dict[str, Any]]:
+    """Return the name of what the figures were measured on, and what else is known of it."""
+    name = platform.processor() or platform.machine()
     found: dict[str, Any] = {
-        "name": platform.processor() or platform.machine(),
         "driver": None,
         "cuda": torch.version.cuda,
         "memory_bytes": None,
@@ -71,7 +71,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["name"] = properties.name
+        name = properties.name
         found["memory_bytes"] = properties.total_memory
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -84,7 +84,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return found
+    return name, found
 
 
 @contextmanager
@@ -122,11 +122,13 @@ def run(plan: Plan, output: Path, budget_s: float, command: str) -> dict[str, An
     Returns:
         The report, as in the file.
     """
+    device, machine = describe(plan.device)
     head = {
         "command": command,
         "small": plan.small,
         "steps": plan.steps,
-        "device": describe_device(plan.device),
+        "device": device,
+        "machine": machine,
         "families": {name: FAMILIES[name].title for name in plan.families},
     }
     record = Record(output, head, budget_s)

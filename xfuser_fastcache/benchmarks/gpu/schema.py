@@ -12,7 +12,8 @@ HEAD: dict[str, Any] = {
     "command": str,
     "small": bool,
     "steps": int,
-    "device": dict,
+    "device": str,
+    "machine": dict,
     "families": dict,
     "budget_s": _NUMBER,
     "spent_s": _NUMBER,
@@ -28,14 +29,14 @@ CELL: dict[str, Any] = {
     "at_s": _NUMBER,
     "figures": dict,
 }
-DEVICE = ("name", "driver", "cuda", "torch", "python")
+MACHINE = ("driver", "cuda", "torch", "python")
 # What a measured cell holds at least.
 FIGURES: dict[str, tuple[str, ...]] = {
     "speed": ("ms_a_step", "ms_of_each_run", "repeats_to_the_bit", "finite"),
     "compiled speed": ("ms_a_step", "ms_of_each_run"),
     "identity": ("identical_to_uncached",),
     "digest": ("digest_repeats", "repeats_to_the_bit"),
-    "memory": ("peak_bytes",),
+    "memory": ("peak_bytes", "added_bytes"),
     "synchronisations": ("in_a_later_step", "places"),
     "moments": ("measure_us", "shape"),
     "toy": ("threshold_0_identical", "digest_repeats", "psnr_db"),
@@ -58,7 +59,7 @@ def errors_of(report: Any) -> list[str]:
     found += _wrong(report, HEAD, "the report")
     if found:
         return found
-    found += [f"device has no {key}" for key in DEVICE if key not in report["device"]]
+    found += [f"machine has no {key}" for key in MACHINE if key not in report["machine"]]
     seen = set()
     for index, cell in enumerate(report["cells"]):
         place = f"cell {index}"

@@ -1,0 +1,49 @@
+"""Cells of the matrix: tiny pipelines in xfuser's class, and the ways in which a backend runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from support.tiny_models import ADAPTER_OF, TINY_PIPELINES
+from support.xdit_runs import wrap
+
+STEPS = 10
+# How a backend runs in a cell: `Fast` in all ways, the others in the first one, or in all that
+# they can where `--all_variants` asks for that.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stack": {},
+    "three spans": {"granularity": 3},
+    "output forecast": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
+}
+FORECASTS_ALL = ("Fast", "TaylorSeer")
+
+
+def variants(backend: str, all_variants: bool) -> dict[str, dict[str, Any]]:
+    """Return the ways in which a backend runs in a cell."""
+    if backend == "Fast" or all_variants:
+        found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
+        return VARIANTS if backend in FORECASTS_ALL else found
+    return {"stack": {}}
+
+
+# Eight blocks: a stage of PipeFusion 4 must not be empty.
+SIZES = {
+    model: {"num_layers": 4, "num_single_layers": 4}
+    for model, adapter in ADAPTER_OF.items()
+    if adapter == "flux"
+}
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Bitwise equality; two ranks without output agree."""
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def build(model: str, batch: int, **flags: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model's pipeline in xfuser's class, and the arguments of one call."""
+    pipeline, call = TINY_PIPELINES[model](batch=batch, **SIZES.get(model, {}))
+    call["num_inference_steps"] = STEPS
+    pipe, _ = wrap(pipeline, call, warmup_steps=1, **flags)
+    return pipe, call

@@ -1,0 +1,102 @@
+"""Pipelines in xfuser's class, a replica's share of a batch, and latents told in a few numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from xfuser_fastcache.xdit import cpu_platform
+
+_PER_SAMPLE = (
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "negative_prompt_attention_mask",
+    "image",
+    "mask_image",
+)
+
+
+def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
+    """Build the configs from ``xFuserArgs`` fields and put xfuser's class around the pipeline.
+
+    A pipeline that xfuser has no class for is run as its runner would; see `as_the_runner_does`.
+
+    Returns:
+        The wrapped pipeline and xfuser's ``InputConfig``.
+    """
+    from xfuser import xFuserArgs
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    engine_config, input_config = xFuserArgs(
+        height=call["height"],
+        width=call["width"],
+        num_inference_steps=call["num_inference_steps"],
+        max_sequence_length=call.get("max_sequence_length", 256),
+        output_type="latent",
+        **xfuser_args,
+    ).create_config()
+    cpu_platform.prepare_engine_config(engine_config, pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
+    except ValueError:
+        if engine_config.parallel_config.pp_config.pp_degree > 1:
+            raise
+        return as_the_runner_does(pipeline, engine_config, call), input_config
+    return wrapper_class(pipeline, engine_config), input_config
+
+
+def as_the_runner_does(pipeline: Any, engine_config: Any, call: dict[str, Any]) -> Any:
+    """Give a FLUX pipeline the transformer of xfuser's runner, which cuts latents by itself.
+
+    The pipeline stays diffusers' own, and every rank is given all latents.
+    """
+    from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
+    from xfuser.model_executor.models.transformers.transformer_flux import (
+        xFuserFlux1Transformer2DWrapper,
+    )
+
+    transformer = xFuserFlux1Transformer2DWrapper(
+        **{k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+    ).eval()
+    transformer.load_state_dict(pipeline.transformer.state_dict())
+    pipeline.transformer = transformer
+    initialize_runtime_state(pipeline, engine_config)
+    get_runtime_state().set_input_parameters(
+        batch_size=call["prompt_embeds"].shape[0],
+        num_inference_steps=call["num_inference_steps"],
+        max_condition_sequence_length=call["max_sequence_length"],
+        split_text_embed_in_sp=True,
+    )
+    return pipeline
+
+
+def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
+    """This data-parallel replica's samples, with generators that start anew.
+
+    xfuser splits a list of prompts itself, but leaves embeddings alone.
+    """
+    import torch
+    from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
+
+    size = batch // get_data_parallel_world_size()
+    share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
+    own = {name: value[share] if name in _PER_SAMPLE else value for name, value in call.items()}
+    own["generator"] = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]
+    return own
+
+
+def describe(latents: Any) -> dict[str, Any]:
+    """Norm, norm of each sample, eight values and a digest; None on a rank that has no latents."""
+    if latents is None:
+        return {"norm": None}
+    values = latents.double()
+    return {
+        "norm": values.norm().item(),
+        "sample_norms": [sample.norm().item() for sample in values],
+        "values": values.flatten()[:: max(1, values.numel() // 8)][:8].tolist(),
+        "sha256": hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest(),
+    }

@@ -1,0 +1,10 @@
+"""How the embedded toys were trained; `scripts/train_toy.py` is the command.
+
+stages       runs that go on where they stopped, learning rates
+text         a tokenizer and both text encoders
+vae          the picture's way into latents and back
+families     what differs between the models: blocks, loss, pipeline
+transformer  flow matching, from 64 to 128 px
+record       the pipeline and what it was made by, as files
+evaluation   pictures of unseen captions, marked
+"""

@@ -1,0 +1,56 @@
+"""Audits a calibration: how often its skips do harm on fresh generations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from xfuser_fastcache.artifacts.calibration import load_fitted
+from xfuser_fastcache.calibration import build
+from xfuser_fastcache.calibration.runs import Runs
+
+
+def audit(runs: Runs, path: Path, console: Console) -> dict[str, Any]:
+    """Run fresh generations with the cache on, and say how often its skips did harm.
+
+    Args:
+        runs: of prompts that the calibration has not seen.
+        path: the calibration.
+        console: for progress.
+    """
+    fitted = load_fitted(path)
+    indices = track(range(len(runs.prompts)), "audit", console=console)
+    alphas = sorted(fitted.scales)
+    report: dict[str, Any] = {"calibration": str(path), "levels": {}}
+    records: dict[float, list[Any]] = {alpha: [] for alpha in alphas}
+    for index in indices:
+        for alpha in alphas:
+            cache = {"calibration": str(path), "significance_level": alpha}
+            records[alpha].append(runs.record(index, f"audit-{alpha}", **cache))
+    epsilon = fitted.metadata["cache_ratio_threshold"]
+    for alpha in alphas:
+        report["levels"][str(alpha)] = build.audit(fitted, records[alpha], epsilon)
+    return report
+
+
+def print_audit(report: dict[str, Any], console: Console) -> None:
+    """Print an audit as a table."""
+    table = Table(title=f"audit of {report['calibration']}")
+    for name in ("alpha", "false-skip rate", "95 %", "skips", "hit ratio", "oracle's", "literal"):
+        table.add_column(name, justify="right")
+    for alpha, found in report["levels"].items():
+        low, high = found["false_skip_interval"] or (float("nan"),) * 2
+        table.add_row(
+            alpha,
+            f"{found['false_skip_rate']:.4f}",
+            f"{low:.4f} to {high:.4f}",
+            str(found["skips"]),
+            f"{found['hit_ratio']:.1%}",
+            f"{found['oracle']['hit_ratio']:.1%}",
+            f"{found['literal_test']['false_skip_rate']:.4f}",
+        )
+    console.print(table)

@@ -1,0 +1,262 @@
+"""Which steps to compute: masks proposed by a search, steered, and tried on whole generations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
+from xfuser_fastcache.calibration import build
+from xfuser_fastcache.calibration.options import CalibrationOptions
+from xfuser_fastcache.calibration.runs import Runs, saved
+from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
+from xfuser_fastcache.calibration.steering import FullRun, Observer, SteeringForecaster
+
+# Generations that the impact of steps is measured on, and that corrections are tried on.
+IMPACT, TRIED = 2, 6
+# Share of a batch that a mask's corrections are fitted on; the others try it.
+FITTED = 0.6
+# Masks drawn in search of one that was not tried yet.
+DRAWS = 100
+
+
+class MaskTrials:
+    """Finds the masks of a calibration, and their corrections.
+
+    Masks are proposed by `MaskSearch`, evenly spaced, and taken from a calibration that is to be
+    bettered; each is run on a batch of generations, with corrections fitted on some of them
+    (`SteeringForecaster`), and judged by the others: a smaller error of each forecast need not make
+    a better picture. From the best mask on, steps are moved at random, and what helps is kept.
+
+    Args:
+        runs: the pipeline.
+        options: of the calibration.
+        fitted: the calibration so far.
+        parts: the records.
+        given: masks to better, by number of computed steps.
+        console: for progress.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        options: CalibrationOptions,
+        fitted: Fitted,
+        parts: build.Parts,
+        given: dict[int, list[int]],
+        console: Console,
+    ):
+        self.runs, self.options, self.console = runs, options, console
+        self.fitted, self.parts = fitted, parts
+        self.given = given
+        self.steps = len(fitted.noise_levels)
+        self.batch = list(range(min(options.batch_size, len(runs.prompts))))
+        self.full, self.reference = self._full_run()
+        self.guided = len(self.full.outputs[0]) == 2
+        self._steered: dict[tuple[int, ...], NDArray[np.float32]] = {}
+
+    def search(self) -> tuple[Fitted, dict[str, Any]]:
+        """Return the calibration with masks, its cells without corrections where they lost."""
+        options = self.options
+        budgets = sorted(options.computed_steps, reverse=True)
+        kinds = {
+            "corrected": self.fitted,
+            "plain": build.without_corrections(self.fitted, self.parts),
+        }
+        even = {kind: self._tried_evenly(candidate, budgets) for kind, candidate in kinds.items()}
+        chosen = max(kinds, key=lambda kind: np.mean(list(even[kind].values())))
+        seeker = MaskSearch(
+            build.flat(self.parts.fit),
+            self.fitted.noise_levels,
+            kinds[chosen].weights,
+            self._impact(),
+        )
+        masks: dict[int, list[int]] = {}
+        report: dict[str, Any] = {}
+        for budget in track(budgets, "masks", console=self.console):
+            proposed = {
+                "searched": seeker.best(budget),
+                "even": even_mask(self.steps, budget),
+                "even, last skipped": even_mask(self.steps, budget, last=False),
+            }
+            if budget in self.given:
+                proposed["given"] = self.given[budget]
+            found = {name: (self.steered(mask), mask) for name, mask in proposed.items()}
+            best = max(found.values())
+            value, masks[budget] = improved(*best, options.moves, self.steered, options.seed)
+            report[str(budget)] = {
+                **{f"{kind}, even": even[kind][budget] for kind in kinds},
+                **{f"steered, {name}": snr for name, (snr, _) in found.items()},
+                "steered, moved": value,
+            }
+        ascending = [masks[count] for count in sorted(masks)]
+        steering = {
+            "steering_guided" if self.guided else "steering": [
+                self._steered[tuple(mask)] for mask in ascending
+            ],
+            "steering_blind": [self._run(mask, sees_latents=False)[1] for mask in ascending],
+        }
+        if self.guided:
+            steering["steering"] = [self._run(mask)[1] for mask in ascending]
+        tables: dict[str, Any] = {name: np.stack(rows) for name, rows in steering.items()}
+        fitted = replace(kinds[chosen], masks=masks, **tables)
+        return fitted, {"chosen": chosen, "latent_snr_db": report}
+
+    def steered(self, mask: list[int]) -> float:
+        """Fit corrections for a mask; return what it makes of the generations held out, in dB."""
+        value, self._steered[tuple(mask)] = self._run(mask, by_branch=self.guided)
+        return value
+
+    def _run(self, mask: list[int], **options: bool) -> tuple[float, NDArray[np.float32]]:
+        with self._observer() as observer:
+            forecaster = SteeringForecaster(self.full, observer, **options)
+            found = self.runs.latents(*self.batch, forecaster=forecaster, steps_mask=mask)
+        rows = range(self.full.fitted, len(self.batch))
+        return float(
+            np.mean([ratio_db(found[i], self.reference[i]) for i in rows])
+        ), forecaster.found
+
+    def _observer(self) -> Observer:
+        return Observer(self.runs.pipe.transformer, len(self.batch), self.options.max_tokens)
+
+    def _full_run(self) -> tuple[FullRun, torch.Tensor]:
+        with self._observer() as observer:
+            final = self.runs.latents(*self.batch)
+        calls = len(observer.outputs)
+        if calls != self.steps:
+            raise ValueError(
+                f"{calls} calls of the transformer in {self.steps} steps: masks are searched where "
+                "guidance comes in one call a step; leave --computed_steps out"
+            )
+        count = len(self.batch)
+        fitted = min(max(1, round(FITTED * count)), count - 1)
+        return FullRun.of(observer, final, fitted), final
+
+    def _tried_evenly(self, candidate: Fitted, budgets: list[int]) -> dict[int, float]:
+        """Return how the corrections of cells do with even masks, by number of computed steps."""
+        first = len(self.parts.fit)
+        tried = range(first, first + min(TRIED, len(self.parts.held_out)))
+        references = {index: self.runs.latents(index) for index in tried}
+        found = {}
+        with saved(candidate, self.options.output) as path:
+            for budget in budgets:
+                mask = even_mask(self.steps, budget)
+                cache: dict[str, Any] = {"calibration": path, "steps_mask": mask}
+                ratios = [
+                    ratio_db(self.runs.latents(index, **cache), reference)
+                    for index, reference in references.items()
+                ]
+                found[budget] = float(np.mean(ratios))
+        return found
+
+    def _impact(self) -> np.ndarray:
+        """Return by how much an error of the output at each step moves the final latents."""
+        folder = self.runs.folder
+        cached = folder / "impact.npy" if folder else None
+        if cached is not None and cached.exists():
+            return np.load(cached)
+        references = [self.runs.latents(i) for i in range(IMPACT)]
+        moved = np.zeros((IMPACT, self.steps))
+        for step in track(range(1, self.steps), "impact of steps", console=self.console):
+            mask = [int(s != step) for s in range(self.steps)]
+            for i, reference in enumerate(references):
+                found = self.runs.latents(i, steps_mask=mask)
+                moved[i, step] = float((found - reference).double().square().mean().sqrt())
+        records = build.flat(self.parts.fit[:IMPACT])
+        impact = step_impact(moved, records, self.fitted.noise_levels)
+        if cached is not None:
+            np.save(cached, impact)
+        return impact
+
+
+def given_masks(path: Path | None, steps: int) -> dict[int, list[int]]:
+    """Return the masks of the calibration that a search starts from; none without one.
+
+    Raises:
+        ValueError: it is none, or one for another number of steps.
+    """
+    if path is None:
+        return {}
+    given = load_fitted(path)
+    if len(given.noise_levels) != steps:
+        raise ValueError(
+            f"--start_from {str(path)!r} has masks of {len(given.noise_levels)} steps, and this "
+            f"run has {steps}"
+        )
+    return given.masks
+
+
+def improved(
+    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float], seed: int
+) -> tuple[float, list[int]]:
+    """Move computed steps at random, and keep what raises the value, for so many tries.
+
+    Returns:
+        The highest value, and its mask.
+    """
+    rng, seen = random.Random(seed), {tuple(mask)}
+    for _ in range(moves):
+        drawn = (moved(mask, rng) for _ in range(DRAWS))
+        fresh = next((candidate for candidate in drawn if tuple(candidate) not in seen), None)
+        if fresh is None:
+            break
+        seen.add(tuple(fresh))
+        found = of(fresh)
+        if found > value:
+            value, mask = found, fresh
+    return value, mask
+
+
+def moved(mask: list[int], rng: random.Random) -> list[int]:
+    """Return a mask with one or two of its computed steps, but not the first, moved to free ones.
+
+    By one step or two; where that place is taken, the step stays.
+    """
+    found = list(mask)
+    for _ in range(rng.choice((1, 1, 2))):
+        places = [step for step in range(1, len(found)) if found[step]]
+        if not places:
+            break
+        step = rng.choice(places)
+        to = step + rng.choice((-2, -1, -1, 1, 1, 2))
+        if 0 < to < len(found) and not found[to]:
+            found[step], found[to] = 0, 1
+    return found
+
+
+def ratio_db(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Signal-to-noise ratio of final latents against those of full computation, in dB."""
+    error = (found.double() - wanted.double()).square().mean().clamp_min(1e-20)
+    return float(10 * torch.log10(wanted.double().square().mean() / error))
+
+
+def print_masks(report: dict[str, Any], fitted: Fitted, console: Console) -> None:
+    """Print how the tried masks did, and which steps the chosen ones compute."""
+    table = Table(
+        title="final latents against full computation, dB; corrections of cells: "
+        + ("kept" if report["chosen"] == "corrected" else "dropped")
+    )
+    columns = ("corrected, even", "plain, even", "steered, best", "steps moved")
+    for name in ("computed", *columns, "chosen steps"):
+        table.add_column(name, justify="right")
+    for budget, found in report["latent_snr_db"].items():
+        proposed = [db for name, db in found.items() if name.startswith("steered")]
+        values = (
+            found["corrected, even"],
+            found["plain, even"],
+            max(proposed[:-1]),
+            found["steered, moved"],
+        )
+        steps = [step for step, flag in enumerate(fitted.masks[int(budget)]) if flag]
+        table.add_row(budget, *(f"{db:.1f}" for db in values), " ".join(map(str, steps)))
+    console.print(table)

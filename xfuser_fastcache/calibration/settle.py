@@ -1,0 +1,105 @@
+"""Makes a calibration: records, fits, searches masks, and settles the gate's scales."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from xfuser_fastcache.artifacts.calibration import VERSION, Fitted
+from xfuser_fastcache.calibration import build
+from xfuser_fastcache.calibration.masks import MaskTrials, given_masks
+from xfuser_fastcache.calibration.options import CalibrationOptions
+from xfuser_fastcache.calibration.runs import Runs, saved
+
+
+def prepare_folder(options: CalibrationOptions, prompts: list[str]) -> Path:
+    """Make the folder of records beside the output, or check that it holds the same run.
+
+    Raises:
+        ValueError: it holds records of another run.
+    """
+    folder = options.output.with_suffix(".records")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("model", "seed", "num_inference_steps", "call", "dtype", "max_tokens")
+    wanted: dict[str, Any] = {name: getattr(options, name) for name in names}
+    wanted |= {"prompts": prompts, "version": VERSION}
+    settings = folder / "settings.json"
+    if settings.exists():
+        found = json.loads(settings.read_text())
+        different = [name for name in wanted if wanted[name] != found.get(name)]
+        if different:
+            raise ValueError(
+                f"{folder} holds records of a run with another {', '.join(different)}; give the "
+                "same flags to go on with it, or remove the folder"
+            )
+    else:
+        settings.write_text(json.dumps(wanted, indent=2))
+    return folder
+
+
+def calibrate(
+    runs: Runs, options: CalibrationOptions, console: Console
+) -> tuple[Fitted, dict[str, Any]]:
+    """Record, fit, search masks, choose scales.
+
+    Returns:
+        The calibration, and what was tried on the way to its masks and scales.
+
+    Raises:
+        ValueError: something that the model, its scheduler or the records do not allow.
+    """
+    alphas = sorted(options.significance_level)
+    given = given_masks(options.start_from, options.num_inference_steps)
+    indices = list(range(len(runs.prompts)))
+    runs.latents(0)  # also sets the scheduler's steps
+    full = [runs.record(i, "full") for i in track(indices, "full computation", console=console)]
+    parts = build.split(full)
+    metadata = {**runs.metadata(), "significance_levels": options.significance_level}
+    fitted = build.fit(
+        parts, runs.levels(), options.max_lag, options.cache_ratio_threshold, metadata
+    )
+    report: dict[str, Any] = {}
+    if options.computed_steps:
+        fitted, report["masks"] = MaskTrials(runs, options, fitted, parts, given, console).search()
+    first = build.conformal_scales(fitted, parts.calibrate, alphas)
+    scales, report["scales_full"], report["scales_cached"] = {}, first, {}
+    for alpha in alphas:
+        scales[alpha], tried = settle(runs, options, fitted, parts, alpha, first[alpha], console)
+        report["scales_cached"][alpha] = tried
+    return replace(fitted, scales=scales), report
+
+
+def settle(
+    runs: Runs,
+    options: CalibrationOptions,
+    fitted: Fitted,
+    parts: build.Parts,
+    alpha: float,
+    first: float,
+    console: Console,
+) -> tuple[float, dict[float, float]]:
+    """Choose a scale again on runs with the cache on, whose states are not those of full runs.
+
+    Returns:
+        The scale, and what the runs with each scale that was tried allow.
+    """
+    tried: dict[float, float] = {}
+    count = len(runs.prompts)
+    kind = "corrected" if fitted.weights.any() else "plain"
+
+    def allowed(scale: float) -> float:
+        name = f"cached-{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{scale}"
+        title = f"cache on, alpha {alpha}, scale {scale:.3f}"
+        with saved(replace(fitted, scales={alpha: scale}), options.output) as path:
+            cache = {"calibration": path, "significance_level": alpha}
+            tail = track(range(count - len(parts.calibrate), count), title, console=console)
+            cached = [runs.record(index, name, **cache) for index in tail]
+        tried[scale] = build.conformal_scales(fitted, cached, [alpha])[alpha]
+        return tried[scale]
+
+    return build.settled_scale(first, allowed), tried

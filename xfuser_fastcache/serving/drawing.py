@@ -1,0 +1,157 @@
+"""One request on one rank: the pipeline's call, with the cache that the request asks for."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import functools
+import inspect
+import io
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xfuser_fastcache.apply import adapter_of
+from xfuser_fastcache.artifacts.calibration import load_fitted
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.reports.measured import picture_of
+from xfuser_fastcache.serving.requests import Limits
+from xfuser_fastcache.xdit.generator import Generator
+from xfuser_fastcache.xdit.groups import XDiTLayout
+from xfuser_fastcache.xdit.ranks import runtime_state, sequence_ranks
+
+logger = logging.getLogger("xfuser_fastcache")
+
+
+class Painter:
+    """Runs orders on this rank, one after another, each as if it were the first.
+
+    Args:
+        pipe: xfuser's pipeline.
+        options: the service's flags.
+        config: the service's cache, or None.
+    """
+
+    def __init__(self, pipe: Any, options: argparse.Namespace, config: CacheConfig | None):
+        self.pipe = pipe
+        self.options = options
+        self.config = config
+        self.layout = XDiTLayout()
+        self.runtime = runtime_state()
+        self.pipeline_warmup_steps = self.runtime.runtime_config.warmup_steps
+        self.entered = False
+        self.layout.limit_waits((config or CacheConfig()).sync_timeout_s)
+        pipe.transformer.register_forward_pre_hook(self._enter)
+
+    def limits(self) -> Limits:
+        """Return what this model in this layout can draw."""
+        # FLUX packs its latent two by two outside of the transformer, whose own patch is 1.
+        pixels = self.runtime.vae_scale_factor * max(2, self.runtime.backbone_patch_size)
+        model: Any = self.layout.model_of(self.pipe.transformer)
+        # SD3's table of positions ends somewhere.
+        most = model.config.get("pos_embed_max_size") or math.inf
+        return Limits(
+            max_side=int(min(self.options.max_side, most * pixels)),
+            # xDiT deals the rows of the latent out to the ranks of a sequence.
+            height_multiple=pixels * sequence_ranks(),
+            width_multiple=pixels,
+            max_steps=self.options.max_steps,
+            max_prompt_length=self.options.max_prompt_length,
+            negative_prompts="negative_prompt"
+            in inspect.signature(type(self.pipe.module).__call__).parameters,
+            two_branches=self.options.use_cfg_parallel,
+        )
+
+    def attempt(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Run an order and return this rank's report, of an error too.
+
+        Returns:
+            `error`, None where there is none; `entered`, whether the transformer was called;
+            `memory_bytes`; and of a success `seconds` of the denoising loop, `statistics` of the
+            cache, and on the rank that has it `picture`, a PNG in base64.
+        """
+        self.entered = False
+        try:
+            report = self._draw(order)
+        except Exception as error:
+            if self.entered:
+                logger.exception("a generation failed")
+            report = {"error": f"{type(error).__name__}: {error}"}
+        return {"error": None, "entered": self.entered, "memory_bytes": memory_bytes(), **report}
+
+    def _enter(self, *_: Any) -> None:
+        self.entered = True
+
+    def _draw(self, order: dict[str, Any]) -> dict[str, Any]:
+        config = self.config if order["cache"] is True else None
+        if isinstance(order["cache"], dict):
+            config = CacheConfig.from_dict(order["cache"])
+        # xDiT lowers it to the steps of a short generation, and leaves it there.
+        self.runtime.runtime_config.warmup_steps = self.pipeline_warmup_steps
+        changes = {**order, "prompt": [order["prompt"]]}
+        generator = Generator(self.pipe, argparse.Namespace(**{**vars(self.options), **changes}))
+        with self._planned(config):
+            run = generator.run("", config)
+        report: dict[str, Any] = {"seconds": run.seconds, "statistics": run.statistics}
+        if run.images:
+            file = io.BytesIO()
+            picture_of(run.images[0]).save(file, format="PNG")
+            report["picture"] = base64.b64encode(file.getvalue()).decode()
+        return report
+
+    @contextmanager
+    def _planned(self, config: CacheConfig | None) -> Iterator[None]:
+        """Refuse a plan of steps that a calibration or mask does not fit, as it is made.
+
+        The cache would refuse it at the first step. Then a later stage of a pipeline already waits
+        for the first one; here every rank still refuses alike.
+        """
+        if config is None or (config.calibration is None and config.steps_mask is None):
+            yield
+            return
+        # xDiT's wrapper hands what is set on it to the scheduler, but does not take it back.
+        scheduler = getattr(self.pipe.scheduler, "module", self.pipe.scheduler)
+        adapter = adapter_of(self.layout.model_of(self.pipe.transformer))
+        fitted = load_fitted(config.calibration) if config.calibration else None
+        mask = config.steps_mask if fitted is None else config.resolved(fitted).steps_mask
+        plan = scheduler.set_timesteps
+
+        @functools.wraps(plan)
+        def checked(*arguments: Any, **options: Any) -> None:
+            plan(*arguments, **options)
+            levels = [step.noise_level for step in adapter.plan(scheduler)]
+            wrong = fitted.differs_from(levels) if fitted else None
+            if wrong:
+                raise ValueError(
+                    f"the service's calibration is not for this request: {wrong}. Give the number "
+                    "of steps and the size of picture that it was made with, or cache_config "
+                    "without it"
+                )
+            if mask is not None and len(mask) != len(levels):
+                raise ValueError(
+                    f"steps_mask has {len(mask)} entries, but this request {len(levels)} steps; "
+                    "give one entry a step"
+                )
+
+        scheduler.set_timesteps = checked
+        try:
+            yield
+        finally:
+            del scheduler.set_timesteps
+
+
+def memory_bytes() -> int | None:
+    """Memory of this rank in bytes: allocated on the GPU, or resident; None where unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024

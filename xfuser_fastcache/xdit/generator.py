@@ -1,0 +1,113 @@
+"""Runs one pipeline of xfuser with and without a cache, the same way every time."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from xfuser_fastcache.apply import (
+    apply_cache_on_transformer,
+    get_cache_statistics,
+    get_cache_trace,
+    remove_cache,
+)
+from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.reports.measured import DenoisingTimer, PeakMemory
+
+
+@dataclass
+class Run:
+    """One timed generation on this rank.
+
+    Attributes:
+        seconds: of the denoising loop.
+        peak_bytes: None where the system cannot tell.
+        images: pictures in [0, 1], `(height, width, 3)`; empty on a rank that holds none.
+        statistics: of the cache; empty without one.
+        trace: of the cache's decisions; likewise.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    images: list[np.ndarray] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call, those that its class knows.
+
+    Args:
+        pipe: xfuser's.
+        options: flags of xDiT's; `call`, where it is there, holds what no flag can say.
+
+    Raises:
+        ValueError: a negative prompt that the pipeline does not take.
+    """
+    wanted = {
+        **getattr(options, "call", {}),
+        "prompt": options.prompt if len(options.prompt) > 1 else options.prompt[0],
+        "negative_prompt": options.negative_prompt or None,
+        "height": options.height,
+        "width": options.width,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "max_sequence_length": options.max_sequence_length,
+        "use_resolution_binning": not options.no_use_resolution_binning,
+        "output_type": "np",
+    }
+    known = inspect.signature(type(pipe.module).__call__).parameters
+    if wanted["negative_prompt"] is None or "negative_prompt" in known:
+        return {k: v for k, v in wanted.items() if v is not None and k in known}
+    raise ValueError(f"{type(pipe.module).__name__} takes no --negative_prompt")
+
+
+class Generator:
+    """Runs one pipeline of this rank, timed.
+
+    Args:
+        pipe: xfuser's.
+        options: flags of xDiT's.
+    """
+
+    def __init__(self, pipe: Any, options: argparse.Namespace):
+        from xfuser.core.distributed import get_data_parallel_rank, get_world_group
+
+        self.pipe = pipe
+        self.arguments = _call_of(pipe, options)
+        self.world = get_world_group()
+        # Replicas draw their own noise; ranks of one replica the same.
+        self.seed = options.seed + get_data_parallel_rank()
+
+    def run(self, title: str, config: CacheConfig | None = None, **changes: Any) -> Run:
+        """Generate once, cached where a config is given; a titled progress bar shows on rank 0."""
+        pipe = self.pipe
+        pipe.set_progress_bar_config(disable=self.world.rank != 0 or not title, desc=title)
+        if config is not None:
+            apply_cache_on_transformer(pipe.transformer, config=config, scheduler=pipe.scheduler)
+        noise = torch.Generator("cpu").manual_seed(self.seed)
+        dist.barrier(group=self.world.cpu_group)
+        try:
+            with PeakMemory() as memory, DenoisingTimer(pipe) as timer:
+                output = pipe(**{**self.arguments, "generator": noise, **changes})
+            run = Run(timer.seconds, memory.bytes, [] if output is None else list(output.images))
+            if config is not None:
+                run.statistics = get_cache_statistics(pipe.transformer)
+                run.trace = get_cache_trace(pipe.transformer)
+        finally:
+            if config is not None:
+                remove_cache(pipe.transformer)
+        return run
+
+    def gather(self, run: Run) -> list[Run]:
+        """Return every rank's run on rank 0, nothing elsewhere."""
+        ranks = dist.get_world_size()
+        rows: list[Any] | None = [None] * ranks if self.world.rank == 0 else None
+        dist.gather_object(run, rows, dst=0, group=self.world.cpu_group)
+        return rows or []
