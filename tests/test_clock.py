@@ -201,7 +201,7 @@ def test_a_picture_whose_guidance_changes_is_finished(
     uncached = pipe(**given)
     options: dict[str, Any] = {"num_warmup_steps": 1}
     if calibrated:
-        options = {"calibration": save(tmp_path, pipe.pipe, STEPS), "cache_ratio_threshold": 50.0}
+        options = {"calibration": save(tmp_path, pipe.pipe, STEPS)}
     pipe.cache(**options)
     found = pipe(**given)
     assert found.isfinite().all() and not torch.equal(found, uncached)

@@ -172,7 +172,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "older": (with_metadata(version=1), f"version 1 .*; this release reads version {VERSION}"),
     "newer": (with_metadata(version=VERSION + 1), f"version {VERSION + 1} with degrees, noi"),
-    "no version": (with_metadata(version=None), "holds version None .* Make it anew with scripts"),
+    "no version": (with_metadata(version=None), "holds version None .* anew with fastcache"),
     "no slopes": (with_tables(slopes=None), f"version {VERSION} with degrees, noise_levels, ste"),
     "unknown table": (with_tables(more=np.ones(2)), f"version {VERSION} with degrees, more, noise"),
     "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),

@@ -161,11 +161,11 @@ FAMILIES: dict[str, type[ModelAdapter]] = {
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import xfuser_fastcache.apply
+    import xfuser_fastcache.assembly
 
-    before = xfuser_fastcache.apply.loaded
+    before = xfuser_fastcache.assembly.loaded
     monkeypatch.setattr(
-        xfuser_fastcache.apply,
+        xfuser_fastcache.assembly,
         "loaded",
         lambda group: before(group) | (FAMILIES if group == ADAPTERS else {}),
     )

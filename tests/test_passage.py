@@ -186,7 +186,7 @@ def test_a_rank_that_counts_no_tokens_computes_when_others_see_a_nan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = Stack(group=DecisionGroup(counts_tokens=False), num_warmup_steps=0)
-    monkeypatch.setattr(stack.consensus, "wait", lambda ticket: [[0, 0, 0, 9, 1, 0]])
+    monkeypatch.setattr(stack.consensus, "wait", lambda ticket: [[0] * 6 + [9, 1, 0]])
     stack.added = [1.0] * 4
     assert [stack(ones(), level)[0, 0, 0].item() for level in (1.0, 0.9)] == [5.0, 5.0]
     assert (stack.flags, stack.ran) == ([0, 0], [0, 1, 2, 3])

@@ -14,6 +14,7 @@ from support.stack import DIM, TOKENS, Stack, ones, plan_of
 
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
 from xfuser_fastcache.measurements.moments import FRACTION as MOMENTS_FRACTION
+from xfuser_fastcache.measurements.moments import LOWER, REFERENCE, SLOTS
 from xfuser_fastcache.measurements.moments import TOKENS as TOKENS_SLOT
 
 FIRST_OF_TWO = DecisionGroup(stages=2)
@@ -94,6 +95,9 @@ def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_i
     # Step 0 has no patches.
     plan = plan_of(*(1 - index / steps for index in range(steps)))
 
+    unchanged = [0] * SLOTS
+    unchanged[REFERENCE + LOWER], unchanged[TOKENS_SLOT] = 2**MOMENTS_FRACTION, 6
+
     def computed(stage: int) -> dict[int, list[int]]:
         """Return the steps at which a stage computes, by patch."""
         mask = [int(step in (0, *decided)) for step in range(steps)] if masked else None
@@ -107,7 +111,7 @@ def test_staggered_stages_act_on_the_next_decision_where_the_first_stage_is_at_i
             stagger_stages=stagger,
         )
         # What the first stage measures: nothing has changed.
-        stack.consensus.wait = lambda ticket: [[0, 0, 2**MOMENTS_FRACTION, 6, 0, 0]]
+        stack.consensus.wait = lambda ticket: [unchanged]
         ran: dict[int, list[int]] = {patch: [] for patch in range(patches)}
         for step, planned in enumerate(plan.steps):
             for patch in range(patches) if step else [0]:

@@ -302,7 +302,7 @@ def test_a_last_block_left_out_while_tokens_stand_still_computes_them_all() -> N
     stack.engine.close()
     assert torch.equal(x, moving + 2) and stack.seen == [COUNT] * 2
     # The step after it has nothing to measure against, and the one after that goes on.
-    for level, wanted in ((0.8, [COUNT] * 3), (0.7, [1] * 3)):
+    for level, wanted in ((0.8, [COUNT] * 3), (0.7, [2] * 3)):
         out, seen = stack.step(moved(moving, 5) if level < 0.8 else moving, level)
         assert seen == wanted
         assert torch.equal(out[0, :3], plane()[0, :3] + 3)

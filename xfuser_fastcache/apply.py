@@ -187,7 +187,11 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         ValueError: its transformer is of a family that no adapter supports.
     """
     inner = getattr(pipe, "module", pipe)  # xfuser's class around a pipeline
-    held = {name: part for name, part in vars(inner).items() if isinstance(part, nn.Module)}
+    held = {
+        name: part
+        for name, part in getattr(inner, "__dict__", {}).items()
+        if isinstance(part, nn.Module)
+    }
     known = loaded(ADAPTERS).values()
     found = {
         name: part

@@ -122,6 +122,7 @@ class CacheEngine:
         self.plan.tokens.open_step(begins)
         self.watchdog.expect(call.place)
         if not agreement.rules.lag:
+            agreement.open_foregone(call)
             self.passage.begin(call, local, self._decide if call.opens_step else None)
             return
         self.passage.begin(call, local, None)

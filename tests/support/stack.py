@@ -123,7 +123,7 @@ class Stack:
         group: place of the process; alone by default.
         held: blocks of each pipeline stage; this process runs those of its own. All in one by
             default.
-        gate: that decides; by default the one that the options ask for.
+        rule: that decides; by default the gate that the options ask for.
         **options: of the config; it skips whatever may be skipped by default, and reuses.
 
     Attributes:
@@ -138,7 +138,7 @@ class Stack:
         blocks: int = 4,
         group: DecisionGroup | None = None,
         held: tuple[int, ...] | None = None,
-        gate: Rule | None = None,
+        rule: Rule | None = None,
         **options: Any,
     ):
         if options.get("use_cache", "Fast") == "Fast":
@@ -146,7 +146,7 @@ class Stack:
         config = config_of(**{"forecaster": "reuse", **options})
         own = held[group.stage] if held and group else blocks
         contracts, tokens = [self.contract] * own, self.tokens(config, own)
-        self.engine = engine_of(config, contracts, blocks, group, held, gate=gate, tokens=tokens)
+        self.engine = engine_of(config, contracts, blocks, group, held, gate=rule, tokens=tokens)
         self.consensus = self.engine.consensus
         self.added = [0.0] * own
         self.ran: list[int] = []

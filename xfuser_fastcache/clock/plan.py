@@ -31,7 +31,7 @@ class Timestep(NamedTuple):
 
     def is_rounded(self, planned: float) -> bool:
         """Say whether `planned` may have been rounded to this."""
-        return abs(self.value - planned) <= self.tolerance * abs(planned) + 1e-5
+        return abs(self.value - planned) <= self.tolerance * abs(planned) + 1e-7
 
 
 @dataclass(frozen=True)

@@ -80,18 +80,24 @@ class Agreement:
     def decide_now(self, call: Call, pending: torch.Tensor) -> None:
         """Post, await and decide at once; moments of the first span are this step's.
 
-        Where the decision is foregone, it is the vector of the step before that is awaited, which
-        has arrived by now: so the host need not wait for the device.
+        A foregone decision awaits nothing; see `open_foregone`.
         """
         shared = self.branch(call.branch)
         for index in self.rules.current:
             shared.sightings[index] = policy.sighting(self.rules, shared, index, call)
-        if self._foregone and shared.posted:
-            self._receive(shared)
         self.post(call, pending)
         if not self._foregone:
             self._receive(shared)
         self._decide(shared, call)
+
+    def open_foregone(self, call: Call) -> None:
+        """Where decisions are foregone, take in the vector of the step before as a step opens.
+
+        It has arrived by now, so that the host need not wait for the device.
+        """
+        shared = self.branch(call.branch)
+        if self._foregone and shared.posted:
+            self._receive(shared)
 
     def decide_lagged(self, call: Call) -> None:
         """Decide from the vector of `lag` steps before, which every stage has posted by now."""
@@ -163,7 +169,8 @@ class Agreement:
             moments = Moments.decode(numbers, sighting.exponent)
             group.moments = (moments, sighting)
             group.exponent = moments.next_exponent(sighting.exponent)
-            broken += moments.nonfinite + moments.overflow
+            # What is too large to be measured does not matter where nothing rests on it.
+            broken += moments.nonfinite + (0 if self._foregone else moments.overflow)
         shared.poisoned = broken > 0
         if broken:
             self.counters.nonfinite_steps += 1
