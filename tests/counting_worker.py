@@ -18,7 +18,7 @@ import torch.distributed as dist  # noqa: E402
 from support.counted import counted_tokens  # noqa: E402
 from support.tiny_models import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
-from xdit_control import as_the_runner_does, own_share, wrap  # noqa: E402
+from support.xdit_runs import as_the_runner_does, own_share, wrap  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
