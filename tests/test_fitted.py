@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from support.calibrations import fitted_for, fitted_on
 from support.flux import STEPS, Flux
+from support.loops import Branch, alone, denoise
 from support.tiny_models import TINY_PIPELINES, tiny_flux
 
-from xfuser_fastcache import apply_cache_on_transformer, remove_cache
+from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.artifacts.calibration import VERSION, Fitted, load_fitted
 from xfuser_fastcache.hooks import hook_on
 
@@ -279,14 +281,18 @@ def test_weights_that_were_trained_on_are_another_model(change: float) -> None:
     assert fitted_for(pipe, STEPS).metadata["weights"] != before
 
 
-def test_a_calibration_without_a_scheduler_is_refused(tmp_path: Path) -> None:
-    pipe = tiny_flux()[0]
-    path = saved(tmp_path / "file", fitted_for(pipe, STEPS))
-    transformer = pipe.transformer
-    pipe.transformer = None  # no pipeline holds it any more
-    with pytest.raises(ValueError, match="needs the scheduler .* pass scheduler=pipe.scheduler"):
-        apply_cache_on_transformer(transformer, calibration=path)
-    assert hook_on(transformer) is None
+def test_a_calibration_finds_its_pipelines_scheduler_and_is_refused_without_any(
+    flux: Flux, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
+    wanted = cached(flux, path)()
+    remove_cache(flux.transformer)
+    assert torch.equal(cached(flux, path, scheduler=None)(), wanted)
+    remove_cache(flux.transformer)
+    flux.pipe.transformer = None
+    with pytest.raises(ValueError, match="no pipeline holds this .* pass scheduler=pipe.s"):
+        cached(flux, path, scheduler=None)
+    assert hook_on(flux.transformer) is None
 
 
 @pytest.mark.parametrize(
@@ -322,6 +328,14 @@ def test_one_noise_level_apart_is_another_plan(step: int, apart: float, differs:
     assert fitted_on(levels).differs_from(levels) is None
     found = fitted_on(levels).differs_from(other)
     assert (found or "").startswith(f"step {step} has the noise level") == differs
+
+
+def test_a_plan_that_is_not_known_is_refused(flux: Flux, tmp_path: Path) -> None:
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS))
+    transformer = alone(scheduler=SimpleNamespace(), calibration=path, cache_ratio_threshold=0.3)
+    with pytest.raises(ValueError, match="it plans 8 steps, and this one's plan is not known"):
+        denoise(transformer, Branch(0), scheduler=None)
+    assert get_cache_statistics(transformer)["steps"] == 0
 
 
 @pytest.mark.parametrize(

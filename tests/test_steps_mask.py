@@ -161,7 +161,7 @@ def test_after_a_nan_neither_gate_nor_forecaster_knows_an_anchor_before_the_newe
         return judge(self, found, state)
 
     monkeypatch.setattr(ChiSquareGate, "judge", spied)
-    stack = Stack(gate=gate, forecaster="taylor", **options)
+    stack = Stack(rule=gate, forecaster="taylor", **options)
     levels, made = [1 - step / 8 for step in range(9)], []
     for step, level in enumerate(levels):
         stack.added = [float(step), 0.0, 0.0, 0.0]

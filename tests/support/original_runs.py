@@ -9,12 +9,29 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from torch import nn
 
 from support.tiny_models import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.hooks import hook_on
 
 STEPS = 16
+
+
+class _Behind(nn.Module):
+    """Stands in a pipeline before its transformer, which no pipeline holds then."""
+
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.inner = transformer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            return super().__getattr__(name)
+        return getattr(self.inner, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
 
 
 class Generator:
@@ -50,12 +67,14 @@ class Generator:
     @contextmanager
     def ours(self, scheduler: bool = False, **options: Any) -> Iterator[None]:
         """Without a scheduler the number of steps is unknown, so the last is not forced."""
-        plan = self.pipe.scheduler if scheduler else None
-        apply_cache_on_transformer(self.transformer, scheduler=plan, **options)
+        if not scheduler:
+            self.pipe.transformer = _Behind(self.transformer)
+        apply_cache_on_transformer(self.transformer, **options)
         try:
             yield
         finally:
             remove_cache(self.transformer)
+            self.pipe.transformer = self.transformer
 
     @contextmanager
     def diffusers(self, apply: Callable[..., None], config: Any) -> Iterator[None]:

@@ -123,7 +123,7 @@ class Stack:
         group: place of the process; alone by default.
         held: blocks of each pipeline stage; this process runs those of its own. All in one by
             default.
-        gate: that decides; by default the one that the options ask for.
+        rule: that decides; by default the gate that the options ask for.
         **options: of the config; it skips whatever may be skipped by default, and reuses.
 
     Attributes:
@@ -138,17 +138,15 @@ class Stack:
         blocks: int = 4,
         group: DecisionGroup | None = None,
         held: tuple[int, ...] | None = None,
-        gate: Rule | None = None,
+        rule: Rule | None = None,
         **options: Any,
     ):
-        if gate is not None and not isinstance(gate, Rule):
-            gate, options = None, {**options, "gate": gate}
         if options.get("use_cache", "Fast") == "Fast":
             options = {"cache_ratio_threshold": EVER, **options}
         config = config_of(**{"forecaster": "reuse", **options})
         own = held[group.stage] if held and group else blocks
         contracts, tokens = [self.contract] * own, self.tokens(config, own)
-        self.engine = engine_of(config, contracts, blocks, group, held, gate=gate, tokens=tokens)
+        self.engine = engine_of(config, contracts, blocks, group, held, gate=rule, tokens=tokens)
         self.consensus = self.engine.consensus
         self.added = [0.0] * own
         self.ran: list[int] = []

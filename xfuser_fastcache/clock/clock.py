@@ -40,7 +40,6 @@ class Clock:
         self.timeline = Timeline(num_steps)
         self.ownership = Ownership(self.timeline)
         self._denoisers: dict[int, weakref.ReferenceType[Denoiser]] = {}
-        self._entered: dict[int, int] = {}
         self._last: tuple[int, int] | None = None
 
     def admit(self, denoiser: Denoiser) -> int:
