@@ -220,9 +220,9 @@ def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -
     assert set(methods.choose(["forecasters"], 28)) == variants
     assert set(methods.choose(["fast", "tokens"], 28)) == {"fast"} | plans
     assert set(methods.choose(["backends"], 28)) == {name.lower() for name in BACKENDS}
-    monkeypatch.setitem(BACKENDS, "Dream", BACKENDS["Fast"])
+    monkeypatch.setattr(methods, "BACKENDS", {**BACKENDS, "Dream": BACKENDS["Fast"]})
     assert "dream" in methods.all_methods()
-    monkeypatch.setitem(BACKENDS, "FAST", BACKENDS["Fast"])
+    monkeypatch.setattr(methods, "BACKENDS", {**BACKENDS, "FAST": BACKENDS["Fast"]})
     with pytest.raises(ValueError, match="one name for two methods"):
         methods.all_methods()
 
@@ -255,7 +255,7 @@ def test_the_polynomial_beside_a_model_is_used() -> None:
     with methods.all_methods()["tea"].prepare(Subject(pipe, 4, {}), "0.5"):
         gate = hook_on(pipe.transformer).engine.plan.gate
         fitted = CacheConfig.from_file("toys/sd3/teacache.yaml").coefficients
-        assert (gate.threshold, list(gate.coefficients)) == (0.5, fitted)
+        assert (gate.cache_ratio_threshold, list(gate.coefficients)) == (0.5, fitted)
 
 
 def test_settings_can_be_given() -> None:

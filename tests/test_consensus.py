@@ -32,8 +32,8 @@ def test_any_sharding_gives_the_same_integers_on_every_rank(
     world: dict[int, dict[str, Any]], sharding: str, dtype: str
 ) -> None:
     expected = world[0][dtype]["one process"]
-    assert expected[0] > 0
-    assert expected[3] == 2 * 13
+    assert expected[CHANGE] > 0
+    assert expected[TOKENS] == 2 * 13
     for rank in RANKS:
         assert world[rank][dtype][sharding] == expected
 
