@@ -58,6 +58,16 @@ def test_pages_that_code_names_are_there() -> None:
     assert not dead
 
 
+def test_links_of_the_pages_that_commands_write_lead_somewhere() -> None:
+    written = [
+        (source, page)
+        for source in (ROOT / "xfuser_fastcache" / "benchmarks").rglob("*.py")
+        for page in re.findall(r"\]\(([\w/-]+\.md)\)", source.read_text(encoding="utf-8"))
+    ]
+    assert written
+    assert [page for _, page in written if not (ROOT / "docs" / page).exists()] == []
+
+
 def test_every_decision_has_a_decision_a_figure_and_a_consequence() -> None:
     pages = sorted(DECISIONS.glob("*.md"))
     assert len(pages) > 30
@@ -76,7 +86,7 @@ def test_every_decision_is_listed_once() -> None:
 def test_the_first_screen_of_the_readme_installs_measures_and_runs() -> None:
     screen = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
     assert "pip install" in screen and "times as fast" in screen
-    assert len(program(screen).strip().splitlines()) == 8
+    assert len(program(screen).strip().splitlines()) <= 8
     assert len(screen.splitlines()) <= 40
 
 

@@ -75,7 +75,7 @@ def document(
         "times say only how uncached and cached compare. PipeFusion runs asynchronously after one "
         "warm-up step, with as many patches as stages. *Pipeline allows* is the speedup that the "
         "very decisions would have if skipped work and messages cost nothing (see "
-        "[decisions.md](decisions.md)).",
+        "[staggered stages](decisions/staggered-stages.md)).",
         "",
         "| model | layout | ranks | uncached | cached | speedup | gain kept | pipeline allows "
         "| PSNR | SSIM | blocks skipped | collectives a step |",
