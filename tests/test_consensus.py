@@ -15,7 +15,7 @@ from support.worlds import run_world
 from xfuser_fastcache.consensus.collective import DIGEST_BITS, Header
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
-from xfuser_fastcache.measurements.moments import SLOTS, Moments
+from xfuser_fastcache.measurements.moments import CHANGE, SLOTS, TOKENS, Moments
 
 RANKS = range(4)
 

@@ -119,7 +119,7 @@ class TransformerHook(_CacheHook):
             _refuse_tracing(module)
         self.attachment.follow_compilation()
         engine = self.engine
-        with engine.clock.ownership.visit():
+        with engine.clock.ownership.visit(self.reader.scheduler.pass_over):
             try:
                 engine.open(self.reader.arrival(args, kwargs, self.attachment.context.given))
                 try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from xfuser_fastcache.clock.ownership import Ownership
+from xfuser_fastcache.clock.pipelines import PresentScheduler
 from xfuser_fastcache.clock.plan import Plan
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call, Timeline
@@ -83,7 +83,7 @@ class Reader:
     Args:
         adapter: of its family.
         counts: told of each forward pass how many of its tokens are the image's.
-        scheduler: returns the one that plans the steps now, or None.
+        scheduler: says which one plans the steps now.
         layout: knows which tokens a forward pass carries.
         stages: of the pipeline.
         denoiser: its number, by `Clock.admit`.
@@ -93,7 +93,7 @@ class Reader:
         self,
         adapter: type[ModelAdapter],
         counts: TokenCounts,
-        scheduler: Callable[[], Any],
+        scheduler: PresentScheduler,
         layout: Any,
         stages: int = 1,
         denoiser: int = 0,
@@ -103,7 +103,7 @@ class Reader:
         self.layout = layout
         self.stages = stages
         self.denoiser = denoiser
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._forward = adapter.forward_layout()
         self._plan: Plan | None = None
 
@@ -117,7 +117,7 @@ class Reader:
             context: what `cache_context` was entered with, or None.
         """
         adapter, forward = self.adapter, self._forward
-        scheduler = self._scheduler()
+        scheduler = self.scheduler()
         timesteps = None if scheduler is None else scheduler.timesteps
         if timesteps is None:
             self._plan = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from xfuser_fastcache.clock.sources import Arrival
@@ -42,14 +42,18 @@ class Ownership:
         self._lost = weakref.WeakKeyDictionary[threading.Thread, float]()
 
     @contextmanager
-    def visit(self) -> Iterator[None]:
+    def visit(self, refused: Callable[[], None]) -> Iterator[None]:
         """Keep other threads out of a forward pass; nobody waits.
+
+        Args:
+            refused: called by the thread that is kept out.
 
         Raises:
             TransformerInUse: another forward pass is under way.
         """
         me = threading.current_thread()
         if not self._door.acquire(blocking=False):
+            refused()
             inside = self._visitor.name if self._visitor else "another thread"
             raise TransformerInUse(
                 f"thread {me.name!r} called a cached transformer",

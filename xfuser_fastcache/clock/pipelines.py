@@ -63,10 +63,7 @@ class PresentScheduler:
 
     def __call__(self) -> Any:
         """Return it; None where nobody has planned anything."""
-        transformer = self._transformer()
-        owners = [] if transformer is None else owners_of(transformer)
-        found = [getattr(pipe, "scheduler", None) for pipe in owners]
-        known = {id(s): s for s in (*found, self._given) if _has_planned(s)}
+        known = self._known()
         fresh = [s for key, s in known.items() if self._seen.get(key) is not s.timesteps]
         # Of several that were never looked at, one that has not begun is about to.
         fresh.sort(key=lambda s: getattr(s, "step_index", None) is not None)
@@ -76,6 +73,16 @@ class PresentScheduler:
             self._chosen = next(iter(known.values()), None)
         self._seen = {key: s.timesteps for key, s in known.items()}
         return self._chosen
+
+    def pass_over(self) -> None:
+        """A call was refused: what its pipeline has planned is not for the one at work."""
+        self._seen = {key: s.timesteps for key, s in self._known().items()}
+
+    def _known(self) -> dict[int, Any]:
+        transformer = self._transformer()
+        owners = [] if transformer is None else owners_of(transformer)
+        found = [getattr(pipe, "scheduler", None) for pipe in owners]
+        return {id(s): s for s in (*found, self._given) if _has_planned(s)}
 
 
 def _has_planned(scheduler: Any) -> bool:
