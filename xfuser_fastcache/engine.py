@@ -261,6 +261,7 @@ class CacheEngine:
         """End for good; with `verify_consensus` all ranks meet here."""
         self.agreement.finish()
         self.agreement.complete_verifications()
+        self.retire()  # else reference cycles keep the anchors
         self.branches.clear()
         self.watchdog.close()
         self.consensus.close()

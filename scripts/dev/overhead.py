@@ -250,7 +250,8 @@ def measure_block(
     def compute() -> Any:
         return block(image, text, temb, rotary)
 
-    outputs = FluxAdapter.block_lists["transformer_blocks"].unpack(compute())
+    contract = FluxAdapter.block_lists["transformer_blocks"].of(block)
+    outputs = contract.unpack(compute())
     step_us = median_us(compute, limit_s)
     config = CacheConfig().resolved()
     consensus = Consensus(
