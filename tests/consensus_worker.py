@@ -22,6 +22,7 @@ from xfuser_fastcache.consensus.collective import (  # noqa: E402
     Header,
 )
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout  # noqa: E402
+from xfuser_fastcache.consensus.transfer import HostCopy  # noqa: E402
 from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure  # noqa: E402
 
 EXPONENT = 5
@@ -107,6 +108,14 @@ def main() -> None:
     tickets = [consensus.post(Header(9, step, 0, 0), zeros + step) for step in range(1, 4)]
     found["async"] = [consensus.wait(ticket)[0][0] for ticket in tickets]
     found["collectives"] = consensus.collectives
+
+    # One rank's device is late, so that its vector has yet to leave when the next thing is posted.
+    arrived = HostCopy.arrived
+    HostCopy.arrived = property(lambda _: rank != 1)
+    ticket = consensus.post(Header(9, 4, 0, 0), zeros + rank)
+    rows = consensus.gather(torch.tensor([rank]), "a row")
+    found["late"] = [list(rows.values()), consensus.wait(ticket)[0][0]]
+    HostCopy.arrived = arrived
     consensus.close()
 
     found["options"] = raised(make, config_digest=7 + (rank == 2))

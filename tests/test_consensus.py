@@ -73,6 +73,13 @@ def test_the_group_goes_on_after_a_disagreement(world: dict[int, dict[str, Any]]
 
 
 @pytest.mark.gloo
+def test_what_is_posted_first_enters_first_also_where_one_rank_is_late(
+    world: dict[int, dict[str, Any]],
+) -> None:
+    assert all(world[rank]["late"] == [[[0], [1], [2], [3]], 6] for rank in RANKS)
+
+
+@pytest.mark.gloo
 def test_every_post_is_one_collective(world: dict[int, dict[str, Any]]) -> None:
     posts = 2 * len(SHARDINGS) + 1 + 5 + 1 + 3
     assert [world[rank]["collectives"] for rank in RANKS] == [posts] * 4

@@ -308,6 +308,8 @@ class Consensus:
         row = row.to(self._device)
         if not self._distributed:
             return GatherTicket([row], None, what)
+        if self._outgoing:  # they were posted before, and ranks differ in which of them have left
+            self._send(until=self._outgoing[-1])
         rows = [torch.empty_like(row) for _ in self.group.ranks]
         self._arrive(what)
         work = self._process_group.allgather([rows], [row])

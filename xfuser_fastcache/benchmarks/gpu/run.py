@@ -77,8 +77,8 @@ def describe(device: torch.device) -> tuple[str, dict[str, Any]]:
         try:
             out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
             found["driver"] = out.stdout.splitlines()[0].strip()
-        except (OSError, subprocess.SubprocessError, IndexError):
-            pass
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            found["driver"] = f"not known: {type(error).__name__}"
     for package in ("triton", "diffusers", "transformers", "xfuser", "cache-dit"):
         try:
             found[package] = version(package)
