@@ -18,7 +18,7 @@ import torch
 from xfuser_fastcache.benchmarks.methods import Changes, Method, fixed
 from xfuser_fastcache.benchmarks.subject import RankSubject, Subject
 from xfuser_fastcache.calibration.prompts import CALIBRATE, prompts_for
-from xfuser_fastcache.xdit.own_caches import apply_own_cache
+from xfuser_fastcache.xdit.own_caches import own_cache
 
 
 @contextmanager
@@ -131,8 +131,8 @@ def _diffusers_magcache(subject: Subject, value: str) -> Iterator[Changes]:
 def _xdit(cache_method: str) -> Callable[[Subject, str], Any]:
     @contextmanager
     def prepare(subject: Subject, value: str) -> Iterator[Changes]:
-        with restored(subject.model):
-            apply_own_cache(cache_method, subject.pipe, subject.model, subject.steps, float(value))
+        own = own_cache(cache_method, subject.pipe, subject.model, subject.steps, float(value))
+        with restored(subject.model), own:
             yield {}
 
     return prepare
