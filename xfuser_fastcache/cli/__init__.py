@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench-gpu": ("xfuser_fastcache.cli.bench_gpu", "measure costs and gains on one GPU"),
     "serve": ("xfuser_fastcache.cli.serve", "serve pictures over HTTP, on any ranks"),
     "layouts": ("xfuser_fastcache.cli.layouts", "run the embedded toys in every layout"),
+    "chaos": ("xfuser_fastcache.cli.chaos", "break things on purpose and see what gets through"),
     "doctor": ("xfuser_fastcache.cli.doctor", "say what is installed, registered and refused"),
 }
 

@@ -1,0 +1,1 @@
+"""Random faults, options, files and requests: each trial is seeded, and says what got through."""
