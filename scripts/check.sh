@@ -15,5 +15,6 @@ mypy
 python -m pytest -q --doctest-modules --ignore=xfuser_fastcache/xdit \
     xfuser_fastcache diffusers_adapters || [[ $? -eq 5 ]]
 
-# Last, so that the output ends with pytest's summary.
-python -m pytest "$@"
+# Last, so that the output ends with pytest's summary. A file's tests stay in one process, since
+# they share what is costly to make; most of them keep one core busy, and two is what CI has.
+python -m pytest -n 2 --dist loadfile "$@"
