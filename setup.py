@@ -49,7 +49,15 @@ setup(
         "ray": ["ray"],
         "bench": ["cache-dit>=1.5,<1.6"],
         # Linter, formatter and type checker change their minds between minor versions.
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3", "ruff==0.17.*", "mypy==2.4.*", "httpx", *SERVE],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist>=3",
+            "ruff==0.17.*",
+            "mypy==2.4.*",
+            "httpx",
+            *SERVE,
+        ],
     },
     entry_points={
         "console_scripts": [
