@@ -311,7 +311,7 @@ def evidence(change: float, lag: int = 1, gap: int = 1, tokens: int = TOKENS) ->
     return Evidence(change * 8.0, 0.0, 8.0, tokens, 4, lag, (0.8, 0.9, None), gap)
 
 
-@pytest.mark.parametrize("backend", set(BACKENDS) - {"Fast"})
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "Fast"])
 def test_a_gate_that_never_skips_never_does(backend: str) -> None:
     gate = gate_of(CacheConfig(use_cache=backend, **NEVER[backend]))
     state = gate.init()

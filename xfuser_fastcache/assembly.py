@@ -161,7 +161,9 @@ def drawn(
     dim = adapter.dim(model)
     tokens: TokenPlan = NoTokenPlan()
     if request.whole_forward:
-        contracts = [adapter.forward_contract(model, counts)]
+        # What a later stage is given are no latents, of which some channels are noise.
+        later = ForwardContract(adapter.forward_layout(), counts=counts)
+        contracts = [later if group.stage else adapter.forward_contract(model, counts)]
         dim = adapter.noise_channels(model)
     else:
         tokens = _token_plan(request, group, blocks, of_blocks)
