@@ -15,11 +15,13 @@ import pytest
 import torch
 import yaml
 from support.stack import Stack, ones
+from support.worlds import run_world
 from test_backends import Pipeline
 from test_engine import without_gradients  # noqa: F401
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics
 from xfuser_fastcache.backends import FORECASTERS, gate_of
+from xfuser_fastcache.benchmarks.layouts import LAYOUTS
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 from xfuser_fastcache.plugins import (
     BUILT_IN,
@@ -94,6 +96,45 @@ def test_the_pages_gate_runs_under_ulysses(installed: Path, tmp_path: Path) -> N
     # What was skipped over is never forgotten.
     skipped = [step["statistic"] for step in weighed if step["decision"] == "skipped"]
     assert skipped == sorted(skipped)
+
+
+@pytest.mark.gloo
+def test_what_the_page_registers_enters_the_matrix_the_benchmark_and_the_doctor(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of their own, since who was imported before does not look again."""
+    path = os.pathsep.join((str(installed), str(ROOT), str(ROOT / "tests")))
+    monkeypatch.setenv("PYTHONPATH", path)
+
+    def printed(*command: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, *command], check=True, capture_output=True, cwd=ROOT, timeout=120
+        )
+        return json.loads(done.stdout)
+
+    shown = printed("-m", "xfuser_fastcache.cli", "doctor", "--json")
+    ours = {row["name"] for row in shown["registered"] if row["package"] == "budget-gate"}
+    assert ours == {"budget", "blend", "every_other"}
+    found = printed(
+        "-c",
+        "import json, test_matrix as m\n"
+        "from xfuser_fastcache.benchmarks.methods import all_methods\n"
+        "cells = sorted({layout for _, layout, backend in m.CASES if backend == 'budget'})\n"
+        "print(json.dumps([cells, list(m.variants('Fast', False)), list(all_methods())]))",
+    )
+    cells, ways, methods = found
+    assert cells == sorted(LAYOUTS)
+    assert {"blend", "every_other"} < set(ways)
+    assert {"budget", "fast-blend", "fast-every_other"} < set(methods)
+    # A cell of it, as the matrix runs it.
+    world = run_world("matrix_worker.py", 2, "--case", "flux:Fast,budget", "--ulysses_degree", "2")
+    for backend, variants in (("budget", ["stack"]), ("Fast", ["blend", "every_other"])):
+        ranks = [world[rank]["models"]["flux"]["backends"][backend] for rank in (0, 1)]
+        assert all(rank["threshold_0_exact"] and rank["restored_exact"] for rank in ranks)
+        for variant in variants:
+            assert all(rank[variant]["repeats"] and rank[variant]["changed"] for rank in ranks)
+            assert ranks[0][variant]["digest"] == ranks[1][variant]["digest"]
+            assert all(rank[variant]["collectives_per_step"] == 1 for rank in ranks)
 
 
 def test_the_pages_combination_is_a_config(on_path: Any, tmp_path: Path) -> None:

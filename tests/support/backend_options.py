@@ -1,7 +1,8 @@
 """For each registered backend, options with which it never skips, and with which it skips often.
 
-A backend that is registered is in every test that goes by these; one whose threshold is no
-`cache_ratio_threshold` says here what stands for it.
+A backend that is registered is in every test that goes by these. Ours whose threshold is no
+`cache_ratio_threshold` say here what stands for it; another package's runs by its defaults, and
+never skips where warm-up never ends.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from xfuser_fastcache.backends import BACKENDS
+from xfuser_fastcache.config.checks import options_of
 
 # With none of them a change is bounded, and a computed step follows in the end.
 _MIXED = {"max_consecutive_skips": 3}
@@ -24,5 +26,19 @@ _OFTEN: dict[str, dict[str, Any]] = {
     "TaylorSeer": {"cache_interval": 3, "num_warmup_steps": 2},
     "Ada": {"codebook": {0.01: 2, 100: 3}},
 }
-NEVER = {name: _NEVER.get(name, {"cache_ratio_threshold": 0}) for name in BACKENDS}
-OFTEN = {name: _OFTEN.get(name, {"cache_ratio_threshold": 12.0, **_MIXED}) for name in BACKENDS}
+
+
+def _threshold(name: str) -> bool:
+    return "cache_ratio_threshold" in options_of(BACKENDS[name])
+
+
+def _never(name: str) -> dict[str, Any]:
+    return {"cache_ratio_threshold": 0} if _threshold(name) else {"num_warmup_steps": 100}
+
+
+def _often(name: str) -> dict[str, Any]:
+    return {"cache_ratio_threshold": 12.0, **_MIXED} if _threshold(name) else _MIXED
+
+
+NEVER = {name: _NEVER.get(name) or _never(name) for name in BACKENDS}
+OFTEN = {name: _OFTEN.get(name) or _often(name) for name in BACKENDS}

@@ -8,6 +8,7 @@ import torch
 
 from support.tiny_models import ADAPTER_OF, TINY_PIPELINES
 from support.xdit_runs import wrap
+from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
 STEPS = 10
 # How a backend runs in a cell: `Fast` in all ways, the others in the first one, or in all that
@@ -16,6 +17,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stack": {},
     "three spans": {"granularity": 3},
     "output forecast": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
+    # What other packages add; our own have tests of their own.
+    **{
+        name: {"forecaster": name}
+        for name in FORECASTERS
+        if name not in BUILT_IN[FORECASTERS.group]
+    },
+    **{
+        name: {"token_plan": name}
+        for name in TOKEN_PLANS
+        if name not in BUILT_IN[TOKEN_PLANS.group]
+    },
 }
 FORECASTS_ALL = ("Fast", "TaylorSeer")
 

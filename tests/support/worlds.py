@@ -156,5 +156,6 @@ def _rank(script: str, arguments: tuple[str, ...], rank: int, ranks: int, port: 
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     sys.argv = [script, *arguments]
-    sys.path[:0] = [str(Path(script).parent), str(ROOT)]
+    # Set by the test after the server had started.
+    sys.path[:0] = [str(Path(script).parent), *os.environ["PYTHONPATH"].split(os.pathsep)]
     runpy.run_path(script, run_name="__main__")

@@ -15,8 +15,10 @@ from xfuser_fastcache.apply import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 from xfuser_fastcache.benchmarks.oracle import oracle
 from xfuser_fastcache.benchmarks.subject import Subject
+from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.config.mappings import read_mapping
 from xfuser_fastcache.gates.codebook import CODEBOOKS
+from xfuser_fastcache.plugins import BUILT_IN, TOKEN_PLANS
 
 Changes = dict[str, Any]
 
@@ -70,8 +72,10 @@ def _codebook(factor: str) -> dict[float, int]:
     return {end * float(factor): interval for end, interval in CODEBOOKS["slow"].items()}
 
 
-# Wide enough for a backend of which nothing is known.
+# Wide enough for a backend of which nothing is known; where it has no threshold by this name, the
+# limit that every gate has.
 ANY = Sweep("cache_ratio_threshold", (0.02, 0.05, 0.1, 0.2, 0.4, 0.8))
+SKIPS = Sweep("max_consecutive_skips", (1, 2, 3, 4, 6, 8), read=int)
 # A polynomial decides what a threshold means, so this one is wide as well.
 TEA = Sweep(
     "cache_ratio_threshold", (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0), beside="teacache.yaml"
@@ -108,7 +112,8 @@ def _cached(subject: Subject, **options: Any) -> Iterator[Changes]:
 
 def our_method(backend: str, forecaster: str = "") -> Method:
     """The method of one of our backends, with its default options but for the forecaster."""
-    sweep = SWEEPS.get(backend, ANY)
+    known = options_of(BACKENDS[backend])
+    sweep = SWEEPS.get(backend) or (ANY if ANY.option in known else SKIPS)
     chosen = {"forecaster": forecaster} if forecaster else {}
 
     def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
@@ -154,7 +159,19 @@ def token_method(name: str, knob: str, values: tuple[float, ...], **options: Any
 
 
 def token_methods() -> list[Method]:
-    """Each token plan under the gate of `fast`, and the split without a gate that skips."""
+    """Each token plan under the gate of `fast`, and the split without a gate that skips.
+
+    Those of other packages run by their defaults.
+    """
+
+    def added(plan: str) -> Method:
+        def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
+            return _cached(subject, token_plan=plan, cache_ratio_threshold=float(value))
+
+        knob = "cache_ratio_threshold"
+        return Method(f"fast-{plan}", "xfuser-fastcache", knob, fixed(*GATED), prepare, "tokens")
+
+    others = [plan for plan in TOKEN_PLANS if plan not in BUILT_IN[TOKEN_PLANS.group]]
     split = {"enable_spatial_approx": True}
     return [
         token_method("split-reuse", "motion_threshold", STILL, static_kv="reuse", **split),
@@ -163,6 +180,7 @@ def token_methods() -> list[Method]:
         token_method(
             "split-merge", "merge_ratio", LEFT, enable_token_merge=True, static_kv="reuse", **split
         ),
+        *map(added, others),
     ]
 
 
