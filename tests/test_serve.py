@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from support.failing_methods import MESSAGE, register_in
 from support.served import Served
 from support.worlds import ROOT
 
@@ -36,7 +37,15 @@ def toy(model: str, *flags: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def ulysses() -> Iterator[Served]:
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Services know methods that fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", register_in(tmp_path_factory.mktemp("site")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def ulysses(failing: None) -> Iterator[Served]:
     """FLUX on Ulysses 2."""
     service = Served(2, *toy("flux", "--ulysses_degree", "2", "--queue_size", "2"))
     yield service
@@ -137,6 +146,7 @@ def cpu_seconds(process: int) -> float:
         ({"use_cache": False, "cache_config": {"num_steps": 2}}, "cache_config needs a cache"),
         ({"cache_config": {"sync_timeout_s": 1}}, "sync_timeout_s=1 is not allowed; it is set by"),
         ({"cache_config": {"calibration": "/etc/hostname"}}, "calibration='/etc/hostname' is not"),
+        ({"cache_config": {"linear_maps": "/etc/hostname"}}, "linear_maps='/etc/hostname' is not"),
         ({"cache_config": {"steps_mask": [1, 0, 1]}}, "3 entries, but this request 8 steps"),
     ],
 )
@@ -207,6 +217,24 @@ def test_a_request_brings_its_own_cache(ulysses: Served) -> None:
         "waited_s": 0,
         "statistics": {},
     }
+
+
+def test_a_generation_that_fails_fails_alone(ulysses: Served) -> None:
+    """Ranks that share an error, or a picture that is none, end nothing but their request."""
+    before = ulysses.statistics()["requests"]
+    own, uncached = ulysses.drawn()["image"], ulysses.drawn(use_cache=False)["image"]
+    failing = {"use_cache": "Failing", "num_inference_steps": STEPS}
+    for kind, options, reason in (
+        (failing, {}, f"this picture failed: RuntimeError: {MESSAGE}"),
+        ({"use_cache": "TaylorSeer"}, {"forecaster": "nan"}, "the picture holds NaN or infinity"),
+    ):
+        answer = ulysses.draw(**kind, seed=1, cache_config=options)
+        assert answer.status_code == 503, answer.text
+        assert reason in answer.json()["detail"]
+        assert ulysses.drawn()["image"] == own
+        assert ulysses.drawn(use_cache=False)["image"] == uncached
+    after = ulysses.statistics()["requests"]
+    assert after["failed"] == before["failed"] + 2
 
 
 def test_a_full_queue_says_when_to_come_back(ulysses: Served) -> None:

@@ -39,6 +39,7 @@ OPERATORS = (
 )
 # Lists and mappings in each other; the deepest request that means something has six.
 _MAX_DEPTH = 16
+_MOST_SAID = 3  # of a body's errors
 
 
 class RequestRefused(ValueError):
@@ -88,7 +89,9 @@ def read_request(body: bytes) -> GenerateRequest:
     try:
         return GenerateRequest.model_validate(found)
     except ValidationError as error:
-        raise RequestRefused("; ".join(map(_said, error.errors()))) from error
+        wrong = error.errors()
+        more = [f"and {len(wrong) - _MOST_SAID} more"] if len(wrong) > _MOST_SAID else []
+        raise RequestRefused("; ".join([*map(_said, wrong[:_MOST_SAID]), *more])) from error
 
 
 _TOO_DEEP = f"the body is nested deeper than {_MAX_DEPTH} levels; nothing that is known needs that"
