@@ -133,7 +133,7 @@ _HEADS: tuple[tuple[dict[str, str], set[int]], ...] = (
     ({"X-Long": "a" * 100_000}, {0, 200, 400}),  # as it arrives in one piece or in several
     ({"Upgrade": "websocket", "Connection": "Upgrade"}, {200}),
     ({"Expect": "100-continue"}, {200}),
-    ({"Accept": "\xe9" * 100}, {200}),
+    ({"X-Odd": "\xe9" * 100}, {200}),
 )
 
 
@@ -184,6 +184,8 @@ def _judge(sent: str, answer: Answered, allowed: set[int]) -> str:
         if answer.status and not answer.detail:
             raise Broken(f"{sent} was refused with {answer.status} and no reason")
         return "refused"
+    if answer.kind != "image/png":
+        raise Broken(f"{sent} was answered with {answer.detail}")
     with Image.open(io.BytesIO(answer.body)) as picture:
         if all(least == most for least, most in picture.convert("RGB").getextrema()):
             raise Broken(f"{sent} drew one colour")
