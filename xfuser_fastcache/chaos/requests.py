@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import socket
 import struct
 import time
@@ -30,7 +31,8 @@ from xfuser_fastcache.chaos.service import (
 from xfuser_fastcache.chaos.trials import Verdict
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.config.checks import options_of
-from xfuser_fastcache.plugins import FORECASTERS, GATES, TOKEN_PLANS, loaded
+from xfuser_fastcache.config.methods import REGISTRIES
+from xfuser_fastcache.plugins import GATES
 from xfuser_fastcache.serving.requests import OPERATORS, GenerateRequest
 
 # What JSON can hold and nobody should send.
@@ -40,6 +42,9 @@ _ODD: tuple[Any, ...] = (
     *([], [1], [0, 1], [1, 0] * 2, [1] * 2000, [[1]], [None], ["x"]),
     *({}, {"name": "x"}, {"name": 1}, {"all_of": []}, {"a": {"b": {"c": [1]}}}),
 )
+# Numbers and words that checks of options let through now and then.
+_NUMBERS = (*range(12), 50, 1000, 1e-9, 0.05, 0.3, 0.9, 1.5, 7.0, 100.0, 1e6, 1e12, 1e100, 1e200)
+_LISTS = ([1], [1, 0, 1, 1], [0.1, 0.2], [1e200, 1e200], [4.98e2, -2.83e2, 5.58e1, -3.82, 0.264])
 _NO_PICTURE = "the picture holds NaN or infinity"
 
 
@@ -59,34 +64,64 @@ def _plain(rng: random.Random) -> dict[str, Any]:
 def _fields(rng: random.Random) -> dict[str, Any]:
     """A request with odd values in its fields, or odd fields."""
     body = _plain(rng)
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice((*GenerateRequest.model_fields, "heigth", "\ud800", ""))
         body[name] = rng.choice(_ODD)
     return body
 
 
+def _value(rng: random.Random, found: Any) -> Any:
+    """A value for an option: mostly one that its check lets through, to fail later if it can."""
+    words = (
+        *re.findall(r"\w+", found.metadata["allowed"]),
+        *_NUMBERS,
+        *_LISTS,
+        True,
+        False,
+        {"0.1": 3},
+    )
+    if rng.random() < 0.3:
+        return rng.choice(_ODD)
+    return rng.choice([word for word in words if _passes(found, word)] or _ODD)
+
+
+def _passes(found: Any, value: Any) -> bool:
+    try:
+        found.metadata["check"].read(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _method(rng: random.Random, kind: str, depth: int = 0) -> Any:
     """A method by name, or with options, or combined."""
-    registry = {"gate": GATES, "forecaster": FORECASTERS, "token_plan": TOKEN_PLANS}[kind]
+    registry = REGISTRIES[kind]
     name = rng.choice(list(registry))
     if rng.random() < 0.5:
         return name
     if kind == "gate" and depth < 3 and rng.random() < 0.4:
         parts = [_method(rng, kind, depth + 1) for _ in range(rng.randint(1, 3))]
         return {rng.choice(("all_of", "any_of")): parts}
-    options = list(options_of(loaded(registry)[name])) or ["x"]
-    return {"name": name, rng.choice(options): rng.choice(_ODD)}
+    options = options_of(registry[name])
+    if not options:
+        return {"name": name}
+    option = rng.choice(list(options))
+    return {"name": name, option: _value(rng, options[option])}
 
 
 def _options(rng: random.Random) -> dict[str, Any]:
     """A request with a cache of its own, some of whose options are odd."""
+    backend = rng.choice(list(GATES))
+    taken = [name for name in options_of(GATES[backend]) if name in options_of(CacheConfig)]
     config: dict[str, Any] = {}
-    for _ in range(rng.randint(1, 3)):
-        name = rng.choice(list(options_of(CacheConfig)))
-        is_method = name in ("gate", "forecaster", "token_plan") and rng.random() < 0.7
-        config[name] = _method(rng, name) if is_method else rng.choice((*_ODD, rng.uniform(0, 9)))
-    named = {"use_cache": rng.choice(list(GATES))} if rng.random() < 0.7 else {}
-    return {**_plain(rng), "use_cache": None, **named, "cache_config": config}
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        # Most options belong to one method; those of the backend at hand are tried most.
+        name = rng.choice(taken if taken and rng.random() < 0.4 else list(options_of(CacheConfig)))
+        is_method = name in REGISTRIES and rng.random() < 0.9
+        config[name] = (
+            _method(rng, name) if is_method else _value(rng, options_of(CacheConfig)[name])
+        )
+    return {**_plain(rng), "use_cache": backend, "cache_config": config}
 
 
 def _file(rng: random.Random, name: str) -> dict[str, Any]:
