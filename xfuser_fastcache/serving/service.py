@@ -6,7 +6,6 @@ import base64
 import logging
 import math
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -22,7 +21,6 @@ from xfuser_fastcache.serving.requests import RequestRefused
 logger = logging.getLogger("xfuser_fastcache")
 
 _TICK_S = 0.25
-_LACK = re.compile(r"^(\w*OutOfMemoryError): .*", re.DOTALL)
 _LAST_WORDS_S = 3.0
 
 
@@ -203,15 +201,13 @@ class Service:
             answer = Answer(picture_in(reports), statistics, seconds, waited_s, job.order)
             job.answer.set_result(answer)
             return
-        if not failure.alike:
-            self.break_down(f"{what} failed on {failure.said}")
-        if failure.place == "before":
+        if failure.refusal:
             self.meters.count("refused")
-            job.answer.set_exception(RequestRefused(failure.said))
+            job.answer.set_exception(RequestRefused(failure.said.partition(": ")[2]))
             return
         self.meters.count("failed")
         job.answer.set_exception(GenerationFailed(f"this picture failed: {failure.said}"))
-        if failure.place == "within":
+        if not failure.drawn:
             self.try_out(line, f"{what} failed, and the trial after it")
 
     def try_out(self, line: Line, what: str) -> None:
@@ -254,14 +250,13 @@ class Failure:
     """How an order failed.
 
     Attributes:
-        place: one of drawing's `PLACES`, the earliest at which a rank met its error.
-        alike: whether the ranks that failed met one error at one place, so that they may still be
-            in step; a trial tells.
+        refusal: whether all ranks refused it alike before the model was called.
+        drawn: whether all ranks had done their work with others before.
         said: the error; where ranks met different ones, each with its ranks.
     """
 
-    place: str
-    alike: bool
+    refusal: bool
+    drawn: bool
     said: str
 
 
@@ -270,24 +265,18 @@ def failure_of(reports: dict[int, dict[str, Any]]) -> Failure | None:
 
     Example:
         >>> told = {"place": "within", "error": "ValueError: no"}
-        >>> failure_of({0: told, 1: told}).alike
-        True
         >>> failure_of({0: told, 1: told | {"error": "RuntimeError: timed out"}}).said
         'rank 0: ValueError: no; rank 1: RuntimeError: timed out'
     """
-    failed = {rank: report for rank, report in reports.items() if report["error"]}
+    failed = {rank: report["error"] for rank, report in reports.items() if report["error"]}
     if not failed:
         return None
-    # Which memory was lacking differs by rank, where the lack is the same.
-    marks = {
-        (report["place"], _LACK.sub(r"\1", report["error"])): report["error"]
-        for report in failed.values()
-    }
-    place = min((place for place, _ in marks), key=PLACES.index)
-    # Before the model is called, nothing but the order itself is to blame: it is all ranks' error.
-    alike = len(marks) == 1 and (place != "before" or len(failed) == len(reports))
-    each = "; ".join(f"{names([rank])}: {report['error']}" for rank, report in failed.items())
-    return Failure(place, alike, next(iter(marks.values())) if alike else each)
+    before, _, after = PLACES
+    places = {report["place"] for report in reports.values()}
+    alike = len(failed) == len(reports) and len(set(failed.values())) == 1
+    each = "; ".join(f"{names([rank])}: {error}" for rank, error in failed.items())
+    said = next(iter(failed.values())) if alike else each
+    return Failure(alike and places == {before}, places == {after}, said)
 
 
 def picture_in(reports: dict[int, dict[str, Any]]) -> bytes:
