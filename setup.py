@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
-SERVE = ["fastapi", "uvicorn", "prometheus-client"]
+# The ends of these ranges are tested: connections build on a class of uvicorn, heads on ASGI alone.
+SERVE = ["fastapi>=0.115,<0.166", "uvicorn>=0.30,<0.55", "prometheus-client"]
 
 setup(
     name="xfuser-fastcache",

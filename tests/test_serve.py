@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from support.crowds import HALF, SilentCrowd, mixed_requests
+from support.crowds import MIXED as MIXED_KINDS
+from support.failing_methods import MESSAGE, register_in
 from support.served import Served
 from support.worlds import ROOT
 
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.gloo
 STEPS = 8
 SLOW = {"num_inference_steps": 40, "use_cache": False}
 PATIENCE_S = 4.0
+READ_S = 5.0
 
 
 def toy(model: str, *flags: str) -> tuple[str, ...]:
@@ -36,9 +41,18 @@ def toy(model: str, *flags: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def ulysses() -> Iterator[Served]:
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Services know methods that fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", register_in(tmp_path_factory.mktemp("site")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def ulysses(failing: None) -> Iterator[Served]:
     """FLUX on Ulysses 2."""
-    service = Served(2, *toy("flux", "--ulysses_degree", "2", "--queue_size", "2"))
+    flags = ("--ulysses_degree", "2", "--queue_size", "2", "--read_timeout_s", str(READ_S))
+    service = Served(2, *toy("flux", *flags))
     yield service
     service.end()
 
@@ -112,6 +126,93 @@ def test_fifty_mixed_requests_leave_nothing_behind(layout: str) -> None:
         service.end()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_service_outlives_crowds_and_ends_as_it_says(failing: None) -> None:
+    """Run with `-s`, it prints what docs/serving.md shows."""
+    flags = ("--ulysses_degree", "2", "--read_timeout_s", "5", "--peer_timeout_s", "6")
+    service = Served(2, *toy("flux", *flags))
+    try:
+        pictures: dict[int, str] = {}
+        mixed_requests(service, len(MIXED_KINDS), pictures)
+        held = {0: measured(service)}
+        answers: Counter[int] = Counter()
+        for wave in range(1, 6):
+            idle = SilentCrowd(service, 300, b"")
+            half = SilentCrowd(service, 160, HALF)
+            answers += mixed_requests(service, 100, pictures)
+            assert idle.all_ended(30) and half.all_ended(30), wave
+            held[100 * wave] = measured(service)
+        print(f"answers {dict(answers)}, {300 * wave} idle and {160 * wave} half-sent connections")
+        for number, row in held.items():
+            print(number, row)
+        assert answers.total() == 500
+        for rank in (0, 1):
+            early, late = held[100][rank], held[500][rank]
+            assert late["mb"] < 1.03 * early["mb"]
+            assert (late["files"], late["threads"]) == (early["files"], early["threads"])
+
+        idle, half = SilentCrowd(service, 300, b""), SilentCrowd(service, 160, HALF)
+        with ThreadPoolExecutor(4) as clients:
+            waiting = [clients.submit(service.draw, **SLOW, seed=i) for i in range(4)]
+            while (said := service.statistics())["running"] + said["waiting"] < 4:
+                time.sleep(0.05)
+            started = time.monotonic()
+            assert service.stop(90) == 0
+            statuses = [future.result().status_code for future in waiting]
+        assert set(statuses) <= {200, 503} and 200 in statuses
+        assert service.left() == [0, 1]
+        assert idle.all_ended(5) and half.all_ended(5)
+        print(f"SIGTERM: {statuses}, all had left after {time.monotonic() - started:.1f} s")
+    finally:
+        service.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (signal.SIGKILL, "rank 1 ended the connection"),
+        (signal.SIGSTOP, "no sign of life from rank 1 for 6 s"),
+    ],
+)
+def test_a_rank_that_is_gone_ends_the_service(sent: signal.Signals, reason: str) -> None:
+    flags = ("--ulysses_degree", "2", "--peer_timeout_s", "6")
+    service = Served(2, *toy("flux", *flags))
+    try:
+        crowd = SilentCrowd(service, 300, HALF)
+        with ThreadPoolExecutor(1) as clients:
+            answer = clients.submit(service.draw, **SLOW | {"num_inference_steps": 100})
+            while not service.statistics()["running"]:
+                time.sleep(0.02)
+            os.kill(service.ranks()[1], sent)
+            started = time.monotonic()
+            assert answer.result(60).status_code == 503
+            answered = time.monotonic() - started
+        assert answer.result().json()["detail"] == f"the service ends: {reason}"
+        assert service.wait(90) != 0
+        gone = time.monotonic() - started
+        print(f"{sent.name}: 503 after {answered:.1f} s, gone after {gone:.1f} s")
+        assert answered < 30
+        assert crowd.all_ended(5)
+    finally:
+        service.end()
+
+
+def measured(service: Served) -> dict[int, dict[str, float]]:
+    """By rank: resident memory in MB, open files, threads; once nothing is under way."""
+    time.sleep(1)
+    memory = service.statistics()["memory_bytes"]
+    return {
+        rank: {
+            "mb": round(memory[str(rank)] / 1e6),
+            "files": len(list(Path(f"/proc/{process}/fd").iterdir())),
+            "threads": len(list(Path(f"/proc/{process}/task").iterdir())),
+        }
+        for rank, process in sorted(service.ranks().items())
+    }
+
+
 def cpu_seconds(process: int) -> float:
     fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -137,6 +238,7 @@ def cpu_seconds(process: int) -> float:
         ({"use_cache": False, "cache_config": {"num_steps": 2}}, "cache_config needs a cache"),
         ({"cache_config": {"sync_timeout_s": 1}}, "sync_timeout_s=1 is not allowed; it is set by"),
         ({"cache_config": {"calibration": "/etc/hostname"}}, "calibration='/etc/hostname' is not"),
+        ({"cache_config": {"linear_maps": "/etc/hostname"}}, "linear_maps='/etc/hostname' is not"),
         ({"cache_config": {"steps_mask": [1, 0, 1]}}, "3 entries, but this request 8 steps"),
     ],
 )
@@ -209,6 +311,34 @@ def test_a_request_brings_its_own_cache(ulysses: Served) -> None:
     }
 
 
+def test_a_generation_that_fails_fails_alone(ulysses: Served) -> None:
+    """Ranks that share an error, or a picture that is none, end nothing but their request."""
+    before = ulysses.statistics()["requests"]
+    own, uncached = ulysses.drawn()["image"], ulysses.drawn(use_cache=False)["image"]
+    failing = {"use_cache": "Failing", "num_inference_steps": STEPS}
+    for kind, options, reason in (
+        (failing, {}, f"this picture failed: RuntimeError: {MESSAGE}"),
+        ({"use_cache": "TaylorSeer"}, {"forecaster": "nan"}, "the picture holds NaN or infinity"),
+    ):
+        answer = ulysses.draw(**kind, seed=1, cache_config=options)
+        assert answer.status_code == 503, answer.text
+        assert reason in answer.json()["detail"]
+        assert ulysses.drawn()["image"] == own
+        assert ulysses.drawn(use_cache=False)["image"] == uncached
+    after = ulysses.statistics()["requests"]
+    assert after["failed"] == before["failed"] + 2
+
+
+def test_crowds_change_nothing(ulysses: Served) -> None:
+    """A small version of test_a_service_outlives_crowds_and_ends_as_it_says."""
+    idle, half = SilentCrowd(ulysses, 100, b""), SilentCrowd(ulysses, 50, HALF)
+    for body, status, reason in MIXED_KINDS:
+        answer = ulysses.draw(**body)
+        assert answer.status_code == status
+        assert reason in answer.text
+    assert idle.all_ended(READ_S + 10) and half.all_ended(1)
+
+
 def test_a_full_queue_says_when_to_come_back(ulysses: Served) -> None:
     before = ulysses.statistics()["requests"]
     with ThreadPoolExecutor(6) as clients:
@@ -260,6 +390,7 @@ def test_shutdown_draws_what_waits_and_everybody_leaves(ulysses: Served) -> None
     health = ulysses.client.get("/health")
     assert (health.status_code, health.json()["status"]) == (200, "ok")
     assert health.json()["parallel"]["ulysses"] == health.json()["ranks"] == 2
+    silent = SilentCrowd(ulysses, 20, b""), SilentCrowd(ulysses, 20, HALF)
     with ThreadPoolExecutor(2) as clients:
         waiting = [clients.submit(ulysses.draw, **SLOW, seed=i) for i in range(2)]
         while (said := ulysses.statistics())["running"] + said["waiting"] < 2:
@@ -277,6 +408,7 @@ def test_shutdown_draws_what_waits_and_everybody_leaves(ulysses: Served) -> None
         assert [future.result().status_code for future in waiting] == [200, 200]
     assert ulysses.wait() == 0
     assert ulysses.left() == [0, 1]
+    assert all(crowd.all_ended(1) for crowd in silent)
 
 
 @pytest.mark.chaos

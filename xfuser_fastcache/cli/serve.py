@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from xfuser_fastcache.cli.generate import cache_config, parser, read_flags
 from xfuser_fastcache.serving.drawing import Painter
-from xfuser_fastcache.serving.line import Line, RankMissing, StopSign, connect
+from xfuser_fastcache.serving.heads import LOOPBACK
+from xfuser_fastcache.serving.joining import connect
+from xfuser_fastcache.serving.line import Line, RankMissing, StopSign
 from xfuser_fastcache.serving.service import Service, follow
 from xfuser_fastcache.serving.web import WebServer, listen, make_app
 from xfuser_fastcache.xdit.loaded import finish, load_in_layout, start
@@ -37,12 +39,20 @@ def flags() -> argparse.ArgumentParser:
     ours = known.add_argument_group("Service")
     ours.add_argument("--host", default="127.0.0.1", help="address to listen on")
     ours.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    ours.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names without port that it answers to, beside those of loopback",
+    )
     ours.add_argument("--queue_size", type=int, default=16, help="most requests that wait")
     ours.add_argument("--max_side", type=int, default=2048, help="of a picture, in pixels")
     ours.add_argument("--max_steps", type=int, default=100, help="of a generation")
     ours.add_argument("--max_prompt_length", type=int, default=2000, help="in characters")
     for name, default, text in (
         ("request", 300.0, "longest wait of a client"),
+        ("read", 10.0, "longest that a request may take to arrive"),
         ("generation", 600.0, "a picture that takes longer ends the service"),
         ("peer", 30.0, "a rank silent for longer ends the service"),
         ("drain", 15.0, "how long waiting requests are still begun at the end"),
@@ -101,9 +111,15 @@ def web_of(
         "use_cache": painter.config.use_cache if painter.config else None,
     }
     app = make_app(
-        service, painter.limits(), vars(options), painter.config, about, options.request_timeout_s
+        service,
+        painter.limits(),
+        vars(options),
+        painter.config,
+        about,
+        options.request_timeout_s,
+        {*LOOPBACK, *(name.lower() for name in options.allowed_hosts)},
     )
-    return WebServer(app, door)
+    return WebServer(app, door, options.read_timeout_s)
 
 
 def say(text: str) -> None:
@@ -145,6 +161,7 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda given, _: stop.set(signal.Signals(given).name))
     if door is not None:
+        service.try_out(line, "the first trial")
         lead(painter, line, service, web_of(painter, service, door, options), options.model)
     else:
         follow(line, painter)

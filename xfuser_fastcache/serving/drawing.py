@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from xfuser_fastcache.apply import adapter_of
@@ -26,6 +27,12 @@ from xfuser_fastcache.xdit.groups import XDiTLayout
 from xfuser_fastcache.xdit.ranks import runtime_state, sequence_ranks
 
 logger = logging.getLogger("xfuser_fastcache")
+
+# Where a rank meets an error: before the model is called, in its work with others, or when that is
+# done.
+PLACES = ("before", "within", "after")
+_TRIAL_SIDE = 256
+_TRIAL_STEPS = 2
 
 
 class Painter:
@@ -44,7 +51,7 @@ class Painter:
         self.layout = XDiTLayout()
         self.runtime = runtime_state()
         self.pipeline_warmup_steps = self.runtime.runtime_config.warmup_steps
-        self.entered = False
+        self.entered = self.drawn = False
         self.layout.limit_waits((config or CacheConfig()).sync_timeout_s)
         pipe.transformer.register_forward_pre_hook(self._enter)
 
@@ -71,18 +78,45 @@ class Painter:
         """Run an order and return this rank's report, of an error too.
 
         Returns:
-            `error`, None where there is none; `entered`, whether the transformer was called;
+            `error`, None where there is none; `place`, one of `PLACES`, where the error was met;
             `memory_bytes`; and of a success `seconds` of the denoising loop, `statistics` of the
             cache, and on the rank that has it `picture`, a PNG in base64.
         """
-        self.entered = False
+        self.entered = self.drawn = False
         try:
             report = self._draw(order)
         except Exception as error:
             if self.entered:
                 logger.exception("a generation failed")
             report = {"error": f"{type(error).__name__}: {error}"}
-        return {"error": None, "entered": self.entered, "memory_bytes": memory_bytes(), **report}
+        before, within, after = PLACES
+        place = after if self.drawn else within if self.entered else before
+        return {"error": None, "place": place, "memory_bytes": memory_bytes(), **report}
+
+    def trial(self) -> dict[str, Any]:
+        """Return an order for a small picture that this service can draw.
+
+        Its cache skips nothing: it is there because ranks that apply one meet and mend what an
+        earlier failure has left between them.
+        """
+        limits, kept = self.limits(), self.config or CacheConfig()
+        cache = {
+            **{"use_cache": "Fast", "cache_ratio_threshold": 0.0},
+            **{"sync_backend": kept.sync_backend, "sync_timeout_s": kept.sync_timeout_s},
+        }
+        sides = {
+            name: max(multiple, min(_TRIAL_SIDE, limits.max_side) // multiple * multiple)
+            for name, multiple in (
+                ("height", limits.height_multiple),
+                ("width", limits.width_multiple),
+            )
+        }
+        return {
+            **{"prompt": "a trial", "negative_prompt": None, "seed": 0, "cache": cache},
+            **{"guidance_scale": self.options.guidance_scale},
+            **{"num_inference_steps": min(_TRIAL_STEPS, limits.max_steps)},
+            **sides,
+        }
 
     def _enter(self, *_: Any) -> None:
         self.entered = True
@@ -97,8 +131,14 @@ class Painter:
         generator = Generator(self.pipe, argparse.Namespace(**{**vars(self.options), **changes}))
         with self._planned(config):
             run = generator.run("", config)
+        self.drawn = True
         report: dict[str, Any] = {"seconds": run.seconds, "statistics": run.statistics}
         if run.images:
+            if not np.isfinite(run.images[0]).all():
+                raise ValueError(
+                    "the picture holds NaN or infinity; give other options of the cache, or "
+                    "use_cache=false"
+                )
             file = io.BytesIO()
             picture_of(run.images[0]).save(file, format="PNG")
             report["picture"] = base64.b64encode(file.getvalue()).decode()

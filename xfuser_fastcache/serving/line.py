@@ -11,21 +11,15 @@ import json
 import math
 import os
 import queue
-import secrets
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch.distributed as dist
-
 _ALIVE = {"alive": True}
-_KEY = "xfuser_fastcache/serve/address"
 
 
 class RankMissing(RuntimeError):
@@ -194,63 +188,3 @@ def _limit(connection: Connection, seconds: float) -> None:
 def names(ranks: list[int]) -> str:
     """Return ranks as words: "rank 1", "ranks 1, 3"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def connect(
-    patience_s: float, on_loss: Callable[[str], None], stop: StopSign, limit_s: float = 120.0
-) -> Line:
-    """Connect all ranks of the process group to rank 0; every rank makes this call.
-
-    The address and a key that is drawn anew each time go through the process group's store. Where
-    all ranks are on this machine, rank 0 listens on loopback only.
-
-    Args:
-        patience_s: longest silence of a rank in seconds.
-        on_loss: as of `Line`.
-        stop: as of `Line`.
-        limit_s: longest wait for the others in seconds.
-
-    Raises:
-        RankMissing: naming the ranks that did not connect, or rank 0.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    connections: dict[int, Connection] = {}
-    if world_size > 1:
-        store = dist.distributed_c10d._get_default_store()
-        if rank == 0:
-            connections = _accept(store, world_size, limit_s)
-        else:
-            try:
-                store.wait([_KEY], timedelta(seconds=limit_s))
-            except dist.DistStoreError as error:
-                raise RankMissing(f"rank 0 opened no line within {limit_s:g} s") from error
-            host, port, key = json.loads(store.get(_KEY))
-            connection = Client((host, port), authkey=bytes.fromhex(key))
-            connection.send_bytes(str(rank).encode())
-            connections = {0: connection}
-    return Line(rank, connections, patience_s, on_loss, stop)
-
-
-def _accept(store: Any, world_size: int, limit_s: float) -> dict[int, Connection]:
-    one_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
-    key = secrets.token_bytes(32)
-    connections: dict[int, Connection] = {}
-    with Listener(("127.0.0.1" if one_host else "", 0), backlog=world_size, authkey=key) as door:
-        host = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
-        store.set(_KEY, json.dumps([host, door.address[1], key.hex()]))
-
-        def accept() -> None:
-            while len(connections) < world_size - 1:
-                try:
-                    connection = door.accept()
-                    connections[int(connection.recv_bytes())] = connection
-                except (AuthenticationError, EOFError):
-                    continue  # a stranger at the port, not a rank
-
-        thread = threading.Thread(target=accept, name="serve-accept", daemon=True)
-        thread.start()
-        thread.join(limit_s)
-        missing = sorted(set(range(1, world_size)) - set(connections))
-        if missing:
-            raise RankMissing(f"{names(missing)} did not connect within {limit_s:g} s")
-    return connections

@@ -15,7 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-OUTCOMES = ("done", "refused", "full", "timed_out", "failed", "stopping")
+OUTCOMES = ("done", "refused", "full", "timed_out", "failed", "stopping", "hung_up")
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 

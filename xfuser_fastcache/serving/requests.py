@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.backends import gate_of
 from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.config.checks import options_of
+from xfuser_fastcache.config.methods import REGISTRIES
 
-# Whoever runs the service answers for these: they bound its waits, or read its files.
-OPERATORS = ("sync_backend", "sync_timeout_s", "calibration")
+
+def _takes_any_text(found: dataclasses.Field[Any]) -> bool:
+    try:
+        found.metadata["check"].read("/any/text")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _texts_of(method: Any) -> set[str]:
+    """Return the options in which a path could stand: those that take any text."""
+    return {name for name, found in options_of(method).items() if _takes_any_text(found)}
+
+
+# Whoever runs the service answers for these: they bound its waits, or name its files.
+OPERATORS = (
+    *("sync_backend", "sync_timeout_s"),
+    *sorted(_texts_of(CacheConfig) - {"use_cache", *REGISTRIES}),
+)
+# Lists and mappings in each other; the deepest request that means something has six.
+_MAX_DEPTH = 16
+_MOST_SAID = 3  # of a body's errors
 
 
 class RequestRefused(ValueError):
@@ -38,6 +64,73 @@ class GenerateRequest(BaseModel):
     cache_config: dict[str, Any] | None = Field(
         None, description="options of CacheConfig, in place of the service's"
     )
+
+
+def read_request(body: bytes) -> GenerateRequest:
+    """Return what the body of POST /generate holds.
+
+    Raises:
+        RequestRefused: no JSON, or a wrong, unknown or missing field; nothing is dropped.
+    """
+    try:
+        found = json.loads(
+            body,
+            object_pairs_hook=_without_doubles,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RequestRefused:
+        raise
+    except RecursionError:
+        raise RequestRefused(_TOO_DEEP) from None
+    except ValueError as error:
+        raise RequestRefused(f"the body is not valid JSON: {error}") from error
+    _refuse_depth(found)
+    try:
+        return GenerateRequest.model_validate(found)
+    except ValidationError as error:
+        wrong = error.errors()
+        more = [f"and {len(wrong) - _MOST_SAID} more"] if len(wrong) > _MOST_SAID else []
+        raise RequestRefused("; ".join([*map(_said, wrong[:_MOST_SAID]), *more])) from error
+
+
+_TOO_DEEP = f"the body is nested deeper than {_MAX_DEPTH} levels; nothing that is known needs that"
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        (double, *_) = [name for name in names if names.count(name) > 1]
+        raise RequestRefused(f"{double!r:.80} is given more than once; give it once")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise RequestRefused(f"{text:.80} is not allowed; give finite numbers")
+    return number
+
+
+def _refuse_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise RequestRefused(_TOO_DEEP)
+        held = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [inner for v in held if isinstance(v, list) for inner in v]
+
+
+def _said(wrong: Any) -> str:
+    """Return one of pydantic's complaints in words: the field, what is allowed, what was given."""
+    name = ".".join(map(str, wrong["loc"])) or "body"
+    if wrong["type"] == "extra_forbidden":
+        return f"unknown field {name!r:.80}; known: {', '.join(GenerateRequest.model_fields)}"
+    if wrong["type"] == "missing":
+        return f"{name} is needed"
+    return f"{name}: {wrong['msg']}, given {wrong['input']!r:.80}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +234,14 @@ def _cache_of(request: GenerateRequest, own: CacheConfig | None) -> dict[str, An
     for option in OPERATORS:
         if option in given and given[option] != getattr(kept, option):
             raise RequestRefused(
-                f"{option}={given[option]!r} is not allowed; it is set by whoever runs this service"
+                f"{option}={given[option]!r:.80} is not allowed; it is set by whoever runs this "
+                "service"
             )
+    for method, option in _files_of_methods(given):
+        raise RequestRefused(
+            f"{option} of {method!r} is not allowed; a request names no files, and any text may be "
+            "a file's name"
+        )
     options = {"use_cache": name, **given}
     for option in ("sync_backend", "sync_timeout_s"):
         options[option] = getattr(kept, option)
@@ -155,3 +254,16 @@ def _cache_of(request: GenerateRequest, own: CacheConfig | None) -> dict[str, An
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RequestRefused(str(error)) from error
     return options
+
+
+def _files_of_methods(given: Any) -> Iterator[tuple[str, str]]:
+    """Yield method and option wherever a mapping gives a method's option that takes any text."""
+    if isinstance(given, list):
+        for inner in given:
+            yield from _files_of_methods(inner)
+    if isinstance(given, dict):
+        name = given.get("name")
+        for registry in REGISTRIES.values():
+            if isinstance(name, str) and name in registry:
+                yield from ((name, option) for option in _texts_of(registry[name]) & set(given))
+        yield from _files_of_methods(list(given.values()))

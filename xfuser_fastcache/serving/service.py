@@ -11,9 +11,9 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from xfuser_fastcache.serving.drawing import Painter
+from xfuser_fastcache.serving.drawing import PLACES, Painter
 from xfuser_fastcache.serving.line import Line, StopSign, names
 from xfuser_fastcache.serving.meters import Meters
 from xfuser_fastcache.serving.requests import RequestRefused
@@ -34,6 +34,10 @@ class QueueFull(RuntimeError):
     def __init__(self, message: str, retry_after_s: int):
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class GenerationFailed(RuntimeError):
+    """This request's picture could not be drawn; others can."""
 
 
 class Stopping(RuntimeError):
@@ -59,12 +63,19 @@ class Answer:
     order: dict[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     number: int
     order: dict[str, Any]
     answer: Future[Answer] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
+
+
+class _Trial(NamedTuple):
+    """The last small picture that showed that the ranks are in step, and how long it took."""
+
+    picture: bytes = b""
+    seconds: float = math.inf
 
 
 class Service:
@@ -99,7 +110,8 @@ class Service:
         self._changed = threading.Condition()
         self._ending = threading.Lock()
         self._taken = 0
-        self.meters = Meters(self._count_waiting, lambda: int(self._running is not None))
+        self._trial = _Trial()
+        self.meters = Meters(lambda: len(self._waiting), lambda: int(self._running is not None))
 
     def submit(self, order: dict[str, Any]) -> Future[Answer]:
         """Put an order in the queue; a future that is cancelled before its turn is left out.
@@ -112,7 +124,7 @@ class Service:
             if self.stop.reason or self.broken:
                 self.meters.count("stopping")
                 raise Stopping(self.broken or f"the service is stopping ({self.stop.reason})")
-            waiting = self._count_waiting()
+            waiting = len(self._waiting)
             if waiting >= self.queue_size:
                 self.meters.count("full")
                 mean = self.meters.statistics()["mean_generation_s"] or 1.0
@@ -125,7 +137,8 @@ class Service:
             job = _Job(self._taken, order)
             self._waiting.append(job)
             self._changed.notify()
-            return job.answer
+        job.answer.add_done_callback(lambda _: self._leave(job))
+        return job.answer
 
     def run(self, line: Line) -> None:
         """Serve until the stop sign is set and the queue is empty or its time over."""
@@ -164,8 +177,11 @@ class Service:
             time.sleep(_LAST_WORDS_S if jobs else 0)  # for the answers to leave
             os._exit(1)
 
-    def _count_waiting(self) -> int:
-        return sum(not job.answer.cancelled() for job in list(self._waiting))
+    def _leave(self, job: _Job) -> None:
+        """Free the place of a job that was cancelled before its turn."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
 
     def _next(self) -> _Job | None:
         with self._changed:
@@ -174,31 +190,99 @@ class Service:
 
     def _draw(self, job: _Job, line: Line) -> None:
         waited_s = time.monotonic() - job.since
-        line.expect(self.generation_timeout_s, f"request {job.number}")
-        line.send({"draw": job.order})
-        reports = {0: self.painter.attempt(job.order)}
+        what = f"request {job.number}"
+        reports = self._on_all(job.order, line, what, self.generation_timeout_s)
+        failure = failure_of(reports)
+        if failure is None:
+            seconds = max(report["seconds"] for report in reports.values())
+            statistics = reports[0]["statistics"]
+            memory = {rank: report["memory_bytes"] for rank, report in reports.items()}
+            self.meters.drawn(waited_s, seconds, statistics, memory)
+            answer = Answer(picture_in(reports), statistics, seconds, waited_s, job.order)
+            job.answer.set_result(answer)
+            return
+        if failure.refusal:
+            self.meters.count("refused")
+            job.answer.set_exception(RequestRefused(failure.said.partition(": ")[2]))
+            return
+        self.meters.count("failed")
+        job.answer.set_exception(GenerationFailed(f"this picture failed: {failure.said}"))
+        if not failure.drawn:
+            self.try_out(line, f"{what} failed, and the trial after it")
+
+    def try_out(self, line: Line, what: str) -> None:
+        """Have all ranks draw a small picture; end the service where it is not as it was before.
+
+        The first is drawn before there are requests. Later ones show, after ranks have left a
+        generation half way, that nothing of it is left between them.
+
+        Args:
+            line: to the other ranks.
+            what: this is, for messages.
+        """
+        started = time.monotonic()
+        limit_s = min(self.generation_timeout_s, line.patience_s + 2 * self._trial.seconds)
+        reports = self._on_all(self.painter.trial(), line, what, limit_s)
+        failure = failure_of(reports)
+        if failure is not None:
+            self.break_down(f"{what} failed on {failure.said}")
+        picture = picture_in(reports)
+        if self._trial.picture not in (b"", picture):
+            self.break_down(f"{what} drew another picture than before")
+        self._trial = _Trial(picture, time.monotonic() - started)
+
+    def _on_all(
+        self, order: dict[str, Any], line: Line, what: str, limit_s: float
+    ) -> dict[int, dict[str, Any]]:
+        """Run an order on all ranks and return their reports."""
+        line.expect(limit_s, what)
+        line.send({"draw": order})
+        reports = {0: self.painter.attempt(order)}
         if reports[0]["error"]:
             line.hurry(f"rank 0 failed ({reports[0]['error']})")
         reports |= line.receive()
         line.rest()
-        errors = {rank: report["error"] for rank, report in reports.items() if report["error"]}
-        if errors:
-            same = len(errors) == len(reports) and len(set(errors.values())) == 1
-            if not same or any(report["entered"] for report in reports.values()):
-                said = "; ".join(f"{names([rank])}: {error}" for rank, error in errors.items())
-                self.break_down(f"request {job.number} failed in the model on {said}")
-            # Every rank refused it alike before the model was called: nothing is half done.
-            self.meters.count("refused")
-            job.answer.set_exception(RequestRefused(errors[0].partition(": ")[2]))
-            return
-        (picture,) = [report["picture"] for report in reports.values() if "picture" in report]
-        seconds = max(report["seconds"] for report in reports.values())
-        statistics = reports[0]["statistics"]
-        memory = {rank: report["memory_bytes"] for rank, report in reports.items()}
-        self.meters.drawn(waited_s, seconds, statistics, memory)
-        job.answer.set_result(
-            Answer(base64.b64decode(picture), statistics, seconds, waited_s, job.order)
-        )
+        return reports
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How an order failed.
+
+    Attributes:
+        refusal: whether all ranks refused it alike before the model was called.
+        drawn: whether all ranks had done their work with others before.
+        said: the error; where ranks met different ones, each with its ranks.
+    """
+
+    refusal: bool
+    drawn: bool
+    said: str
+
+
+def failure_of(reports: dict[int, dict[str, Any]]) -> Failure | None:
+    """Return what ranks' reports say of a failure; None where no rank failed.
+
+    Example:
+        >>> told = {"place": "within", "error": "ValueError: no"}
+        >>> failure_of({0: told, 1: told | {"error": "RuntimeError: timed out"}}).said
+        'rank 0: ValueError: no; rank 1: RuntimeError: timed out'
+    """
+    failed = {rank: report["error"] for rank, report in reports.items() if report["error"]}
+    if not failed:
+        return None
+    before, _, after = PLACES
+    places = {report["place"] for report in reports.values()}
+    alike = len(failed) == len(reports) and len(set(failed.values())) == 1
+    each = "; ".join(f"{names([rank])}: {error}" for rank, error in failed.items())
+    said = next(iter(failed.values())) if alike else each
+    return Failure(alike and places == {before}, places == {after}, said)
+
+
+def picture_in(reports: dict[int, dict[str, Any]]) -> bytes:
+    """Return the PNG, which one of the ranks has."""
+    (picture,) = [report["picture"] for report in reports.values() if "picture" in report]
+    return base64.b64decode(picture)
 
 
 def follow(line: Line, painter: Painter) -> None:

@@ -7,19 +7,35 @@ import base64
 import json
 import socket
 import threading
+from collections.abc import Collection
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 
 from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.serving.requests import GenerateRequest, Limits, RequestRefused, order_of
-from xfuser_fastcache.serving.service import Answer, QueueFull, Service, Stopping
+from xfuser_fastcache.serving.connections import Arrivals, BoundedProtocol
+from xfuser_fastcache.serving.heads import HeadCheck
+from xfuser_fastcache.serving.requests import Limits, RequestRefused, order_of, read_request
+from xfuser_fastcache.serving.service import (
+    Answer,
+    GenerationFailed,
+    QueueFull,
+    Service,
+    Stopping,
+)
 
-_MAX_BODY_BYTES = 1 << 20
+_OPTIONS_BYTES = 1 << 16
+_CHARACTER_BYTES = 12  # of JSON, where each half of a character beyond 16 bits is \\uXXXX
+_CONNECTIONS = 512
+# How long an answer may lie untaken, in milliseconds.
+_UNTAKEN_MS = 30_000
+_TO_NOBODY = Response(status_code=499)
 
 
 def make_app(
@@ -29,6 +45,7 @@ def make_app(
     own: CacheConfig | None,
     about: dict[str, Any],
     request_timeout_s: float,
+    hosts: Collection[str],
 ) -> FastAPI:
     """Return the application.
 
@@ -39,41 +56,42 @@ def make_app(
         own: the service's cache, or None.
         about: what GET /health says of model and layout.
         request_timeout_s: longest that a client waits for its picture, in seconds.
+        hosts: names that it answers to.
     """
-    app = FastAPI(title="xfuser-fastcache", docs_url=None, redoc_url=None)
+    app = FastAPI(title="xfuser-fastcache", openapi_url=None)
 
     def refused(status: int, reason: str, **headers: str) -> JSONResponse:
         return JSONResponse({"detail": reason}, status, headers=headers)
 
-    @app.middleware("http")
-    async def small_bodies(request: Request, go_on: Any) -> Response:
-        size = request.headers.get("content-length", "")
-        if request.method == "POST" and not (size.isdecimal() and int(size) <= _MAX_BODY_BYTES):
-            service.meters.count("refused")
-            return refused(413, f"a body must say its length, of at most {_MAX_BODY_BYTES} bytes")
-        return await go_on(request)
-
-    @app.exception_handler(RequestValidationError)
-    async def wrong_field(request: Request, error: RequestValidationError) -> JSONResponse:
-        service.meters.count("refused")
-        return refused(422, "; ".join(map(said, error.errors())))
+    app.add_middleware(
+        HeadCheck,
+        hosts=hosts,
+        max_bytes=_OPTIONS_BYTES + 2 * _CHARACTER_BYTES * limits.max_prompt_length,
+        on_refusal=lambda: service.meters.count("refused"),
+    )
 
     @app.post("/generate")
-    async def generate(body: GenerateRequest, request: Request) -> Response:
+    async def generate(request: Request) -> Response:
         try:
-            order = order_of(body, limits, defaults, own)
+            order = order_of(read_request(await request.body()), limits, defaults, own)
+        except ClientDisconnect:
+            service.meters.count("hung_up")
+            return _TO_NOBODY
         except RequestRefused as error:
             service.meters.count("refused")
             return refused(422, str(error))
         try:
             answer = service.submit(order)
-            drawn = await asyncio.wait_for(asyncio.wrap_future(answer), request_timeout_s)
+            drawn = await answer_to(request, answer, request_timeout_s)
         except RequestRefused as error:
             return refused(422, str(error))
         except QueueFull as error:
             return refused(429, str(error), **{"Retry-After": str(error.retry_after_s)})
-        except Stopping as error:
+        except (Stopping, GenerationFailed) as error:
             return refused(503, str(error))
+        except HungUp:
+            service.meters.count("hung_up")
+            return _TO_NOBODY
         except asyncio.TimeoutError:
             service.meters.count("timed_out")
             began = "it is still being drawn" if answer.running() else "its turn did not come"
@@ -110,16 +128,33 @@ def make_app(
     return app
 
 
-def said(wrong: Any) -> str:
-    """Return one of pydantic's complaints in words: the field, what is allowed, what was given."""
-    if wrong["type"] == "json_invalid":
-        return f"the body is not valid JSON: {wrong['ctx']['error']}"
-    name = ".".join(map(str, wrong["loc"][1:])) or "body"
-    if wrong["type"] == "extra_forbidden":
-        return f"unknown field {name!r}; known: {', '.join(GenerateRequest.model_fields)}"
-    if wrong["type"] == "missing":
-        return f"{name} is needed"
-    return f"{name}: {wrong['msg']}, given {wrong['input']!r:.80}"
+class HungUp(Exception):
+    """The client has ended its connection."""
+
+
+async def answer_to(request: Request, answer: Future[Answer], limit_s: float) -> Answer:
+    """Wait for an answer as long as somebody waits for it; then its turn is given up.
+
+    Raises:
+        HungUp: the client is gone.
+        asyncio.TimeoutError: no answer within `limit_s` seconds.
+    """
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    drawn, gone = asyncio.wrap_future(answer), asyncio.create_task(hung_up())
+    either: set[asyncio.Future[Any]] = {drawn, gone}
+    try:
+        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if drawn.done():
+            return drawn.result()
+        raise HungUp if gone.done() else asyncio.TimeoutError
+    finally:
+        answer.cancel()
+        drawn.cancel()
+        gone.cancel()
 
 
 def headers_of(drawn: Answer) -> dict[str, str]:
@@ -140,7 +175,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        door = socket.create_server((host, port), family=family)
+        door.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNTAKEN_MS)
+        return door
     except OSError as error:
         raise OSError(
             f"cannot listen on {host}:{port}: {error}. Choose another --host or --port"
@@ -150,13 +187,25 @@ def listen(host: str, port: int) -> socket.socket:
 class WebServer:
     """uvicorn in a thread, which leaves signals to the main thread.
 
+    Args:
+        app: answers.
+        door: see `listen`.
+        read_timeout_s: longest that a request may take to arrive, in seconds.
+
     Attributes:
         address: where it answers, as a URL.
     """
 
-    def __init__(self, app: FastAPI, door: socket.socket):
+    def __init__(self, app: FastAPI, door: socket.socket, read_timeout_s: float):
+        protocol: Any = partial(BoundedProtocol, arrivals=Arrivals(_CONNECTIONS, read_timeout_s))
         config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=10, access_log=False
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            timeout_graceful_shutdown=10,
+            access_log=False,
         )
         host, port = door.getsockname()[:2]
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
