@@ -40,6 +40,11 @@ class Run:
     trace: list[dict[str, Any]] = field(default_factory=list)
 
 
+def images_of(ranks: list[Run]) -> list[np.ndarray]:
+    """The pictures of all replicas, in order."""
+    return [image for run in ranks for image in run.images]
+
+
 def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the pipeline's call, those that its class knows.
 
