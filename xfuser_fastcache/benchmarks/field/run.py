@@ -158,7 +158,8 @@ class FieldTest:
             begun = time.perf_counter()
             pipe = loader()
             self.generator = Generator(pipe, self.plan.options)
-            return {"seconds": time.perf_counter() - begun, **described(pipe)}
+            seconds = time.perf_counter() - begun
+            return {"seconds": seconds, "replica": self.generator.replica, **described(pipe)}
 
         outcomes = self._cell("load", "all", task)
         if any(outcome.status != OK for outcome in outcomes):
@@ -314,8 +315,6 @@ class FieldTest:
 
 def described(pipe: Any) -> Figures:
     """Return what a rank holds: classes, and how many parameters of which format."""
-    from xfuser.core.distributed import get_data_parallel_rank
-
     transformer = pipe.transformer
     model = getattr(transformer, "module", transformer)
     formats: Counter[str] = Counter()
@@ -331,7 +330,6 @@ def described(pipe: Any) -> Figures:
         "pipeline": type(pipe.module).__name__,
         "transformer": type(model).__name__,
         "scheduler": type(getattr(pipe.scheduler, "module", pipe.scheduler)).__name__,
-        "replica": get_data_parallel_rank(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "backend": dist.get_backend(),
         "dtype": str(model.dtype).removeprefix("torch."),
