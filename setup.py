@@ -48,6 +48,8 @@ setup(
         "serve": SERVE,
         "ray": ["ray"],
         "bench": ["cache-dit>=1.5,<1.6"],
+        # Formats of weights; each by itself will do.
+        "quantization": ["torchao", "bitsandbytes", "gguf"],
         # Linter, formatter and type checker change their minds between minor versions.
         "test": ["pytest>=8", "pytest-timeout", "ruff==0.17.*", "mypy==2.4.*", "httpx", *SERVE],
     },

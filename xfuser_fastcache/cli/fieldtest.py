@@ -25,7 +25,7 @@ from xfuser_fastcache.xdit.loaded import finish, start
 
 # Flags with a text that is no one's secret.
 _TOLD = {"attention_backend", "dtype", "quantization", "gemm_quantization", "split_scheme"}
-# A plan of three steps and more has something to skip; masks need some more.
+# A mask computes the first and the last step, and has to leave others to skip.
 _FEWEST_STEPS = 5
 
 
