@@ -49,6 +49,8 @@ setup(
         "serve": SERVE,
         "ray": ["ray"],
         "bench": ["cache-dit>=1.5,<1.6"],
+        # Formats of weights; each by itself will do.
+        "quantization": ["torchao", "bitsandbytes", "gguf"],
         # Linter, formatter and type checker change their minds between minor versions.
         "test": [
             "pytest>=8",

@@ -9,9 +9,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# torch, transformers and what these bring are there already; an older importlib_metadata, since
-# the newest one wants a package more.
-wheels=(diffusers==0.42.1 "cache-dit>=1.5,<1.6" importlib_metadata==8.7.0)
+# torch, transformers and what these bring are there already, scipy and rich not; an older
+# importlib_metadata, since the newest one wants a package more.
+wheels=(diffusers==0.42.1 "cache-dit>=1.5,<1.6" importlib_metadata==8.7.0 scipy)
 
 case "${1:-}" in
 wheels)

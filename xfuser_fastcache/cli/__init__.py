@@ -14,6 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit-polynomial": ("xfuser_fastcache.cli.fit_polynomial", "fit TeaCache's polynomial"),
     "bench": ("xfuser_fastcache.cli.bench", "compare caches, and fewer steps, on one model"),
     "bench-gpu": ("xfuser_fastcache.cli.bench_gpu", "measure costs and gains on one GPU"),
+    "fieldtest": (
+        "xfuser_fastcache.cli.fieldtest",
+        "measure a cache on your own cards, to publish",
+    ),
     "serve": ("xfuser_fastcache.cli.serve", "serve pictures over HTTP, on any ranks"),
     "layouts": ("xfuser_fastcache.cli.layouts", "run the embedded toys in every layout"),
     "chaos": ("xfuser_fastcache.cli.chaos", "break things on purpose and see what gets through"),

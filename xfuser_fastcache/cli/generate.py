@@ -29,7 +29,7 @@ from xfuser_fastcache.reports.views import (
     statistics_table,
     write_trace,
 )
-from xfuser_fastcache.xdit.generator import Generator, Run
+from xfuser_fastcache.xdit.generator import Generator, Run, images_of
 from xfuser_fastcache.xdit.integration import METHODS, read_options, requested
 from xfuser_fastcache.xdit.loaded import (
     DTYPES,
@@ -58,10 +58,6 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         default=False,
         help="backend of the step cache, such as Fast; bare, it is DiTFastAttn's flag",
     )
-    ours.add_argument("--baseline", action="store_true", help="also run uncached and compare")
-    ours.add_argument("--repeat", type=int, default=1, help="timed runs; medians are reported")
-    ours.add_argument("--output_dir", default="runs/generate", help="where pictures go")
-    ours.add_argument("--report", help="JSON report; default OUTPUT_DIR/report.json")
     ours.add_argument("--dtype", choices=DTYPES, help="default bfloat16, float32 without a GPU")
     return flags
 
@@ -100,6 +96,11 @@ def read_flags(flags: argparse.ArgumentParser, arguments: list[str]) -> argparse
 def options_from(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of this command; see `read_flags`."""
     flags = parser("generate", __doc__.splitlines()[0])
+    ours = flags.add_argument_group("What is drawn")
+    ours.add_argument("--baseline", action="store_true", help="also run uncached and compare")
+    ours.add_argument("--repeat", type=int, default=1, help="timed runs; medians are reported")
+    ours.add_argument("--output_dir", default="runs/generate", help="where pictures go")
+    ours.add_argument("--report", help="JSON report; default OUTPUT_DIR/report.json")
     options = read_flags(flags, arguments)
     if isinstance(options.prompt, str):
         options.prompt = [options.prompt]
@@ -137,11 +138,6 @@ def cache_config(options: argparse.Namespace) -> CacheConfig | None:
 def median_latency(runs: list[list[Run]]) -> float:
     """Median over repeats of the slowest rank's denoising loop, in seconds."""
     return statistics.median(max(run.seconds for run in repeat) for repeat in runs)
-
-
-def images_of(ranks: list[Run]) -> list[np.ndarray]:
-    """The pictures of all replicas, in order."""
-    return [image for run in ranks for image in run.images]
 
 
 def build_report(

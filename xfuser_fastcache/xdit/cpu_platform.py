@@ -128,7 +128,7 @@ def finish(timeout_s: float = 60.0) -> None:
         return
     try:
         dist.monitored_barrier(
-            _host_world_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True
+            host_world_group(), timeout=timedelta(seconds=timeout_s), wait_all_ranks=True
         )
     except RuntimeError as error:
         raise TimeoutError(
@@ -137,7 +137,7 @@ def finish(timeout_s: float = 60.0) -> None:
         ) from error
 
 
-def _host_world_group() -> Any:
+def host_world_group() -> Any:
     """A gloo group of all ranks: xfuser's own, where there is one, else a new one."""
     if dist.get_backend() == "gloo":
         return dist.group.WORLD

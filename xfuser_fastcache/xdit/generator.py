@@ -40,6 +40,11 @@ class Run:
     trace: list[dict[str, Any]] = field(default_factory=list)
 
 
+def images_of(ranks: list[Run]) -> list[np.ndarray]:
+    """The pictures of all replicas, in order."""
+    return [image for run in ranks for image in run.images]
+
+
 def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the pipeline's call, those that its class knows.
 
@@ -74,6 +79,9 @@ class Generator:
     Args:
         pipe: xfuser's.
         options: flags of xDiT's.
+
+    Attributes:
+        replica: index of this rank's, where data parallelism has several.
     """
 
     def __init__(self, pipe: Any, options: argparse.Namespace):
@@ -82,8 +90,9 @@ class Generator:
         self.pipe = pipe
         self.arguments = _call_of(pipe, options)
         self.world = get_world_group()
+        self.replica: int = get_data_parallel_rank()
         # Replicas draw their own noise; ranks of one replica the same.
-        self.seed = options.seed + get_data_parallel_rank()
+        self.seed = options.seed + self.replica
 
     def run(self, title: str, config: CacheConfig | None = None, **changes: Any) -> Run:
         """Generate once, cached where a config is given; a titled progress bar shows on rank 0."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xfuser_fastcache.xdit import cpu_platform
+from xfuser_fastcache.xdit import cpu_platform, weights
 from xfuser_fastcache.xdit.mends import mend_xfuser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,6 +99,7 @@ def xdit_parser(**options: Any) -> argparse.ArgumentParser:
     for action in flags._actions:
         action.required = False  # a config file may give it
     flags.set_defaults(model="")  # xDiT's default would be loaded where none is given
+    weights.add_flags(flags)
     return flags
 
 
@@ -108,6 +109,9 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     Args:
         options: of `xdit_parser`.
         dtype: see `dtype_of`.
+
+    Raises:
+        ValueError: flags that do nothing here or contradict each other; see `weights.check`.
     """
     from diffusers import DiffusionPipeline
     from xfuser import xFuserArgs
@@ -116,15 +120,21 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     mend_xfuser()
     # As a flag, `use_cache` is DiTFastAttn's; a name is one of our backends.
     xdits = {"use_cache": options.use_cache is True, "cache_method": None, "cache_config": None}
-    arguments = argparse.Namespace(**{**vars(options), **xdits})
-    engine_config, _ = xFuserArgs.from_cli_args(arguments).create_config()
+    arguments = xFuserArgs.from_cli_args(argparse.Namespace(**{**vars(options), **xdits}))
     on_gpu = cpu_platform.has_accelerator()
+    weights.check(options, arguments, on_gpu)
+    engine_config, _ = arguments.create_config()
     chosen = dtype_of(dtype, on_gpu)
-    pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=chosen)
+    pipeline = DiffusionPipeline.from_pretrained(
+        options.model, torch_dtype=chosen, **weights.loading(options, chosen)
+    )
     cpu_platform.prepare_engine_config(engine_config, pipeline)
-    pipe = xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)
+    device = torch.device("cpu")
     if on_gpu:
         from xfuser.core.distributed import get_world_group
 
-        pipe = pipe.to(f"cuda:{get_world_group().local_rank}")
+        device = torch.device(f"cuda:{get_world_group().local_rank}")
+    weights.quantise(pipeline, options, arguments, device)
+    pipe = xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)
+    weights.place(pipe, options, device)
     return pipe

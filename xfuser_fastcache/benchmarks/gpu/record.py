@@ -104,7 +104,7 @@ class Record:
         except LeftOut as error:
             self.put(family, cell, variant, {}, LEFT_OUT, str(error))
         except Exception:
-            reason = _without_folders(traceback.format_exc(limit=-6))
+            reason = without_folders(traceback.format_exc(limit=-6))
             self.put(family, cell, variant, earlier, ERROR, reason)
         except BaseException:
             if not earlier:
@@ -135,7 +135,7 @@ class Record:
         beside.replace(self.path)
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """Return a traceback whose files begin at their package: the rest is this machine's matter."""
     for folder in sorted(sys.path, key=len, reverse=True):
         if len(folder) > 1:

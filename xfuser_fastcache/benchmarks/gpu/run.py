@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import platform
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from xfuser_fastcache.benchmarks.gpu import costs, peers, toys, wire
 from xfuser_fastcache.benchmarks.gpu.compiled import compiled
 from xfuser_fastcache.benchmarks.gpu.families import FAMILIES
+from xfuser_fastcache.benchmarks.gpu.machine import describe
 from xfuser_fastcache.benchmarks.gpu.record import BudgetSpent, Figures, Record
 from xfuser_fastcache.benchmarks.gpu.speed import (
     MEASURES,
@@ -57,34 +55,6 @@ class Plan:
     def repeat(self) -> int:
         """Calls of a short measurement."""
         return 20 if self.small else 300
-
-
-def describe(device: torch.device) -> tuple[str, dict[str, Any]]:
-    """Return the name of what the figures were measured on, and what else is known of it."""
-    name = platform.processor() or platform.machine()
-    found: dict[str, Any] = {
-        "driver": None,
-        "cuda": torch.version.cuda,
-        "memory_bytes": None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name = properties.name
-        found["memory_bytes"] = properties.total_memory
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-            found["driver"] = out.stdout.splitlines()[0].strip()
-        except (OSError, subprocess.SubprocessError, IndexError) as error:
-            found["driver"] = f"not known: {type(error).__name__}"
-    for package in ("triton", "diffusers", "transformers", "xfuser", "cache-dit"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return name, found
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from xfuser_fastcache.benchmarks.gpu.record import ERROR, LEFT_OUT, OK, SCHEMA
@@ -44,7 +45,27 @@ FIGURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def errors_of(report: Any) -> list[str]:
+@dataclass(frozen=True)
+class Shape:
+    """What a report of one command holds.
+
+    Attributes:
+        version: of it.
+        head: types by key.
+        statuses: that its cells may have.
+        figures: what a measured cell holds at least, by the cell's name.
+    """
+
+    version: int
+    head: dict[str, Any]
+    statuses: tuple[str, ...]
+    figures: dict[str, tuple[str, ...]]
+
+
+GPU = Shape(SCHEMA, HEAD, (OK, ERROR, LEFT_OUT), FIGURES)
+
+
+def errors_of(report: Any, shape: Shape = GPU) -> list[str]:
     """Return what is wrong with a report; nothing where it is well formed.
 
     Example:
@@ -54,9 +75,9 @@ def errors_of(report: Any) -> list[str]:
     if not isinstance(report, dict):
         return [f"a report is a mapping, not {type(report).__name__}"]
     found = []
-    if report.get("schema") != SCHEMA:
-        found.append(f"schema is {report.get('schema')}, this version reads {SCHEMA}")
-    found += _wrong(report, HEAD, "the report")
+    if report.get("schema") != shape.version:
+        found.append(f"schema is {report.get('schema')}, this version reads {shape.version}")
+    found += _wrong(report, shape.head, "the report")
     if found:
         return found
     found += [f"machine has no {key}" for key in MACHINE if key not in report["machine"]]
@@ -72,13 +93,13 @@ def errors_of(report: Any) -> list[str]:
         if name in seen:
             found.append(f"{place} stands there twice")
         seen.add(name)
-        if cell["status"] not in (OK, ERROR, LEFT_OUT):
+        if cell["status"] not in shape.statuses:
             found.append(f"{place} has the unknown status {cell['status']!r}")
         elif (cell["status"] == OK) == bool(cell["reason"]):
             found.append(f"{place} is {cell['status']!r} with the reason {cell['reason']!r}")
         if cell["status"] == OK and cell["variant"] != "first block's changes":
-            missing = [key for key in FIGURES.get(cell["cell"], ()) if key not in cell["figures"]]
-            found += [f"{place} has no {key}" for key in missing]
+            wanted = shape.figures.get(cell["cell"], ())
+            found += [f"{place} has no {key}" for key in wanted if key not in cell["figures"]]
     return found
 
 
