@@ -407,7 +407,7 @@ def test_an_option_of_a_method_has_another_digest() -> None:
             {"token_plan": {"name": "merging", "merge_ratio": 2}},
             "merge_ratio=2 is not allowed",
         ),
-        ({"adacorr_gamma": -1}, "adacorr_gamma=-1 is not allowed; give number >= 0"),
+        ({"adacorr_gamma": -1}, "adacorr_gamma=-1 is not allowed; give 0 <= number"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import torch
 
 from xfuser_fastcache.artifacts.linear_map import SpanMaps
 from xfuser_fastcache.config.capabilities import Capability
-from xfuser_fastcache.config.checks import at_least_0, option
+from xfuser_fastcache.config.checks import number, option
 from xfuser_fastcache.config.methods import method_option
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.models.streams import Streams
@@ -55,12 +55,12 @@ class AdaCorrection(Forecaster):
     of: Any = method_option("forecaster", "reuse", "what is corrected; a forecaster of spans")
     gamma: float = option(
         1.0,
-        at_least_0("number >= 0; 0 corrects nothing"),
+        number(more="; 0 corrects nothing"),
         "sensitivity (ratio)",
         flat="adacorr_gamma",
     )
     lam: float = option(
-        1.0, at_least_0(), "weight of the spatial variation (ratio)", flat="adacorr_lambda"
+        1.0, number(), "weight of the spatial variation (ratio)", flat="adacorr_lambda"
     )
 
     def __post_init__(self) -> None:
