@@ -42,12 +42,11 @@ def renamed(options: dict[str, Any]) -> dict[str, Any]:
             given = options.pop(theirs)
             other = options.setdefault(ours, given)
             # Of what is no number nothing is asked: two arrays are neither equal nor different.
-            if other is not given and not (
-                is_number(given) and is_number(other) and given == other
-            ):
+            equal = is_number(given) and is_number(other) and given == other
+            if other is not given and not equal:
                 raise ValueError(
-                    f"{theirs}={shown(given)} and {ours}={shown(other)} are two names of one option; give "
-                    "one of them"
+                    f"{theirs}={shown(given)} and {ours}={shown(other)} are two names of one "
+                    "option; give one of them"
                 )
     return options
 

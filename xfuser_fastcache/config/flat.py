@@ -54,8 +54,8 @@ def checked_flat(config: CacheConfig) -> dict[str, Any]:
     twice = [*tokens, *(name for name in switches if getattr(config, name) is not None)]
     if config.token_plan is not None and twice:
         raise ValueError(
-            f"{', '.join(twice)} and token_plan={shown(config.token_plan)} are two spellings of token "
-            "plans; give one of them"
+            f"{', '.join(twice)} and token_plan={shown(config.token_plan)} are two spellings "
+            "of token plans; give one of them"
         )
     given = {**config.given_of("gate"), **config.given_of("forecaster"), **tokens}
     for name, value in given.items():

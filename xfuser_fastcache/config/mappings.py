@@ -29,6 +29,7 @@ class _Yaml(yaml.SafeLoader):
     """
 
     _depth = 0
+    _key = "the document"
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -38,8 +39,10 @@ class _Yaml(yaml.SafeLoader):
             )
         if self._depth == _LEVELS:
             raise yaml.composer.ComposerError(
-                None, None, f"it nests more than {_LEVELS} levels deep", event.start_mark
+                None, None, f"{self._key} nests more than {_LEVELS} levels deep", event.start_mark
             )
+        if self._depth == 1 and isinstance(index, yaml.ScalarNode):
+            self._key = index.value
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -91,9 +94,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parsed(text: str) -> Any:
     try:
-        # Not all JSON is YAML: tabs are not.
         return json.loads(text, parse_int=_int, object_pairs_hook=_once)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
+        # Not all JSON is YAML: tabs are not. What nests too deep for the one is named by the other.
         return yaml.load(text, _Yaml)
 
 
@@ -109,7 +112,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         loaded = _parsed(read_regular(path, _MOST_BYTES).decode())
     except OSError as error:
         raise ValueError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(
             f"the config file {str(path)!r} is not valid YAML or JSON: {error}"
         ) from error

@@ -116,6 +116,8 @@ class AdaCorrection(Forecaster):
     def _weight(self, now: torch.Tensor, last: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Return the weight of each token, `(batch, tokens, 1)`."""
         score = self._spread(now - last) / self._spread(last - before).clamp_min(_SMALLEST)
+        # Infinite for a token that had not moved before; 0 of that would be no number.
+        score = score.clamp_max(1 / _SMALLEST)
         return (self.gamma * score.sqrt()).clamp_max(1.0).to(now.dtype)
 
     def _spread(self, change: torch.Tensor) -> torch.Tensor:
