@@ -169,6 +169,11 @@ def _names_one(message: str, keys: list[Any]) -> bool:
     return any(name in message for key in names for name in (key, also.get(key, key)))
 
 
+def _refused(error: Exception, keys: list[Any]) -> tuple[bool, str, str]:
+    named = _names_one(str(error), keys)
+    return named, "refused by name" if named else "refused without a name", repr(error)
+
+
 def _ended(given: Given) -> tuple[bool, str, str]:
     """Return whether it held, how it ended, and what was said."""
     made = subject()
@@ -177,10 +182,15 @@ def _ended(given: Given) -> tuple[bool, str, str]:
         config.digest()
         apply_cache_on_transformer(made.model, config=config, scheduler=made.scheduler)
     except (ValueError, TypeError) as error:
-        named = _names_one(str(error), given.keys)
-        return named, "refused by name" if named else "refused without a name", repr(error)
+        return _refused(error, given.keys)
+    steps: list[int] = []
     try:
-        finite = bool(made.denoise().isfinite().all())
+        finite = bool(made.denoise(each_step=steps.append).isfinite().all())
+    except ValueError as error:
+        # A mask of another plan is refused where the plan is known, before anything has run.
+        if len(steps) > 1:
+            raise
+        return _refused(error, given.keys)
     finally:
         remove_cache(made.model)
     return finite, "drawn" if finite else "not finite", repr(config)
