@@ -64,6 +64,15 @@ def test_beyond_that_gap_it_adds_the_whole_error_and_no_more() -> None:
     assert_close(made.forecast(memory, now, 0.1), plain.map(torch.add, memory.missed))
 
 
+def test_a_token_that_had_not_moved_before_takes_its_share_of_the_error() -> None:
+    for gamma, share in ((0.0, 0.0), (1.0, 1.0), (1e9, 1.0)):
+        made = corrected(gamma)
+        memory = remember(made, *(anchor(level, at(1.0), residual(level)) for level in (1.0, 0.7)))
+        found, plain = (used.forecast(memory, at(30.0), 0.5) for used in (made, ReuseForecaster()))
+        assert memory.missed is not None
+        assert_close(found, plain.map(lambda x, e, s=share: x + s * e, memory.missed))
+
+
 def test_a_token_that_stands_still_is_left_alone() -> None:
     made = corrected()
     memory = remember(made, *(anchor(level, at(level), residual(level)) for level in (1.0, 0.7)))

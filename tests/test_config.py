@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.config.checks import options_of
+from xfuser_fastcache.config.checks import checked, options_of
 from xfuser_fastcache.config.mappings import read_mapping
 from xfuser_fastcache.config.methods import REGISTRIES
 from xfuser_fastcache.config.option_tables import backends_table, methods_table, options_table
@@ -97,10 +100,116 @@ def test_a_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, valu
     assert str(caught.value).startswith(f"{name}={value!r} is not allowed; give ")
 
 
+def nested(levels: int) -> list[Any]:
+    return [nested(levels - 1)] if levels else []
+
+
+def endless() -> list[Any]:
+    found: list[Any] = [1]
+    found.append(found)
+    return found
+
+
+def bomb() -> list[Any]:
+    found: list[Any] = ["entry"]
+    for _ in range(9):
+        found = [found] * 9
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (nested(330), "nests more than 16 levels deep, or holds itself"),
+        (endless(), "nests more than 16 levels deep, or holds itself"),
+        (bomb(), "holds more than 20000 entries, counting those behind an alias each time"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gate", "steps_mask", "codebook", "adaptive_beta"])
+def test_what_nests_without_end_is_a_value_error_that_names_it(
+    name: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        CacheConfig(**{"use_cache": "Ada", name: value})
+    assert str(caught.value) == f"{name} {words}"
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        (
+            "num_stages",
+            lambda: 10**5000,
+            "num_stages=an int of 16610 bits is not allowed; give 1 <= int",
+        ),
+        ("use_cache", lambda: "x" * 9999, "unknown cache backend 'xxx"),
+        ("granularity", lambda: Unshowable(), "granularity=<Unshowable instance at "),
+        ("cache_ratio_threshold", lambda: np.array([0.1, 0.2]), "cache_ratio_threshold=array("),
+        ("steps_mask", lambda: [np.array([1, 0]), 0], "steps_mask=[array("),
+        ("num_steps", lambda: np.int64(28), "num_steps=np.int64(28) is not allowed"),
+        ("motion_threshold", lambda: torch.tensor(0.1), "motion_threshold=tensor(0.1"),
+        ("gate", lambda: {"name": "Fb", 3: 1}, "gate={3: 1, 'name': 'Fb'} is not allowed"),
+        ("gate", lambda: {"nam": 10**5000}, "gate={'nam': an int of 16610 bits} is not allowed"),
+    ],
+)
+def test_whatever_is_given_the_error_names_its_key_and_is_short(
+    name: str, make: Callable[[], Any], words: str
+) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        CacheConfig(**{name: make()})
+    assert str(caught.value).startswith(words)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("other", [np.array([0.1, 0.2]), torch.ones(2), [0.1], "0.1", None])
+def test_two_names_of_one_option_are_not_compared_where_they_are_no_numbers(other: Any) -> None:
+    with pytest.raises(ValueError, match="^rel_l1_thresh=.* are two names of one option"):
+        CacheConfig.from_dict({"rel_l1_thresh": other, "cache_ratio_threshold": 0.1})
+
+
+NUMBERS = {
+    (method, name): option
+    for method, made in {"": CacheConfig, **BUILT}.items()
+    for name, option in options_of(made).items()
+    if re.search("number|int", option.metadata["allowed"])
+    and "{'name'" not in option.metadata["allowed"]
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS, ids=" ".join)
+@pytest.mark.parametrize("value", [10**400, 1e308, 1e200, math.inf, -math.inf, math.nan, 10**9 + 1])
+def test_every_number_has_an_upper_bound(key: tuple[str, str], value: Any) -> None:
+    option = NUMBERS[key]
+    shapes = {"list": [value], "mapping": {1.0: value}}
+    given = next((v for k, v in shapes.items() if k in option.metadata["allowed"]), value)
+    with pytest.raises((TypeError, ValueError), match=f"^{option.name}=.* is not allowed; give "):
+        checked(option, given)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("cache_ratio_threshold", -0.01),
+        ("cache_ratio_threshold", 1e200),
+        ("cache_ratio_threshold", math.inf),
+        ("num_stages", 101),
+        ("num_stages", 10**9),
+        ("num_steps", 10**400),
+        ("token_merge_k", 10_001),
+        ("adaptive_beta", [1e308, 0.0, 0.0, 0.0]),
+        ("adaptive_beta", [10**400, 0.0, 0.0, 0.0]),
+        ("sync_timeout_s", 1e308),
+        ("sync_timeout_s", 1e-300),
+        ("steps_mask", [1] * 10_001),
+        ("steps_mask", [1.0, 0]),
+        ("calibration", ""),
+        ("calibration", "a\0b"),
+        ("linear_maps", ""),
         ("cache_ratio_threshold", math.nan),
         ("significance_level", 0),
         ("significance_level", 1),
@@ -138,8 +247,9 @@ def test_a_value_out_of_range_is_a_value_error_that_says_the_range(name: str, va
         CacheConfig(**{name: value})
     owned = [options_of(BUILT[key]) for key in ("Fast", "motion_static", "merging")]
     (option,) = [options[name] for options in (options_of(CacheConfig), *owned) if name in options]
-    wanted = f"{name}={value!r} is not allowed; give {option.metadata['allowed']}"
-    assert str(caught.value) == wanted
+    said, _, allowed = str(caught.value).partition(" is not allowed; give ")
+    assert said.startswith(f"{name}={value!r}" if len(repr(value)) < 100 else f"{name}=")
+    assert allowed == option.metadata["allowed"]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +375,34 @@ def test_text_in_yaml_stays_text(tmp_path: Path, text: str) -> None:
         (b"cache_config: [num_steps]", "'cache_config' in the config file .* not list"),
         (b"cache_config:\n", "'cache_config' in the config file .* not NoneType"),
         (b"cache_config: {num_stepz: 3}", "did you mean 'num_steps'"),
+        # YAML 1.1 takes these for 8, 31, 3, 90 and 1000.
+        *(
+            (f"num_steps: {text}".encode(), f"num_steps='{text}' is not allowed; give 1 <= int")
+            for text in ("010", "0x1F", "0b11", "1:30", "1_000")
+        ),
+        (b"num_steps: 2026-01-01", "num_steps='2026-01-01' is not allowed"),
+        (b"num_steps: " + b"9" * 4001, "num_steps=an int of 13292 bits is not allowed"),
+        (b"num_steps: " + b"9" * 9999, "num_steps='999.* is not allowed"),
+        (b'{"num_steps": ' + b"9" * 9999 + b"}", "num_steps='999.* is not allowed"),
+        (b"num_steps: 3\nnum_steps: 4", "the key 'num_steps' stands there twice"),
+        (b'{"num_steps": 3, "num_steps": 4}', "the key 'num_steps' stands there twice"),
+        (b"codebook: {0.1: 3, 0.10: 4}", "the key 0.1 stands there twice"),
+        (b"num_steps: !!int abc", "the tag 'tag:yaml.org,2002:int' is not allowed; leave it out"),
+        (b"a: !!python/object/apply:os.getcwd []", "the tag .* is not allowed"),
+        (b"num_steps: " + b"[" * 330 + b"]" * 330, "num_steps nests more than 64 levels deep"),
+        (b'{"num_steps": ' + b"[" * 330 + b"]" * 330 + b"}", "num_steps in the .* nests more than"),
+        (b'{"num_steps": ' + b"[" * 9999 + b"]" * 9999 + b"}", "num_steps nests more than 64 lev"),
+        (b"num_steps: &a [*a]", "num_steps in the config file .* nests more than 16 levels"),
+        (
+            b"a: &a [1]\nb: &b [" + b"*a, " * 200 + b"]\nc: [" + b"*b, " * 200 + b"]",
+            "c in the config file .* holds more than 20000 entries",
+        ),
+        (b"? [num_steps]\n: 3", "is not valid YAML or JSON"),
+        (b"7: 3", "7 in the config file .* is no name of an option"),
+        (b"num_steps: 3 #" + b" " * 2**20, "it has 1048590 bytes, more than 1048576"),
+        (b"feature_caching: Tea\nuse_ret_steps: 5", "^use_ret_steps=5 is not allowed; give true"),
+        (b"feature_caching: Tea\ncoefficients: {0: 1}", "^coefficients={0: 1} is not allowed"),
+        (b"feature_caching: [Tea]", r"^use_cache=\['Tea'\] is not allowed"),
     ],
 )
 def test_a_file_that_holds_no_options_is_an_error(
@@ -272,8 +410,37 @@ def test_a_file_that_holds_no_options_is_an_error(
 ) -> None:
     path = tmp_path / "cache.yaml"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         CacheConfig.from_file(path)
+
+
+def test_what_is_merged_into_a_mapping_of_yaml_may_be_said_again(tmp_path: Path) -> None:
+    path = tmp_path / "cache.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\n")
+    assert read_mapping(path) == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 3, "y": 2},
+        "c": {"x": 3, "y": 4},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("-3", -3),
+        ("+28", 28),
+        ("0.5", 0.5),
+        ("5.", 5.0),
+        (".inf", math.inf),
+        ("1e3", 1e3),
+    ],
+)
+def test_numbers_of_yaml_are_those_of_json(tmp_path: Path, text: str, value: Any) -> None:
+    path = tmp_path / "cache.yaml"
+    path.write_text(f"x: {text}\n")
+    found = read_mapping(path)["x"]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(("name", "words"), [("none.yaml", "No such file"), (".", "directory")])
@@ -407,7 +574,7 @@ def test_an_option_of_a_method_has_another_digest() -> None:
             {"token_plan": {"name": "merging", "merge_ratio": 2}},
             "merge_ratio=2 is not allowed",
         ),
-        ({"adacorr_gamma": -1}, "adacorr_gamma=-1 is not allowed; give number >= 0"),
+        ({"adacorr_gamma": -1}, "adacorr_gamma=-1 is not allowed; give 0 <= number"),
     ],
     ids=str,
 )

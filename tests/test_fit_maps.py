@@ -29,7 +29,7 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.artifacts.file import write_file
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
-from xfuser_fastcache.artifacts.linear_maps import FittedMaps, load_maps
+from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
 from xfuser_fastcache.calibration.stack import StackRecorder
 from xfuser_fastcache.cli import fit_maps
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout
@@ -108,11 +108,11 @@ def written(**changes: Any) -> Callable[[Path], None]:
 
     def write(path: Path) -> None:
         tables = {"linear.image.0.diagonal": torch.ones(4).numpy()}
-        meta = {"edges": [0.1, 0.2], "maps_version": 1}
+        meta = {"edges": [0.1, 0.2]}
         for name, value in changes.items():
             (meta if name in meta else tables)[name.replace("__", ".")] = value
         tables, meta = ({k: v for k, v in held.items() if v is not None} for held in (tables, meta))
-        write_file(path, tables, meta)
+        write_file(path, LINEAR_MAPS, tables, meta)
 
     return write
 
@@ -126,9 +126,24 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (cut_off, "no whole linear_maps file .*anew with fastcache fit-maps"),
     "calibration": (
         lambda path: fitted_for(tiny_flux()[0], STEPS).save(path),
-        "holds linear maps of version None; this release reads version 1",
+        "holds linear_maps of version None; this release reads version 2, and 1 of earlier",
     ),
     "edges": (written(edges=[0.2, 0.1]), "contradicts itself: edges are .*; allowed: finite, asc"),
+    "edges of words": (written(edges=["0.1", "0.2"]), "contradicts itself: '<' not supported betw"),
+    "one edge": (written(edges=0.1), "contradicts itself: 'float' object is not iterable"),
+    "an infinite edge": (written(edges=[0.1, float("inf")]), "contradicts itself: edges are .*inf"),
+    "NaN": (
+        written(linear__image__0__bias=torch.full((4,), float("nan")).numpy()),
+        "contradicts itself: linear.image.0.bias of shape .4,. holds values that are not finite",
+    ),
+    "vast": (
+        written(linear__image__0__bias=torch.full((4,), 1e30).numpy()),
+        "linear.image.0.bias of shape .4,. holds values .* allowed: finite ones, at most 1e.06",
+    ),
+    "integers": (
+        written(linear__image__0__diagonal=torch.ones(4, dtype=torch.int32).numpy()),
+        "contradicts itself: linear.image.0.diagonal has dtype torch.int32; allowed: one floating",
+    ),
     "bucket": (
         written(linear__image__2__bias=torch.ones(4).numpy()),
         "contradicts itself: linear.image.2.bias is unknown; allowed are tensors of",

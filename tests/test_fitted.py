@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from support.calibrations import fitted_for, fitted_on
 from support.flux import STEPS, Flux
@@ -21,7 +20,8 @@ from support.loops import Branch, alone, denoise
 from support.tiny_models import TINY_PIPELINES, tiny_flux
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
-from xfuser_fastcache.artifacts.calibration import VERSION, Fitted, load_fitted
+from xfuser_fastcache.artifacts.calibration import CALIBRATION, VERSION, Fitted, load_fitted
+from xfuser_fastcache.artifacts.file import Kind, write_file
 from xfuser_fastcache.hooks import hook_on
 
 TABLES = (
@@ -61,7 +61,7 @@ def random_tables(seed: int = 0) -> Fitted:
     fitted = fitted_on(np.sort(rng.random(5))[::-1], lags=2)
     for name in TABLES[1:]:
         table = getattr(fitted, name)
-        table[:] = rng.normal(size=table.shape)
+        table[:] = abs(rng.normal(size=table.shape))
     fitted.slopes[0] = np.inf
     steering = {"steering": (5,), "steering_blind": (3,), "steering_guided": (2, 5)}
     return dataclasses.replace(
@@ -130,17 +130,26 @@ def cut_off(count: int) -> Callable[[Path], None]:
     return write
 
 
-NUMBERS: dict[str, Any] = {"exponents": [1.0, 0.0], "upper": 1.0, "scales": {}, "masks": {}}
+NUMBERS: dict[str, Any] = {
+    **{"exponents": [1.0, 0.0], "upper": 1.0, "scales": {}, "masks": {}},
+    "cache_ratio_threshold": 0.3,
+}
 
 
-def with_metadata(**changes: Any) -> Callable[[Path], None]:
+def with_metadata(kind: Kind = CALIBRATION, **changes: Any) -> Callable[[Path], None]:
+    """Return what writes a calibration of two steps with other metadata; None leaves one out."""
+
     def write(path: Path) -> None:
         fitted = fitted_on([1.0, 0.5])
-        meta = {**fitted.metadata, **NUMBERS, "version": VERSION, **changes}
         tables = {name: getattr(fitted, name) for name in TABLES}
-        save_numpy(tables, path, {k: json.dumps(v) for k, v in meta.items() if v is not None})
+        meta = {k: v for k, v in {**NUMBERS, **changes}.items() if v is not None}
+        write_file(path, kind, tables, meta)
 
     return write
+
+
+def of_version(version: Any) -> Callable[[Path], None]:
+    return with_metadata(CALIBRATION._replace(version=version))
 
 
 def with_tables(**changes: Any) -> Callable[[Path], None]:
@@ -149,8 +158,8 @@ def with_tables(**changes: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         fitted = fitted_on([1.0, 0.5])
         tables = {name: getattr(fitted, name) for name in TABLES} | changes
-        meta = {k: json.dumps(v) for k, v in {**NUMBERS, "version": VERSION}.items()}
-        save_numpy({name: t for name, t in tables.items() if t is not None}, path, meta)
+        held = {name: table for name, table in tables.items() if table is not None}
+        write_file(path, CALIBRATION, held, NUMBERS)
 
     return write
 
@@ -163,18 +172,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "first bytes": (cut_off(20), "is no whole calibration file"),
     "half": (cut_off(700), "is no whole calibration file"),
     "one byte short": (cut_off(-1), "is no whole calibration file"),
-    "weights": (lambda p: save_file({"a": torch.ones(2)}, p), "holds version None with a; this"),
+    "weights": (lambda p: save_file({"a": torch.ones(2)}, p), "of version None; this release"),
     "diffusers' weights": (
         lambda p: save_file({"a": torch.ones(2)}, p, {"format": "pt"}), "is no whole calibration",
     ),
     "bfloat16 weights": (
         lambda p: save_file({"a": torch.ones(2).bfloat16()}, p), "is no whole calibration file",
     ),
-    "older": (with_metadata(version=1), f"version 1 .*; this release reads version {VERSION}"),
-    "newer": (with_metadata(version=VERSION + 1), f"version {VERSION + 1} with degrees, noi"),
-    "no version": (with_metadata(version=None), "holds version None .* anew with fastcache"),
-    "no slopes": (with_tables(slopes=None), f"version {VERSION} with degrees, noise_levels, ste"),
-    "unknown table": (with_tables(more=np.ones(2)), f"version {VERSION} with degrees, more, noise"),
+    "older": (of_version(1), f"version 1; this release reads version {VERSION}, and 6 of earl"),
+    "newer": (of_version(VERSION + 1), f"version {VERSION + 1}; this release reads"),
+    "a version of words": (of_version("seven"), "holds calibration of version seven; this rel"),
+    "no version": (of_version(None), "of version None; .* anew with fastcache"),
+    "no slopes": (with_tables(slopes=None), "file' holds degrees, noise_levels, steering,"),
+    "unknown table": (with_tables(more=np.ones(2)), "' holds degrees, more, noise_levels, slopes"),
     "no scales": (with_metadata(scales=None), "contradicts itself: 'scales'"),
     "scales of words": (with_metadata(scales={"much": 1.0}), "contradicts itself: could not conv"),
     "levels of another plan": (
@@ -197,6 +207,38 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a mask too long": (with_metadata(masks={2: [1, 1, 0]}), "the mask of 2 steps is .1, 1, 0"),
     "a mask of another sum": (with_metadata(masks={2: [1, 0]}), "the mask of 2 steps is .1, 0., f"),
+    "a mask of flags": (with_metadata(masks={1: [1.0, 0]}), "the mask .1.0, 0. is no list of 0"),
+    "a mask that begins late": (with_metadata(masks={1: [0, 1]}), "the mask .0, 1. is no list of"),
+    "a mask of words": (with_metadata(masks={1: "10"}), "contradicts itself: unsupported operand"),
+    "no mapping of masks": (with_metadata(masks=[[1, 0]]), "contradicts itself: 'list' object has"),
+    "NaN": (
+        with_tables(weights=np.full((2, 3, 4, 4), np.nan, np.float32)),
+        "contradicts itself: weights is a table of float32 with values outside of -1e.06 to 1e.06",
+    ),
+    "infinite": (
+        with_tables(noise_levels=np.array([np.inf, 0.5])), "itself: noise_levels is a table of fl",
+    ),
+    "a slope below 0": (with_tables(slopes=np.full((2, 3, 4), -1.0)), "itself: slopes is a table"),
+    "no degree": (with_tables(degrees=np.zeros((2, 3, 4))), "itself: degrees is a table of"),
+    "integers": (
+        with_tables(weights=np.zeros((2, 3, 4, 4), np.int32)),
+        "weights is a table of int32 with .* or of another type than float32",
+    ),
+    "exponents": (with_metadata(exponents=[1e3, 0.0]), r"exponents\[0\] is 1000.0; allowed: -8"),
+    "words for exponents": (with_metadata(exponents="ab"), r"exponents\[0\] is 'a'; allowed"),
+    "one exponent": (with_metadata(exponents=[1.0]), "there are 1 exponents; allowed: 2"),
+    "no upper": (with_metadata(upper=0), "upper is 0; allowed: 1e-300 to 1e.06"),
+    "an infinite upper": (with_metadata(upper=float("inf")), "upper is inf; allowed: 1e-300 to 1e"),
+    "a scale that is NaN": (
+        with_metadata(scales={"0.05": float("nan")}), "the scale of alpha = 0.05 is nan; allowed",
+    ),
+    "alpha": (with_metadata(scales={"1.5": 1.0}), "alpha = 1.5 is 1.5; allowed: 1e-300 to 1"),
+    "no epsilon": (with_metadata(cache_ratio_threshold=None), "cache_ratio_threshold is None"),
+    "epsilon": (with_metadata(cache_ratio_threshold="0.3"), "cache_ratio_threshold is '0.3'; all"),
+    "deep metadata": (
+        lambda p: save_file({"a": torch.ones(2)}, p, {"call": "[" * 99_999}), "is no whole calibr",
+    ),
+    "a pipe": (lambda path: os.mkfifo(path), "cannot read the calibration .* no regular file"),
 }  # fmt: skip
 
 

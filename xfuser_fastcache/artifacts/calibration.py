@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +15,27 @@ import torch
 from numpy.typing import NDArray
 
 from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
+from xfuser_fastcache.config.checks import LARGEST, is_number
 
-CALIBRATION = Kind("calibration", "fastcache calibrate")
 # Of the layout of the file.
-VERSION = 6
+VERSION = 7
+CALIBRATION = Kind("calibration", "fastcache calibrate", "version", VERSION, unsealed=6)
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
-_TABLES = (
-    "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
-    "steering_guided",
-)  # fmt: skip
+_ABOVE_0 = 1e-300
+_POWER = 8.0  # Of change and energy: errors grow with some root of either.
+_WEIGHT = 1e6  # Forecasts are about as large as what they are made of.
+# Name -> type, least and most of a table's values; none is NaN.
+_TABLES = {
+    "noise_levels": (np.float64, 0.0, _WEIGHT),
+    "weights": (np.float32, -_WEIGHT, _WEIGHT),
+    "weights_blind": (np.float32, -_WEIGHT, _WEIGHT),
+    "slopes": (np.float64, 0.0, math.inf),
+    "degrees": (np.float64, _ABOVE_0, math.inf),
+    "steering": (np.float32, -_WEIGHT, _WEIGHT),
+    "steering_blind": (np.float32, -_WEIGHT, _WEIGHT),
+    "steering_guided": (np.float32, -_WEIGHT, _WEIGHT),
+}
 # These travel in the metadata.
 _NUMBERS = ("exponents", "upper", "scales", "masks")
 
@@ -237,25 +249,24 @@ class Fitted:
         """Write the file in one go: another process sees all of it or nothing."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         tables = {name: getattr(self, name) for name in _TABLES}
-        write_file(path, tables, {**self.metadata, **numbers, "version": VERSION})
+        write_file(path, CALIBRATION, tables, {**self.metadata, **numbers})
 
 
 def load_fitted(path: str | Path) -> Fitted:
     """Read a calibration file.
 
     Raises:
-        ValueError: no such file, a truncated one, or one that is no calibration; with the reason.
+        ValueError: no such file, one of which a byte is missing or has changed, or one that is no
+            calibration; with the reason.
     """
     held, meta, digest = read_file(path, CALIBRATION)
-    version = meta.pop("version", None)
-    if version != VERSION or set(held) != set(_TABLES):
+    if set(held) != set(_TABLES):
         raise ValueError(
-            f"{str(path)!r} holds version {version} with {', '.join(sorted(held))}; this release "
-            f"reads version {VERSION} with {', '.join(sorted(_TABLES))}. Make it anew with "
-            "fastcache calibrate"
+            f"{str(path)!r} holds {', '.join(sorted(held))}, and a calibration "
+            f"{', '.join(sorted(_TABLES))}. Make it anew with fastcache calibrate"
         )
     try:
-        return Fitted(
+        found = Fitted(
             **held,
             exponents=tuple(meta.pop("exponents")),
             upper=meta.pop("upper"),
@@ -264,8 +275,41 @@ def load_fitted(path: str | Path) -> Fitted:
             metadata=meta,
             digest=digest,
         )
-    except (ValueError, KeyError) as error:
+        _refuse_wrong_values(found)
+        return found
+    # Numbers may be of any type that JSON has.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} contradicts itself: {error}") from error
+
+
+def _refuse_wrong_values(fitted: Fitted) -> None:
+    """Refuse values that no calibration has, and that would fail within a generation.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    for name, (dtype, least, most) in _TABLES.items():
+        table = getattr(fitted, name)
+        if table.dtype != dtype or not ((table >= least) & (table <= most)).all():
+            raise ValueError(
+                f"{name} is a table of {table.dtype} with values outside of {least:g} to {most:g}, "
+                f"or of another type than {np.dtype(dtype)}"
+            )
+    single = {"upper": (fitted.upper, _ABOVE_0, _WEIGHT)}
+    single |= {f"exponents[{i}]": (e, -_POWER, _POWER) for i, e in enumerate(fitted.exponents)}
+    single |= {f"the scale of alpha = {a}": (s, 0.0, _WEIGHT) for a, s in fitted.scales.items()}
+    single |= {f"alpha = {alpha}": (alpha, _ABOVE_0, 1.0) for alpha in fitted.scales}
+    for name, (value, least, most) in single.items():
+        if not is_number(value) or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}; allowed: {least:g} to {most:g}")
+    if len(fitted.exponents) != 2:
+        raise ValueError(f"there are {len(fitted.exponents)} exponents; allowed: 2")
+    for mask in fitted.masks.values():
+        if not all(entry in (0, 1) and isinstance(entry, int) for entry in mask) or not mask[0]:
+            raise ValueError(f"the mask {mask} is no list of 0 and 1 that begins with 1")
+    epsilon = fitted.metadata.get("cache_ratio_threshold")
+    if not is_number(epsilon) or not 0 <= epsilon <= LARGEST:
+        raise ValueError(f"cache_ratio_threshold is {epsilon!r}; allowed: 0 to {LARGEST:g}")
 
 
 def fingerprint(model: Any, family: str, embedder: str, blocks: int) -> dict[str, str]:

@@ -14,6 +14,9 @@ from xfuser_fastcache.models.streams import Streams
 # Pseudo-observations at a slope of zero of the online fit, as a share of the mean channel energy.
 ONLINE_RIDGE = 1.0
 
+# Residuals are about as large as what they change with.
+LARGEST_ENTRY = 1e6
+
 # Tensors of a map -> the letters of their dimensions.
 SHAPES = {"diagonal": "D", "u": "Dr", "v": "Dr", "full": "DD", "bias": "D"}
 
@@ -193,10 +196,10 @@ class LinearMap:
         except ValueError as error:
             raise ValueError(f"{start}{error}") from None
         for name, tensor in held.items():
-            if not tensor.isfinite().all():
+            if not (tensor.abs() <= LARGEST_ENTRY).all():
                 raise ValueError(
                     f"{start}{name} of shape {tuple(tensor.shape)} holds values that are not "
-                    "finite; allowed: finite ones. Calibrate anew."
+                    f"finite; allowed: finite ones, at most {LARGEST_ENTRY:g}. Calibrate anew."
                 )
         return read
 

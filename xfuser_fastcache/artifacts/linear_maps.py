@@ -11,9 +11,7 @@ import torch
 from xfuser_fastcache.artifacts.file import Kind, read_file, write_file
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps
 
-LINEAR_MAPS = Kind("linear_maps", "fastcache fit-maps")
-# Of the layout of the file.
-VERSION = 1
+LINEAR_MAPS = Kind("linear_maps", "fastcache fit-maps", "maps_version", version=2, unsealed=1)
 STREAMS = ("image", "text")
 # Forecasters that maps are fitted for; see `Forecaster.takes_maps`.
 MAPPED = ("linear_taylor", "linear")
@@ -53,22 +51,17 @@ class FittedMaps:
             for name, tensor in used.to_tensors(_prefix(forecaster, stream, bucket)).items()
         }
         edges = next(iter(self.of.values())).edges
-        write_file(path, tables, {**self.metadata, "edges": edges, "maps_version": VERSION})
+        write_file(path, LINEAR_MAPS, tables, {**self.metadata, "edges": edges})
 
 
 def load_maps(path: str | Path) -> FittedMaps:
     """Read a file of linear maps.
 
     Raises:
-        ValueError: no such file, a truncated one, or one that holds no such maps; with the reason.
+        ValueError: no such file, one of which a byte is missing or has changed, or one that holds
+            no such maps; with the reason.
     """
     tables, metadata, digest = read_file(path, LINEAR_MAPS)
-    version = metadata.pop("maps_version", None)
-    if version != VERSION:
-        raise ValueError(
-            f"{str(path)!r} holds linear maps of version {version}; this release reads version "
-            f"{VERSION}. Make it anew with {LINEAR_MAPS.script}"
-        )
     tensors = {name: torch.from_numpy(table) for name, table in tables.items()}
     try:
         edges = tuple(metadata.pop("edges"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from xfuser_fastcache.apply import (
     replace_forecaster,
 )
 from xfuser_fastcache.artifacts.calibration import Fitted, fingerprint
+from xfuser_fastcache.artifacts.file import replace_file
 from xfuser_fastcache.calibration.options import RunOptions
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
 from xfuser_fastcache.config.cache_config import CacheConfig
@@ -109,9 +111,9 @@ def _write(path: Path, found: list[Trajectory]) -> None:
         for branch, trajectory in enumerate(found)
         for name, value in vars(trajectory).items()
     }
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **arrays)
-    part.replace(path)
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    replace_file(path, packed.getvalue())
 
 
 def _read(path: Path) -> list[Trajectory]:

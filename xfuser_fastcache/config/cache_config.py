@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from xfuser_fastcache.config import composition, lightx2v, resolution
 from xfuser_fastcache.config.capabilities import refuse_contradictions
 from xfuser_fastcache.config.checks import (
+    MOST,
     Check,
     CheckedOptions,
     choice,
@@ -22,6 +22,8 @@ from xfuser_fastcache.config.checks import (
     integer,
     number,
     option,
+    path,
+    shown,
     text,
 )
 from xfuser_fastcache.config.flat import checked_flat, flat, flat_names
@@ -29,17 +31,20 @@ from xfuser_fastcache.config.mappings import read_mapping
 from xfuser_fastcache.config.methods import Methods, methods_of
 from xfuser_fastcache.config.parts import parts_of
 
+_CUTS = integer(1)
+
 
 def _read_granularity(value: Any) -> int | str:
     if isinstance(value, str):
         return choice("stack", "block").read(value)
-    return integer(1).read(value)
+    return _CUTS.read(value)
 
 
 def _read_mask(value: Any) -> list[int]:
     if not isinstance(value, list):
         raise TypeError
-    if not value or any(m not in (0, 1) or isinstance(m, bool) for m in value) or not value[0]:
+    plain = all(isinstance(m, int) and not isinstance(m, bool) and m in (0, 1) for m in value)
+    if not 1 <= len(value) <= MOST or not plain or not value[0]:
         raise ValueError
     return value
 
@@ -91,7 +96,7 @@ class CacheConfig(CheckedOptions):
     )
     granularity: int | str = option(
         "stack",
-        Check("'stack', 'block' or int >= 1", _read_granularity),
+        Check(f"'stack', 'block' or {_CUTS.allowed}", _read_granularity),
         "spans decided together: the whole stack, every block, or that many cuts",
     )
     num_warmup_steps: int = option(
@@ -125,7 +130,7 @@ class CacheConfig(CheckedOptions):
     )
     sync_timeout_s: float = option(
         600.0,
-        number("finite number > 0", lambda v: 0 < v < math.inf),
+        number(0.001, 604_800),
         "longest wait for another rank, also in xfuser's own collectives (seconds); then an error "
         "names it",
     )
@@ -139,7 +144,7 @@ class CacheConfig(CheckedOptions):
     )
     calibration: str | None = option(
         None,
-        text("path"),
+        path(),
         "file of `fastcache calibrate`: fitted output forecasts, thresholds, masks; options that "
         "are not given take its values",
     )
@@ -150,21 +155,21 @@ class CacheConfig(CheckedOptions):
     )
     linear_maps: str | None = option(
         None,
-        text("path"),
+        path(),
         "file of `fastcache fit-maps`: fitted linear maps of the stack of blocks, in place of the "
         "slope fitted online; forecaster is then linear_taylor, or linear where that is given. "
         "With a motion/static split they are for static tokens, and the forecaster is as without",
     )
     shadow_audit: float = option(
         0.0,
-        number("0 <= number <= 1", lambda v: 0 <= v <= 1),
+        number(0, 1),
         "Fast: at this share of steps (ratio) a skipped span is computed as well, and "
         "get_cache_statistics says how many skips were wrong by cache_ratio_threshold or more; the "
         "pictures stay as they are",
     )
     steps_mask: list[int] | None = option(
         None,
-        Check("list of 0 and 1 that begins with 1", _read_mask),
+        Check(f"list of 0 and 1 that begins with 1, at most {MOST} of them", _read_mask),
         "which steps are computed (1) and which skipped (0), one a step of the scheduler's plan; "
         "the gate is not asked then: thresholds (0 too), warm-up, last step and "
         "max_consecutive_skips do not count",
@@ -233,9 +238,9 @@ class CacheConfig(CheckedOptions):
         known = [found.name for found in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
+                close = difflib.get_close_matches(key, known, 1) if isinstance(key, str) else []
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-                raise ValueError(f"unknown cache option {key!r}; {hint}")
+                raise ValueError(f"unknown cache option {shown(key)}; {hint}")
         return cls(**options)
 
     @classmethod

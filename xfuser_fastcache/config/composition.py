@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from xfuser_fastcache.config.checks import Check
+from xfuser_fastcache.config.checks import Check, is_number, shown
 
 COMBINATIONS = ("all_of", "any_of")
 # xDiT's name of a threshold -> ours.
@@ -41,10 +41,12 @@ def renamed(options: dict[str, Any]) -> dict[str, Any]:
         if theirs in options:
             given = options.pop(theirs)
             other = options.setdefault(ours, given)
-            if other != given:
+            # Of what is no number nothing is asked: two arrays are neither equal nor different.
+            equal = is_number(given) and is_number(other) and given == other
+            if other is not given and not equal:
                 raise ValueError(
-                    f"{theirs}={given!r} and {ours}={other!r} are two names of one option; give "
-                    "one of them"
+                    f"{theirs}={shown(given)} and {ours}={shown(other)} are two names of one "
+                    "option; give one of them"
                 )
     return options
 
@@ -68,9 +70,10 @@ def spec_of(kind: str, given: Any) -> Spec:
     if isinstance(given, str):
         return Spec(given, {})
     if not isinstance(given, dict):
-        raise TypeError(f"{kind}={given!r} is not allowed; give {allowed}")
-    if not isinstance(given.get("name"), str):
-        raise ValueError(f"{kind}={given!r} is not allowed; give {allowed}")
+        raise TypeError(f"{kind}={shown(given)} is not allowed; give {allowed}")
+    named = isinstance(given.get("name"), str)
+    if not named or not all(isinstance(key, str) for key in given):
+        raise ValueError(f"{kind}={shown(given)} is not allowed; give {allowed}")
     return Spec(given["name"], renamed({k: v for k, v in given.items() if k != "name"}))
 
 
@@ -84,9 +87,11 @@ def combination(given: Any) -> str | None:
     if not found:
         return None
     if len(given) > 1:
-        raise ValueError(f"gate={given!r} is not allowed; {found[0]!r} stands alone in its mapping")
+        raise ValueError(
+            f"gate={shown(given)} is not allowed; {found[0]!r} stands alone in its mapping"
+        )
     if not isinstance(given[found[0]], list) or not given[found[0]]:
-        raise ValueError(f"gate={given!r} names no gate; give a list of at least one")
+        raise ValueError(f"gate={shown(given)} names no gate; give a list of at least one")
     return found[0]
 
 
@@ -120,7 +125,7 @@ def _read_token_plan(given: Any) -> Any:
     listed = given if isinstance(given, list) else [given]
     names = [spec_of("token_plan", one).name for one in listed]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"token_plan={given!r} is not allowed; give at least one, each once")
+        raise ValueError(f"token_plan={shown(given)} is not allowed; give at least one, each once")
     return given
 
 

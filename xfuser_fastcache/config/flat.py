@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.config.checks import checked, options_of
+from xfuser_fastcache.config.checks import checked, options_of, shown
 from xfuser_fastcache.config.methods import method_class
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
@@ -54,12 +54,12 @@ def checked_flat(config: CacheConfig) -> dict[str, Any]:
     twice = [*tokens, *(name for name in switches if getattr(config, name) is not None)]
     if config.token_plan is not None and twice:
         raise ValueError(
-            f"{', '.join(twice)} and token_plan={config.token_plan!r} are two spellings of token "
-            "plans; give one of them"
+            f"{', '.join(twice)} and token_plan={shown(config.token_plan)} are two spellings "
+            "of token plans; give one of them"
         )
     given = {**config.given_of("gate"), **config.given_of("forecaster"), **tokens}
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"{name}={value!r} is {place}")
+            raise ValueError(f"{name}={shown(value)} is {place}")
         given[name] = checked(known[name], value, name)
     return given

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
+from xfuser_fastcache.config.checks import shown
+
 logger = logging.getLogger("xfuser_fastcache")
 
 MARK = "feature_caching"
@@ -30,29 +32,39 @@ def read(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: `feature_caching` asks for no cache, or two names of one option differ.
+        TypeError: `use_ret_steps` is neither true nor false.
 
     Example:
         >>> read({"feature_caching": "Tea", "teacache_thresh": 0.2, "use_ret_steps": True}, [])
         {'use_cache': 'Tea', 'cache_ratio_threshold': 0.2, 'num_warmup_steps': 5}
     """
-    if str(given[MARK]).lower().startswith("no"):
-        raise ValueError(f"{MARK}={given[MARK]!r} asks for no cache; then apply none")
+    asked = given[MARK]
+    if isinstance(asked, str) and asked.lower().startswith("no"):
+        raise ValueError(f"{MARK}={asked!r} asks for no cache; then apply none")
     options: dict[str, Any] = {}
     for key, value in given.items():
         name = _NAMES.get(key, key if key in known else None)
         if name is None:
             continue
-        if key == "coefficients" and value and isinstance(value[0], list):
+        if key == "coefficients" and _several(value):
             # One polynomial for runs with retention, one for runs without.
             value = value[0 if given.get("use_ret_steps") else -1]
         if key == "use_ret_steps":
+            if not isinstance(value, bool):
+                raise TypeError(f"{key}={shown(value)} is not allowed; give true | false")
             value = _RETAINED if value else _FIRST
         if options.setdefault(name, value) != value:
-            raise ValueError(f"{key}={value!r} and {name}={options[name]!r} are one option")
+            raise ValueError(
+                f"{key}={shown(value)} and {name}={shown(options[name])} are one option"
+            )
     left = sorted(key for key in given if key not in _NAMES and key not in known)
     if left:
         logger.warning("Of a LightX2V file, these are no options of the cache: %s", ", ".join(left))
     return options
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
 def write(options: dict[str, Any]) -> dict[str, Any]:

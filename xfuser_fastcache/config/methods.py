@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.config.checks import Check, CheckedOptions, option, options_of
+from xfuser_fastcache.config.checks import Check, CheckedOptions, option, options_of, shown
 from xfuser_fastcache.config.composition import ONE, combination, single_gates, spec_of
 from xfuser_fastcache.plugins import FORECASTERS, GATES, TOKEN_PLANS
 
@@ -32,8 +32,8 @@ def method_class(kind: str, name: str, called: str = "") -> Any:
     registry = REGISTRIES[kind]
     if name not in registry:
         raise ValueError(
-            f"unknown {called or kind} {name!r}; known: {', '.join(registry)}. A package adds one "
-            f"under the entry point group {registry!r}"
+            f"unknown {called or kind} {shown(name)}; known: {', '.join(registry)}. A package "
+            f"adds one under the entry point group {registry!r}"
         )
     return registry[name]
 
@@ -51,14 +51,15 @@ def made(kind: str, given: Any) -> Any:
     stray = sorted(set(options) - set(known))
     if known and stray:
         raise ValueError(
-            f"{', '.join(stray)} in {kind}={given!r} is no option of the {kind} {name!r}, which "
-            f"takes {', '.join(known)}; give it beside {kind}, or leave it out"
+            f"{', '.join(stray)} in {kind}={shown(given)} is no option of the {kind} {name!r}, "
+            f"which takes {', '.join(known)}; give it beside {kind}, or leave it out"
         )
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
         raise ValueError(
-            f"{kind} {name!r} with options {options!r}: {error}; it takes {inspect.signature(make)}"
+            f"{kind} {name!r} with options {shown(options)}: {error}; it takes "
+            f"{inspect.signature(make)}"
         ) from error
     return make(**options)
 

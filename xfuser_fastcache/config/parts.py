@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from xfuser_fastcache.config.capabilities import Capability as C
 from xfuser_fastcache.config.capabilities import Part
+from xfuser_fastcache.config.checks import shown
 from xfuser_fastcache.config.composition import spec_of
 from xfuser_fastcache.config.methods import token_plans_of, uncorrected_spec
 
@@ -20,7 +21,7 @@ def parts_of(config: CacheConfig) -> list[Part]:
 
 def _gates(config: CacheConfig) -> list[Part]:
     if config.gate is not None:
-        label = f"gate={config.gate!r}"
+        label = f"gate={shown(config.gate)}"
         # They rest on the config's own options, which a gate inside a mapping does not have.
         more = {C.GATE_TO_CALIBRATE, C.ERROR_BOUND}
     else:
@@ -32,7 +33,7 @@ def _gates(config: CacheConfig) -> list[Part]:
 
 def _forecasters(config: CacheConfig) -> list[Part]:
     found = config.methods.forecaster
-    label = f"forecaster={uncorrected_spec(config)!r}"
+    label = f"forecaster={shown(uncorrected_spec(config))}"
     if config.forecaster is None and config.calibration is not None:
         label = f"calibration={config.calibration!r}"
     parts = []
@@ -70,7 +71,7 @@ def _options(config: CacheConfig) -> list[Part]:
         "shadow_audit": (config.shadow_audit > 0, Part("", needs={C.ERROR_BOUND, C.ALL_TOKENS})),
     }
     return [
-        Part(f"{name}={getattr(config, name)!r}", part.needs, part.withholds, part.offers)
+        Part(f"{name}={shown(getattr(config, name))}", part.needs, part.withholds, part.offers)
         for name, (wanted, part) in asked.items()
         if wanted
     ]

@@ -10,7 +10,7 @@ import torch
 
 from xfuser_fastcache.artifacts.linear_map import SpanMaps
 from xfuser_fastcache.config.capabilities import Capability
-from xfuser_fastcache.config.checks import at_least_0, option
+from xfuser_fastcache.config.checks import number, option
 from xfuser_fastcache.config.methods import method_option
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.models.streams import Streams
@@ -55,12 +55,12 @@ class AdaCorrection(Forecaster):
     of: Any = method_option("forecaster", "reuse", "what is corrected; a forecaster of spans")
     gamma: float = option(
         1.0,
-        at_least_0("number >= 0; 0 corrects nothing"),
+        number(more="; 0 corrects nothing"),
         "sensitivity (ratio)",
         flat="adacorr_gamma",
     )
     lam: float = option(
-        1.0, at_least_0(), "weight of the spatial variation (ratio)", flat="adacorr_lambda"
+        1.0, number(), "weight of the spatial variation (ratio)", flat="adacorr_lambda"
     )
 
     def __post_init__(self) -> None:
@@ -116,6 +116,8 @@ class AdaCorrection(Forecaster):
     def _weight(self, now: torch.Tensor, last: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Return the weight of each token, `(batch, tokens, 1)`."""
         score = self._spread(now - last) / self._spread(last - before).clamp_min(_SMALLEST)
+        # Infinite for a token that had not moved before; 0 of that would be no number.
+        score = score.clamp_max(1 / _SMALLEST)
         return (self.gamma * score.sqrt()).clamp_max(1.0).to(now.dtype)
 
     def _spread(self, change: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class DampedTaylorForecaster(Forecaster):
 
     share: float = option(
         0.6,  # By measurement (docs/decisions/damped-taylor.md).
-        number("0 < number < 1", lambda value: 0 < value < 1),
+        number(0, 1, ends=False),
         "what is left of a slope an anchors' distance ahead (ratio)",
     )
 

@@ -41,13 +41,13 @@ class AccumulatedGate(Gate):
 
     cache_ratio_threshold: float = option(
         0.6,  # TeaCache's for FLUX; xDiT's runner takes 0.12.
-        number("number >= 0; 0 never skips", lambda value: value >= 0),
+        number(more="; 0 never skips"),
         "estimated relative change of the output, summed since the last computed step, below which "
         "may be skipped (ratio)",
     )
     coefficients: list[float] | None = option(
         None,
-        numbers("list of numbers, highest power first"),
+        numbers(1, 16, ", highest power first"),
         "polynomial from relative change of the modulated input to that of the output",
         none="the one published for the model, or the identity",
     )

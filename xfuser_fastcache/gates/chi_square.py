@@ -52,13 +52,13 @@ class ChiSquareGate(Gate):
 
     cache_ratio_threshold: float = option(
         0.05,  # FastCache's.
-        number("number >= 0; 0 never skips", lambda value: value >= 0),
+        number(more="; 0 never skips"),
         "epsilon: relative change of a span's input below which may be skipped (ratio); xDiT's "
         "`rel_l1_thresh`",
     )
     significance_level: float = option(
         0.05,
-        number("0 < number < 1", lambda value: 0 < value < 1),
+        number(0, 1, ends=False),
         "alpha of the test (ratio); smaller is safer with test='chi2'",
     )
     test: str = option(

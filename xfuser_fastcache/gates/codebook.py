@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from xfuser_fastcache.config.checks import Check, option
+from xfuser_fastcache.config.checks import LARGEST, Check, integer, number, option
 from xfuser_fastcache.gates.base import Evidence, Gate, Verdict
 from xfuser_fastcache.measurements.probes import Probe
 
@@ -15,6 +14,9 @@ CODEBOOKS: dict[str, dict[float, int]] = {
     "slow": {0.03: 12, 0.05: 10, 0.07: 8, 0.09: 6, 0.11: 4, 1.0: 3},
     "fast": {0.08: 6, 0.16: 5, 0.24: 4, 0.32: 3, 0.4: 2, 1.0: 1},
 }
+
+
+_END, _INTERVAL = number(), integer(1)
 
 
 def read_codebook(given: Any) -> dict[float, int]:
@@ -31,13 +33,14 @@ def read_codebook(given: Any) -> dict[float, int]:
     if not isinstance(given, dict) or not given:
         raise ValueError
     try:
-        found = {float(end): interval for end, interval in given.items()}  # JSON has text for keys
+        # JSON has text for keys.
+        found = {
+            (float(end) if isinstance(end, str) else _END.read(end)): _INTERVAL.read(interval)
+            for end, interval in given.items()
+        }
     except (TypeError, ValueError):
         raise ValueError from None
-    intervals = [i for i in found.values() if isinstance(i, int) and not isinstance(i, bool)]
-    if len(intervals) < len(found) or min(intervals) < 1:
-        raise ValueError
-    if not all(0 < end < math.inf for end in found):
+    if len(found) < len(given) or not all(0 < end <= LARGEST for end in found):
         raise ValueError
     return found
 
@@ -69,7 +72,10 @@ class CodebookGate(Gate):
 
     codebook: dict[float, int] = option(
         "slow",
-        Check("slow | fast, or mapping of numbers > 0 to ints >= 1", read_codebook),
+        Check(
+            f"slow | fast, or mapping of 0 < number <= {LARGEST:g} to {_INTERVAL.allowed}",
+            read_codebook,
+        ),
         "upper end of a rate of change (ratio a step) -> steps to the next computed step; "
         "intervals of 1 never skip",
     )

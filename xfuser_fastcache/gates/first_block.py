@@ -36,7 +36,7 @@ class FirstBlockGate(Gate):
 
     cache_ratio_threshold: float = option(
         0.05,  # diffusers' FirstBlockCacheConfig's.
-        number("number >= 0; 0 never skips", lambda value: value >= 0),
+        number(more="; 0 never skips"),
         "relative change of the first block's residual below which may be skipped (ratio)",
     )
 

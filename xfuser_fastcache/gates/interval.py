@@ -32,7 +32,7 @@ class IntervalGate(Gate):
     companions = Companions("taylor", num_warmup_steps=3)
 
     cache_interval: int = option(
-        5, integer(1, "; 1 never skips"), "steps from one computed step to the next"
+        5, integer(1, more="; 1 never skips"), "steps from one computed step to the next"
     )
 
     def judge(self, evidence: Evidence, state: Any = None) -> Verdict:

@@ -11,10 +11,11 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from xfuser_fastcache.artifacts.file import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,7 +98,7 @@ def write_trace(trace: list[dict[str, Any]], path: str | os.PathLike[str]) -> No
         OSError: the file cannot be written.
     """
     lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in trace]
-    _replace(path, "".join(lines).encode())
+    replace_file(path, "".join(lines).encode())
 
 
 def save_heat_map(
@@ -228,15 +229,4 @@ def comparison_sheet(
 def _save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
-    _replace(path, drawn.getvalue())
-
-
-def _replace(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file in one move, so that no reader and no error leaves part of it behind."""
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, drawn.getvalue())

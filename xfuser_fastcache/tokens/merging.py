@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from xfuser_fastcache.config.checks import at_least_0, integer, number, option
+from xfuser_fastcache.config.checks import integer, number, option
 from xfuser_fastcache.tokens.base import Narrowing, TokenMethod
 
 # Consecutive tokens among which neighbours are searched: memory is tokens x WINDOW.
@@ -144,14 +144,14 @@ class Merging(TokenMethod):
 
     token_merge_k: int = option(5, integer(1), "neighbours that tell how dense a token stands")
     token_merge_lambda: float = option(
-        1.0, at_least_0(), "weight of a token's relative change beside its density"
+        1.0, number(), "weight of a token's relative change beside its density"
     )
     num_stages: int = option(
-        3, integer(1), "equal parts of the blocks; each but the first merges once more"
+        3, integer(1, 100), "equal parts of the blocks; each but the first merges once more"
     )
     merge_ratio: float = option(
         0.5,
-        number("0 < number < 1", lambda value: 0 < value < 1),
+        number(0, 1, ends=False),
         "tokens that a merge leaves (ratio)",
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from xfuser_fastcache.config.capabilities import Capability
-from xfuser_fastcache.config.checks import at_least_0, choice, numbers, option
+from xfuser_fastcache.config.checks import choice, number, numbers, option
 from xfuser_fastcache.measurements.moments import Reference
 from xfuser_fastcache.tokens.base import Narrowing, TokenMethod
 
@@ -92,13 +92,13 @@ class MotionStatic(TokenMethod):
     motion_threshold: float = option(
         # FastCache's own is 0.1, in no unit; docs/methods/tokens.md has what was measured.
         0.01,
-        at_least_0(),
+        number(),
         "a token moves when its squared relative change since it was last computed reaches it "
         "(ratio); 0: every token",
     )
     adaptive_beta: list[float] | None = option(
         None,
-        numbers("four finite numbers", 4),
+        numbers(4, 4),
         "in place of motion_threshold: b0 + b1 * the largest saliency + b2 * t + b3 * t^2, with t "
         "from 1 at the first step to 0",
     )

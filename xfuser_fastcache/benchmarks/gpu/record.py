@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xfuser_fastcache.artifacts.file import replace_file
+
 SCHEMA = 1
 OK, ERROR, LEFT_OUT = "ok", "error", "left out"
 
@@ -130,9 +132,8 @@ class Record:
 
     def write(self, finished: bool) -> None:
         """Write the report; a run that is killed meanwhile leaves the last one whole."""
-        beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps(self.as_dict(finished), indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        text = json.dumps(self.as_dict(finished), indent=1) + "\n"
+        replace_file(self.path, text.encode())
 
 
 def without_folders(text: str) -> str:
