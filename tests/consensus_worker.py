@@ -18,9 +18,9 @@ from support.worlds import report  # noqa: E402
 from xfuser_fastcache.consensus.collective import (  # noqa: E402
     BlockList,
     Consensus,
-    ConsensusError,
-    Header,
 )
+from xfuser_fastcache.consensus.errors import ConsensusError  # noqa: E402
+from xfuser_fastcache.consensus.header import Header  # noqa: E402
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout  # noqa: E402
 from xfuser_fastcache.consensus.transfer import HostCopy  # noqa: E402
 from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure  # noqa: E402
@@ -113,7 +113,7 @@ def main() -> None:
     arrived = HostCopy.arrived
     HostCopy.arrived = property(lambda _: rank != 1)
     ticket = consensus.post(Header(9, 4, 0, 0), zeros + rank)
-    rows = consensus.gather(torch.tensor([rank]), "a row")
+    rows = consensus.gather([rank], "a row")
     found["late"] = [list(rows.values()), consensus.wait(ticket)[0][0]]
     HostCopy.arrived = arrived
     consensus.close()
@@ -145,7 +145,7 @@ def main() -> None:
     pipeline.close()
 
     gathered = make()
-    found["gather"] = gathered.gather(torch.tensor([rank, rank * rank]), "a test")
+    found["gather"] = gathered.gather([rank, rank * rank], "a test")
     gathered.close()
 
     # A rank that never arrives, last, since it breaks the group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -122,7 +123,6 @@ def apply_cache_on_transformer(
     kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
     request.check(kinds, group)
     config = request.config
-    layout.limit_waits(config.sync_timeout_s)
     consensus = Consensus(
         group,
         backend=config.sync_backend,
@@ -131,16 +131,17 @@ def apply_cache_on_transformer(
         block_lists=block_lists_of(held),
     )
     try:
+        layout.follow(consensus)
         plan = drawn(request, model, adapter, consensus, counts)
         engine = CacheEngine(plan, consensus, _clock(transformer, config))
+        pulse = PresentScheduler(transformer, scheduler)
+        reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
+        blocks = [block for listed in held.values() for block in listed]
+        attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
+        attachment.attach(engine, reader)
     except BaseException:
         consensus.close()
         raise
-    pulse = PresentScheduler(transformer, scheduler)
-    reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
-    blocks = [block for listed in held.values() for block in listed]
-    attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
-    attachment.attach(engine, reader)
     return transformer
 
 
@@ -229,9 +230,10 @@ def remove_cache_from_pipeline(pipe: Any) -> Any:
         TypeError: a pipeline without a transformer that is supported.
         ConsensusError: as `remove_cache`.
     """
-    for denoiser in denoisers_of(pipe).values():
-        if hook_on(denoiser) is not None:
-            remove_cache(denoiser)
+    with ExitStack() as each:  # goes on to the next whatever one raises
+        for denoiser in denoisers_of(pipe).values():
+            if hook_on(denoiser) is not None:
+                each.callback(remove_cache, denoiser)
     return pipe
 
 

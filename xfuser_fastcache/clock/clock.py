@@ -131,6 +131,8 @@ class Reader:
         def read_timestep() -> torch.Tensor:
             return forward.timestep_of(args, kwargs).flatten()[0]
 
+        # Stages of a pipeline are given hidden states, in the model's dtype.
+        dtype = "" if self.stages > 1 else f"{given.latents.dtype}, "
         return Arrival(
             latents=given.latents,
             read_timestep=read_timestep,
@@ -144,4 +146,5 @@ class Reader:
             context_step=getattr(context, "step_index", None),
             stages=self.stages,
             denoiser=self.denoiser,
+            setup=f"batch {given.batch}, size {tokens}, {dtype}{self._plan or 'no plan'}",
         )

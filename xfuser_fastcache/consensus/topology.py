@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
+
+if TYPE_CHECKING:
+    from xfuser_fastcache.consensus.collective import Consensus
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,10 @@ class Layout(Protocol):
     def position(self) -> Position:
         """Return which tokens the forward pass that has just begun carries."""
 
-    def limit_waits(self, seconds: float) -> None:
-        """Bound the waits of the model's own collectives, in seconds."""
+    def follow(self, consensus: Consensus) -> None:
+        """Bound the waits of the model's own communication as those of a cache that is put on, and
+        make its channels anew where the ranks have met after a failure (`consensus.renewed`).
+        """
 
 
 class PlainLayout:
@@ -146,8 +151,8 @@ class PlainLayout:
         """Return which tokens this forward carries: all of the rank's."""
         return Position()
 
-    def limit_waits(self, seconds: float) -> None:
-        """Bound the waits of the model's own collectives: there are none that this layout knows."""
+    def follow(self, consensus: Consensus) -> None:
+        """Nothing to do: this layout knows no communication of the model's own."""
 
 
 def _context_parallel_rank(transformer: nn.Module | None) -> int:
