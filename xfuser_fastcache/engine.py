@@ -49,6 +49,7 @@ from xfuser_fastcache.state.local import LocalState
 from xfuser_fastcache.state.shared import count_groups
 
 logger = logging.getLogger("xfuser_fastcache")
+_INPUTS = "inputs (prompts, embeddings, seeds or sizes)"
 
 
 class CacheEngine:
@@ -111,7 +112,7 @@ class CacheEngine:
         """
         self._refuse_failed_pipeline()
         if self.config.verify_consensus:
-            self.consensus.compare(inputs(), "inputs (prompts, embeddings, seeds or sizes)")
+            self.consensus.compare(inputs(), _INPUTS)
 
     def _refuse_failed_pipeline(self) -> None:
         if self.consensus.group.stages > 1 and self.consensus.failed:
@@ -144,6 +145,8 @@ class CacheEngine:
             self._note_bytes()
             self.agreement.begin_generation()
             self.branches.clear()
+            if self.config.verify_consensus and self.consensus.group.whole_inputs:
+                self.consensus.compare(arrival.inputs(), _INPUTS)
         if call.branch not in self.branches:
             self.branches[call.branch] = self._new_branch(arrival.latents.device)
         local, agreement = self.branches[call.branch], self.agreement

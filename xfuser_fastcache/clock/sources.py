@@ -39,6 +39,7 @@ class Arrival:
         stages: of the pipeline. Schedulers of all but one stage stand still.
         denoiser: which one of the pipeline's.
         setup: batch, size and plan, in words that are equal on all ranks.
+        inputs: makes a digest of what it is given beside latents and timestep.
     """
 
     latents: torch.Tensor
@@ -53,6 +54,7 @@ class Arrival:
     stages: int = 1
     denoiser: int = 0
     setup: str = ""
+    inputs: Callable[[], str] = str
 
     @cached_property
     def timestep(self) -> Timestep:

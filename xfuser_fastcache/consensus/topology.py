@@ -28,6 +28,8 @@ class DecisionGroup:
         branch: where guidance is parallel, 0 on ranks that run the batch without guidance, 1 on
             those that run it with; None where a forward pass carries all there is.
         device_group: process group to use with `sync_backend="nccl"`; None without one.
+        whole_inputs: whether a forward pass is given the same on all ranks, but for its latents;
+            False where the pipeline has cut it.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -38,6 +40,7 @@ class DecisionGroup:
     shard: int = 0
     branch: int | None = None
     device_group: Any = None
+    whole_inputs: bool = True
 
     @property
     def world_size(self) -> int:

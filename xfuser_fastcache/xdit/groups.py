@@ -140,6 +140,7 @@ class XDiTLayout:
             shard=shard,
             branch=branch if guidance_is_parallel else None,
             device_group=replica.device_group,
+            whole_inputs=cuts_tokens and (cuts_guidance or not guidance_is_parallel),
         )
 
     def position(self) -> Position:
