@@ -96,6 +96,7 @@ def main() -> None:
         "step": Header(2, 4 + (rank == 3), 0, 0),
         "branch": Header(2, 4, int(rank == 0), 0),
         "digest": Header(2, 4, 0, 100 + rank % 2),
+        "setup": Header(2, 4, 0, 0, f"batch {1 + (rank == 2)}"),
         # Equal sums, so that only the squares show it.
         "squares": Header(2, (3, 5, 4, 4)[rank], 0, 0),
     }

@@ -104,10 +104,11 @@ class World:
         alone = "data_parallel_degree" in flags
         fault = draw.choice(_OF_ONE_REPLICA if alone else FAULTS)
         options = draw.choice(CACHES)
+        family = draw.choice(families)
         verify = fault in HIDDEN or draw.random() < 0.5
         return cls(
             seed=seed,
-            family=draw.choice(families),
+            family=family,
             layout=layout,
             fault=fault,
             rank=draw.randrange(ranks),
@@ -125,6 +126,11 @@ class World:
     def flags(self) -> dict[str, Any]:
         """Fields of `xFuserArgs`."""
         return LAYOUTS[self.layout][1]
+
+    @property
+    def takes_callbacks(self) -> bool:
+        """Whether xfuser takes any: PixArt under PipeFusion does not."""
+        return not (self.family == "pixart" and "pipefusion" in self.layout)
 
     def __str__(self) -> str:
         cache = self.options["use_cache"]

@@ -72,8 +72,9 @@ class Rank:
         call = {**self.call, **changes}
         batch = len(call["prompt_embeds"])
         generators = [torch.Generator("cpu").manual_seed(seed + item) for item in range(batch)]
-        name = "callback" if self.world.family == "pixart" else "callback_on_step_end"
-        call[name] = self._in_callback
+        if self.world.takes_callbacks:
+            name = "callback" if self.world.family == "pixart" else "callback_on_step_end"
+            call[name] = self._in_callback
         output = self.pipe(generator=generators, output_type="latent", **call)
         if output is None:
             return ""

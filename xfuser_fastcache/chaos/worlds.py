@@ -30,7 +30,9 @@ from xfuser_fastcache.chaos.trials import Verdict
 _SLACK_S = 15.0
 # For ranks to start and to draw a picture without a fault, on a machine that is busy.
 _START_S = 240.0
-_NAMED = re.compile(r"\branks? \[?\d")
+# An error names a rank, or the option that a rank's own call contradicts.
+_RANKS = re.compile(r"\brank (\d+)|\branks \[([\d, ]+)\]")
+_OPTION = re.compile(r"^ValueError: .*steps_mask")
 _OF_RANKS = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -151,7 +153,12 @@ class _Ranks:
 
 def trial(seed: int) -> Verdict:
     """Run the world of a seed."""
-    world, started = World.of(seed), time.monotonic()
+    return verdict_of(World.of(seed))
+
+
+def verdict_of(world: World) -> Verdict:
+    """Run a world; where it aborts, run it without a cache as well."""
+    started = time.monotonic()
     held, ending, detail = _run(world, cached=True)
     if not held and "abort" in ending:
         _, control, told = _run(world, cached=False)
@@ -159,7 +166,7 @@ def trial(seed: int) -> Verdict:
             held, ending = True, "aborts uncached too"
         detail = f"{detail} || uncached: {control}: {told}"
     return Verdict(
-        seed=seed,
+        seed=world.seed,
         kind=str(world),
         held=held,
         ending=ending,
@@ -220,10 +227,12 @@ def _judged(world: World, ranks: _Ranks, cached: bool) -> tuple[bool, str, str]:
 
 
 def _is_named(error: str, world: World, rank: int) -> bool:
-    """Say whether an error names a rank, or is the fault itself; a rank whose cache was taken off
-    has none to name anybody."""
+    """Say whether an error names a rank or an option, or is the fault itself; a rank whose cache
+    was taken off has none to name anybody."""
     own = rank == world.rank and world.fault == "cache removed"
-    return own or error.startswith("Injected") or bool(_NAMED.search(error))
+    found = {int(x) for match in _RANKS.findall(error) for x in ",".join(match).split(",") if x}
+    named = bool(found - {rank}) or "on this rank" in error
+    return own or error.startswith("Injected") or named or bool(_OPTION.search(error))
 
 
 def _is_right(picture: str, reference: str, world: World) -> bool:

@@ -132,21 +132,30 @@ class Board:
                 + "; ".join(f"rank {rank} {where}" for rank, where in failed.items())
             )
 
-    def let_others_say(self, what: str) -> None:
-        """Say that this rank has waited in vain, and give others like it a moment to say so."""
+    def let_others_say(self, what: str) -> dict[int, str]:
+        """Say that this rank has waited in vain, and give others like it a moment to say so.
+
+        Returns:
+            The ranks that have not; where all have in the end, those that came late to it.
+        """
         self.arrive(f"{what}, waiting in vain")
-        time.sleep(min(_GRACE_S, self.timeout_s))
+        grace_s = min(_GRACE_S, self.timeout_s)
+        time.sleep(grace_s / 10)
+        late = dict.fromkeys(self.absent(), "late")
+        time.sleep(grace_s * 9 / 10)
+        return self.absent() or late
 
     def missing(
         self, what: str, absent: dict[int, str] | None = None, cause: BaseException | None = None
     ) -> ConsensusTimeout:
         """Return the error of a wait in vain; it names who is absent."""
         found = self.absent() if absent is None else absent
+        others = [rank for rank in self.ranks if rank != self.rank]
         who = "; ".join(f"rank {rank} ({where})" for rank, where in found.items())
         return ConsensusTimeout(
             f"rank {self.rank} waited at {what} for the decision group {list(self.ranks)}, at most "
             f"sync_timeout_s={self.timeout_s:g} s. "
-            f"Did not arrive: {who or 'nobody; a connection broke'}. Cause: {cause or 'time over'}"
+            f"Did not arrive: {who or f'nobody; a connection to one of {others} broke'}. Cause: {cause or 'time over'}"
         )
 
     # ---- rows --------------------------------------------------------------------------------

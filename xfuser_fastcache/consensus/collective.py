@@ -357,8 +357,8 @@ class Consensus:
         unnamed = isinstance(error, RuntimeError) and not isinstance(error, ConsensusError)
         if unnamed and _COMMUNICATION.search(str(error)):
             # Ranks that wait like this one say so, and have a moment for it; the rest are missing.
-            self.board.let_others_say(where)
-            found = self._missing(where, error)
+            absent = self.board.let_others_say(where)
+            found = self.board.missing(where, absent, error)
             self.board.fail(f"{where}: {found}")
             raise found from error
         self.board.fail(f"{where}: {type(error).__name__}: {error}")
