@@ -231,7 +231,7 @@ def _is_named(error: str, world: World, rank: int) -> bool:
     was taken off has none to name anybody."""
     own = rank == world.rank and world.fault == "cache removed"
     found = {int(x) for match in _RANKS.findall(error) for x in ",".join(match).split(",") if x}
-    named = bool(found - {rank}) or "on this rank" in error
+    named = bool(found - {rank})
     return own or error.startswith("Injected") or named or bool(_OPTION.search(error))
 
 

@@ -150,12 +150,13 @@ class Board:
     ) -> ConsensusTimeout:
         """Return the error of a wait in vain; it names who is absent."""
         found = self.absent() if absent is None else absent
-        others = [rank for rank in self.ranks if rank != self.rank]
         who = "; ".join(f"rank {rank} ({where})" for rank, where in found.items())
+        others = [rank for rank in self.ranks if rank != self.rank]
+        who = who or f"nobody; a connection to one of ranks {others} broke"
         return ConsensusTimeout(
             f"rank {self.rank} waited at {what} for the decision group {list(self.ranks)}, at most "
             f"sync_timeout_s={self.timeout_s:g} s. "
-            f"Did not arrive: {who or f'nobody; a connection to one of {others} broke'}. Cause: {cause or 'time over'}"
+            f"Did not arrive: {who}. Cause: {cause or 'time over'}"
         )
 
     # ---- rows --------------------------------------------------------------------------------
