@@ -96,6 +96,19 @@ def test_a_rank_that_has_failed_is_named_with_its_error() -> None:
     assert first.absent() == {}
 
 
+def test_what_all_have_failed_at_together_is_over() -> None:
+    first, second = met()
+    for board in (first, second):
+        board.arrive("generation 0")
+        board.fail("generation 0: ValueError: no such prompt")
+    first.arrive("generation 1")  # and the other one is slow to begin it
+    first.check("generation 1")
+    second.arrive("generation 1")
+    second.fail("generation 1: ValueError: nor this one")
+    with pytest.raises(ConsensusError, match="nor this one"):
+        first.check("generation 1")
+
+
 def test_rows_come_to_all_and_a_missing_one_is_named() -> None:
     boards = met(0.3)
     rows = on_ranks(lambda rank: boards[rank].take(boards[rank].post([rank], "numbers")))

@@ -50,7 +50,8 @@ def apply_cache_on_transformer(
 
     Under torch.distributed it is a collective call: every rank of the decision group makes it,
     with the same options. Apply it after xfuser has wrapped the pipeline. `sync_timeout_s` also
-    becomes the limit of xfuser's own waits, and stays it when the cache is removed.
+    becomes the limit of xfuser's own waits, and stays it when the cache is removed. After a
+    generation that failed on one rank, every rank removes the cache and applies it again.
 
     Steps are told by the counter of the scheduler that has planned them: that of the pipeline which
     holds the transformer, also where it is exchanged later, or the one given. Where a pipeline has
@@ -71,7 +72,8 @@ def apply_cache_on_transformer(
         scheduler: plans the steps where the transformer is called outside of its pipeline. Without
             any scheduler steps are told apart by the values of timesteps, with a warning.
         process_group: ranks that run this forward together, for plain torch.distributed; default
-            all ranks. Under xfuser the group follows from its parallel configuration.
+            all ranks. Replicas that draw pictures of their own need a group each. Under xfuser the
+            group follows from its parallel configuration.
         **options: fields of `CacheConfig`, among them `use_cache="Fast"` and
             `cache_ratio_threshold`; xDiT's `rel_l1_thresh` is taken for the latter.
 

@@ -39,6 +39,8 @@ class Board:
         self.timeout_s = timeout_s
         self.name = ""
         self._sequence = 0
+        # Where this rank has failed itself: what others left up to there it knows of.
+        self._failed_at = -1
         self._posted = 0
         self._own_rows: list[str] = []
         self._group = dist.PrefixStore(
@@ -101,7 +103,12 @@ class Board:
         self._store.set(str(self.rank), f"{self._sequence}|{what}")
 
     def fail(self, what: str) -> None:
-        """Leave word that this rank will not come to where the others wait for it next."""
+        """Leave word that this rank will not come to where the others wait for it next.
+
+        Of what others failed at up to here, nothing is heard any more: where all have failed
+        together, the next generation must not end with the errors of the last one.
+        """
+        self._failed_at = self._sequence
         self._store.set(str(self.rank), f"{self._sequence}|{_FAILED} at {what}")
 
     def absent(self) -> dict[int, str]:
@@ -113,7 +120,7 @@ class Board:
                 behind[rank] = "never seen"
                 continue
             sequence, what = self._store.get(key).decode().split("|", 1)
-            failed = what.startswith(_FAILED)
+            failed = what.startswith(_FAILED) and int(sequence) > self._failed_at
             if int(sequence) < self._sequence + failed and rank != self.rank:
                 behind[rank] = what if failed else f"last seen at {what}"
         return behind
