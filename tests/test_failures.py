@@ -97,14 +97,14 @@ def test_a_failed_pipeline_is_refused_until_the_cache_is_applied_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = hook_on(cached()).engine  # type: ignore[union-attr]
-    engine.begin(str)  # one stage has no channels
+    engine.begin(lambda values: str(values))  # one stage has no channels
     engine.consensus.group = DecisionGroup((0, 1), 0, stages=2)
-    engine.begin(str)
+    engine.begin(lambda values: str(values))
     monkeypatch.setattr(Consensus, "failed", True)
     with pytest.raises(ConsensusError, match="a generation has failed on rank 0 after the begin"):
-        engine.begin(str)
+        engine.begin(lambda values: str(values))
     engine.consensus.group = DecisionGroup((0, 1), 0)
-    engine.begin(str)
+    engine.begin(lambda values: str(values))
 
 
 def test_inputs_are_compared_where_that_is_asked_for_only(

@@ -86,7 +86,7 @@ TWO = world("other size", "flux", "ulysses 2", 1)
     ("fault", "recovery", "ending"),
     [
         (phase(pictures={0: ("a", "")}, hung=[1]), phase(), "hang"),
-        (phase(pictures={0: ("a", "")}, died={1: -6}), phase(), "abort"),
+        (phase(hung=[0], died={1: -6}), phase(), "abort"),
         (phase(pictures={0: ("a", ""), 1: ("c", "")}), phase(), "wrong picture"),
         (phase(pictures={0: ("a", "")}, errors={1: "gloo: timed out"}), phase(), "unnamed error"),
         (phase(errors=dict.fromkeys((0, 1), "rank 1")), phase(hung=[0]), "hang or abort after"),

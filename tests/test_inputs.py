@@ -51,6 +51,17 @@ def test_whatever_differs_changes_the_digest(name: str, value: Any) -> None:
     assert digest_of((), {**CALL, name: value}) != digest_of((), CALL)
 
 
+def test_shapes_alone_can_be_compared_without_reading_values() -> None:
+    def shapes(**changes: Any) -> str:
+        return digest_of((), {**CALL, **changes}, values=False)
+
+    other = torch.zeros(1, 2, 4)
+    assert shapes() == shapes(prompt_embeds=other, generator=[torch.Generator().manual_seed(2)])
+    assert shapes() != shapes(prompt_embeds=torch.zeros(1, 3, 4))
+    assert shapes() != shapes(height=128)
+    assert digest_of(other.to("meta"), values=False) == digest_of(other, values=False)
+
+
 def test_latents_and_timestep_are_left_out_however_they_are_given() -> None:
     layout = ForwardLayout(parameters=("hidden_states", "timestep"))
     text = torch.ones(1, 2)

@@ -49,6 +49,7 @@ from xfuser_fastcache.state.local import LocalState
 from xfuser_fastcache.state.shared import count_groups
 
 logger = logging.getLogger("xfuser_fastcache")
+_SHAPES = "sizes (of the picture, the batch or the text, or other numbers)"
 _INPUTS = "inputs (prompts, embeddings, seeds or sizes)"
 
 
@@ -100,11 +101,14 @@ class CacheEngine:
 
     # ---- called by the pipeline's hook ------------------------------------------------------
 
-    def begin(self, inputs: Callable[[], str]) -> None:
+    def begin(self, digest: Callable[[bool], str]) -> None:
         """Take in that the pipeline begins a generation.
 
+        Stages wait for no decision, so that the ranks of one have nothing else to tell them that
+        one of them is given another size before they meet in attention.
+
         Args:
-            inputs: makes a digest of what it is given; called with `verify_consensus`.
+            digest: of what it is given; told whether values are compared, or shapes alone.
 
         Raises:
             ConsensusError: ranks are given different inputs, or the pipeline's channels may hold
@@ -112,7 +116,9 @@ class CacheEngine:
         """
         self._refuse_failed_pipeline()
         if self.config.verify_consensus:
-            self.consensus.compare(inputs(), _INPUTS)
+            self.consensus.compare(digest(True), _INPUTS)
+        elif self.consensus.group.stages > 1:
+            self.consensus.compare(digest(False), _SHAPES, within_stage=True)
 
     def _refuse_failed_pipeline(self) -> None:
         if self.consensus.group.stages > 1 and self.consensus.failed:

@@ -194,11 +194,11 @@ def _judged(world: World, ranks: _Ranks, cached: bool) -> tuple[bool, str, str]:
         return False, "no picture without a fault", right.told
     slack = LIMIT_S + _SLACK_S
     found = ranks.run("fault", slack + STOPPED_S["stopped beyond the limit"], slack)
-    if found.hung:
-        return False, "hang", found.told
     killed = {world.rank} if world.fault == "killed" else set()
     if set(found.died) - killed or any(code != -signal.SIGKILL for code in found.died.values()):
         return False, "abort", found.told
+    if found.hung:
+        return False, "hang", found.told
     unnamed = {rank: e for rank, e in found.errors.items() if not _is_named(e, world, rank)}
     if cached and unnamed:
         return False, "unnamed error", found.told

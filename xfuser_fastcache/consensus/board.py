@@ -188,19 +188,23 @@ class Board:
         self._own_rows.append(f"{key}/{self.rank}")
         self._store.set(self._own_rows[-1], json.dumps(row))
 
-    def take(self, key: str, grace_s: float | None = None) -> dict[int, Any]:
+    def take(
+        self, key: str, grace_s: float | None = None, ranks: tuple[int, ...] | None = None
+    ) -> dict[int, Any]:
         """Return the rows of a key by rank, once all are there.
 
         Args:
             key: by `post`.
             grace_s: longest wait where those that are missing by then may be left out; default is
                 to wait for all of them.
+            ranks: whose rows; default all.
 
         Raises:
             ConsensusTimeout: a rank did not post its row within `timeout_s`.
             ConsensusError: a rank has left word that it has failed.
         """
-        keys = {rank: f"{key}/{rank}" for rank in self.ranks}
+        ranks = ranks or self.ranks
+        keys = {rank: f"{key}/{rank}" for rank in ranks}
         limit = self.timeout_s if grace_s is None else min(grace_s, self.timeout_s)
 
         def complete() -> bool:
@@ -213,7 +217,7 @@ class Board:
         if not _poll(complete, time.monotonic() + limit):
             keys = {rank: own for rank, own in keys.items() if self._store.check([own])}
             if grace_s is None:
-                late = {rank: "no row" for rank in self.ranks if rank not in keys}
+                late = {rank: "no row" for rank in ranks if rank not in keys}
                 raise self.missing(key, late)
         return {rank: json.loads(self._store.get(own)) for rank, own in keys.items()}
 

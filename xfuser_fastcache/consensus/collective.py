@@ -136,7 +136,9 @@ class Consensus:
         self._idle = _idle_groups.setdefault((group.ranks, timeout_s), [])
         own = {"row": row, "idle": self._idle[-1].name if self._idle else "", "failed": self.failed}
         met = self.board.meet(own, "the first meeting of the decision group")
-        self.stages = self._compared({rank: brought["row"] for rank, brought in met.items()})
+        rows = {rank: brought["row"] for rank, brought in met.items()}
+        self.stages = self._compared(rows)
+        self._of_stage = tuple(rank for rank, row in rows.items() if row[3] == group.stage)
         if any(brought["failed"] for brought in met.values()):
             self.renewed = self.board.name
             _failed.discard(group.ranks)
@@ -289,19 +291,21 @@ class Consensus:
             return {self.group.rank: ticket.row}
         return self.board.take(ticket.key)
 
-    def compare(self, value: str, what: str) -> None:
+    def compare(self, value: str, what: str, within_stage: bool = False) -> None:
         """Compare, at once, what must be equal on all ranks.
 
         Args:
             value: in a few words or as a digest.
             what: the ranks are said to differ in.
+            within_stage: whether only ranks of this one's stage are waited for.
 
         Raises:
             ConsensusError: it names the ranks that differ from this one.
         """
         if not self._distributed:
             return
-        found = self.board.take(self.board.post(value, f"the comparison of {what}"))
+        key = self.board.post(value, f"the comparison of {what}")
+        found = self.board.take(key, ranks=self._of_stage if within_stage else self.group.ranks)
         others = sorted(rank for rank, other in found.items() if other != value)
         if others:
             raise ConsensusError(
@@ -387,3 +391,8 @@ class _Named(NamedTuple):
 _idle_groups: dict[tuple[tuple[int, ...], float], list[_Named]] = {}
 # Decision groups of which a generation has failed here since they last met.
 _failed: set[tuple[int, ...]] = set()
+
+
+def note_failure(ranks: tuple[int, ...]) -> None:
+    """Take in that a generation without a cache has failed on this rank, in one decision group."""
+    _failed.add(ranks)

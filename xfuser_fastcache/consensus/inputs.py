@@ -9,33 +9,37 @@ from typing import Any
 import torch
 
 
-def digest_of(*values: Any) -> str:
+def digest_of(*given: Any, values: bool = True) -> str:
     """Return a digest of what a call is given: tensors by their bytes, generators by their state.
 
     What has no value to compare (callbacks, modules) is left out.
+
+    Args:
+        *given: arguments.
+        values: False takes tensors by their shape and dtype and leaves generators out, so that
+            nothing is read from a device.
     """
     found = hashlib.sha256()
-    for value in values:
-        _digest(value, found)
+    for value in given:
+        _digest(value, found, values)
     return found.hexdigest()[:16]
 
 
-def _digest(value: Any, found: Any) -> None:
+def _digest(value: Any, found: Any, values: bool) -> None:
     if isinstance(value, torch.Generator):
-        value = value.get_state()
+        value = value.get_state() if values else None
     if isinstance(value, torch.Tensor):
-        held = value.detach().cpu().contiguous()
-        found.update(f"{tuple(held.shape)} {held.dtype}".encode())
-        found.update(
-            held.view(torch.uint8).numpy().tobytes() if held.dim() else repr(held).encode()
-        )
+        found.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        if values:
+            held = value.detach().cpu().reshape(-1).view(torch.uint8)
+            found.update(held.numpy().tobytes())
     elif isinstance(value, Mapping):
         for key in sorted(key for key, held in value.items() if not callable(held)):
             found.update(repr(key).encode())
-            _digest(value[key], found)
+            _digest(value[key], found, values)
     elif isinstance(value, (list, tuple)):
         found.update(f"[{len(value)}".encode())
         for item in value:
-            _digest(item, found)
+            _digest(item, found, values)
     elif value is None or isinstance(value, (str, bytes, bool, int, float)):
         found.update(repr(value).encode())

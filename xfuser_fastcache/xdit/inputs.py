@@ -15,19 +15,23 @@ def told(call: Callable[..., Any]) -> Callable[..., Any]:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         from xfuser_fastcache.clock.ownership import TransformerInUse
+        from xfuser_fastcache.consensus.collective import note_failure
         from xfuser_fastcache.consensus.inputs import digest_of
         from xfuser_fastcache.hooks import hook_on
+        from xfuser_fastcache.xdit.groups import XDiTLayout
 
         hook = hook_on(self.transformer)
-        if hook is None:
-            return call(self, *args, **kwargs)
-        hook.engine.begin(lambda: digest_of(args, kwargs))
         try:
+            if hook is not None:
+                hook.engine.begin(lambda values: digest_of(args, kwargs, values=values))
             return call(self, *args, **kwargs)
         except TransformerInUse:
             raise
         except BaseException as error:
-            hook.engine.abandon(error)
+            if hook is None:
+                note_failure(XDiTLayout().decision_group().ranks)
+            else:
+                hook.engine.abandon(error)
             raise
 
     return __call__
