@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
+
+from xfuser_fastcache.xdit.loaded import put_in_layout
 
 STEPS = 8
 _TEXT = 8
@@ -13,9 +16,7 @@ _TEXT = 8
 
 def flux() -> tuple[Any, dict[str, Any]]:
     """FLUX at 128 x 128 pixels: 8 x 8 image tokens and 8 text tokens."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    transformer = FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=2,
@@ -27,8 +28,10 @@ def flux() -> tuple[Any, dict[str, Any]]:
         axes_dims_rope=[4, 4, 8],
     )
     missing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer.eval(), **missing
+    pipeline = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer.eval(),
+        **missing,
     )
     text = {"prompt_embeds": torch.randn(1, _TEXT, 32), "pooled_prompt_embeds": torch.randn(1, 32)}
     return pipeline, {**text, "height": 128, "width": 128, "max_sequence_length": _TEXT}
@@ -36,13 +39,7 @@ def flux() -> tuple[Any, dict[str, Any]]:
 
 def sd3() -> tuple[Any, dict[str, Any]]:
     """SD3 at 64 x 64 pixels with guidance: 8 x 8 image tokens and 8 text tokens."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=1,
         in_channels=4,
@@ -56,8 +53,10 @@ def sd3() -> tuple[Any, dict[str, Any]]:
     )
     names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     missing = dict.fromkeys((*names, "text_encoder_3", "tokenizer_3"))
-    pipeline = StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer.eval(), **missing
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer.eval(),
+        **missing,
     )
     call: dict[str, Any] = {"height": 64, "width": 64, "max_sequence_length": _TEXT}
     for prefix in ("", "negative_"):
@@ -68,13 +67,7 @@ def sd3() -> tuple[Any, dict[str, Any]]:
 
 def pixart() -> tuple[Any, dict[str, Any]]:
     """PixArt at 64 x 64 pixels with guidance: 4 x 4 image tokens."""
-    from diffusers import (
-        DPMSolverMultistepScheduler,
-        PixArtAlphaPipeline,
-        PixArtTransformer2DModel,
-    )
-
-    transformer = PixArtTransformer2DModel(
+    transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8,
         num_layers=4,
         patch_size=2,
@@ -86,8 +79,8 @@ def pixart() -> tuple[Any, dict[str, Any]]:
         out_channels=8,
     )
     missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    pipeline = PixArtAlphaPipeline(
-        scheduler=DPMSolverMultistepScheduler(), transformer=transformer.eval(), **missing
+    pipeline = diffusers.PixArtAlphaPipeline(
+        scheduler=diffusers.DPMSolverMultistepScheduler(), transformer=transformer.eval(), **missing
     )
     call: dict[str, Any] = {"height": 64, "width": 64, "use_resolution_binning": False}
     for prefix in ("", "negative_"):
@@ -111,14 +104,11 @@ def build(family: str, **flags: Any) -> tuple[Any, dict[str, Any]]:
         family: a name of `FAMILIES`.
         **flags: fields of `xFuserArgs`, degrees of parallelism among them.
     """
-    from xfuser import xFuserArgs
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
-
-    from xfuser_fastcache.xdit import cpu_platform
-
     torch.manual_seed(0)
     pipeline, call = FAMILIES[family]()
-    engine_config, _ = xFuserArgs(
+    pipeline.set_progress_bar_config(disable=True)
+    pipe = put_in_layout(
+        pipeline,
         height=call["height"],
         width=call["width"],
         num_inference_steps=STEPS,
@@ -126,8 +116,5 @@ def build(family: str, **flags: Any) -> tuple[Any, dict[str, Any]]:
         output_type="latent",
         warmup_steps=1,
         **flags,
-    ).create_config()
-    cpu_platform.prepare_engine_config(engine_config, pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    wrapper = xFuserPipelineWrapperRegister.get_class(pipeline)
-    return wrapper(pipeline, engine_config), {**call, "num_inference_steps": STEPS}
+    )
+    return pipe, {**call, "num_inference_steps": STEPS}

@@ -8,13 +8,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from xfuser_fastcache.apply import apply_cache_on_transformer, get_cache_statistics
+from xfuser_fastcache.assembly import adapter_of, blocks_held
 from xfuser_fastcache.chaos.faults import REDRAWN, STOPPED_S, World
+from xfuser_fastcache.chaos.tiny import build
+from xfuser_fastcache.state import prober
+from xfuser_fastcache.xdit.groups import XDiTLayout
+from xfuser_fastcache.xdit.pipeline import take_off
 
 
 class Injected(Exception):
@@ -32,10 +37,6 @@ class Rank:
     """
 
     def __init__(self, world: World, rank: int, cached: bool, say: Callable[[str, Any], None]):
-        from xfuser_fastcache.chaos.tiny import build
-        from xfuser_fastcache.xdit.mends import mend_xfuser
-
-        mend_xfuser()
         self.world = world
         self.rank = rank
         self.cached = cached
@@ -52,8 +53,6 @@ class Rank:
 
     def apply(self, **changes: Any) -> None:
         """Put the cache on."""
-        from xfuser_fastcache import apply_cache_on_transformer
-
         if self.cached:
             apply_cache_on_transformer(
                 self.pipe.transformer,
@@ -63,8 +62,6 @@ class Rank:
 
     def remove(self) -> None:
         """Take the cache off, if there is one."""
-        from xfuser_fastcache.xdit.pipeline import take_off
-
         take_off(self.pipe)
 
     def draw(self, seed: int = 7, **changes: Any) -> str:
@@ -85,8 +82,6 @@ class Rank:
 
     def decisions(self) -> str:
         """Return the digest of all decisions; "" without a cache."""
-        from xfuser_fastcache import get_cache_statistics
-
         if not self.cached:
             return ""
         return str(get_cache_statistics(self.pipe.transformer)["decisions_digest"])
@@ -158,16 +153,12 @@ class Rank:
             self._undo.append(block.register_forward_pre_hook(reached).remove)
 
     def _blocks(self) -> list[Any]:
-        from xfuser_fastcache.assembly import adapter_of, blocks_held
-        from xfuser_fastcache.xdit.groups import XDiTLayout
-
         model = XDiTLayout().model_of(self.pipe.transformer)
         held = blocks_held(model, adapter_of(model))
         return [block for listed in held.values() for block in listed]
 
     def _measure_wrongly(self, number: float) -> None:
         """Let this rank measure a number that is none, at the world's step and later ones."""
-        prober: Any = import_module("xfuser_fastcache.state.prober")
         measure, calls = prober.measure, [0]
 
         def broken(hidden_states: Any, *arguments: Any) -> Any:
@@ -177,8 +168,8 @@ class Rank:
                 hidden_states = hidden_states * number
             return measure(hidden_states, *arguments)
 
-        prober.measure = broken
-        self._undo.append(lambda: setattr(prober, "measure", measure))
+        vars(prober).update(measure=broken)
+        self._undo.append(lambda: vars(prober).update(measure=measure))
 
     def _in_callback(self, *arguments: Any) -> dict[str, Any]:
         step = next(x for x in arguments if isinstance(x, int))

@@ -111,7 +111,6 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     """
     from diffusers import DiffusionPipeline
     from xfuser import xFuserArgs
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
     mend_xfuser()
     # As a flag, `use_cache` is DiTFastAttn's; a name is one of our backends.
@@ -121,10 +120,30 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     on_gpu = cpu_platform.has_accelerator()
     chosen = dtype_of(dtype, on_gpu)
     pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=chosen)
-    cpu_platform.prepare_engine_config(engine_config, pipeline)
-    pipe = xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)
+    pipe = _in_xfusers_class(pipeline, engine_config)
     if on_gpu:
         from xfuser.core.distributed import get_world_group
 
         pipe = pipe.to(f"cuda:{get_world_group().local_rank}")
     return pipe
+
+
+def put_in_layout(pipeline: Any, **arguments: Any) -> Any:
+    """Put a pipeline that is there in xfuser's class, in a layout; on the host.
+
+    Args:
+        pipeline: diffusers' own.
+        **arguments: fields of `xFuserArgs`.
+    """
+    from xfuser import xFuserArgs
+
+    mend_xfuser()
+    engine_config, _ = xFuserArgs(**arguments).create_config()
+    return _in_xfusers_class(pipeline, engine_config)
+
+
+def _in_xfusers_class(pipeline: Any, engine_config: Any) -> Any:
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    cpu_platform.prepare_engine_config(engine_config, pipeline)
+    return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)
