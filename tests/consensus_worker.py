@@ -18,9 +18,9 @@ from support.worlds import report  # noqa: E402
 from xfuser_fastcache.consensus.collective import (  # noqa: E402
     BlockList,
     Consensus,
-    ConsensusError,
-    Header,
 )
+from xfuser_fastcache.consensus.errors import ConsensusError  # noqa: E402
+from xfuser_fastcache.consensus.header import Header  # noqa: E402
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout  # noqa: E402
 from xfuser_fastcache.consensus.transfer import HostCopy  # noqa: E402
 from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure  # noqa: E402
@@ -96,6 +96,7 @@ def main() -> None:
         "step": Header(2, 4 + (rank == 3), 0, 0),
         "branch": Header(2, 4, int(rank == 0), 0),
         "digest": Header(2, 4, 0, 100 + rank % 2),
+        "setup": Header(2, 4, 0, 0, f"batch {1 + (rank == 2)}"),
         # Equal sums, so that only the squares show it.
         "squares": Header(2, (3, 5, 4, 4)[rank], 0, 0),
     }
@@ -113,7 +114,7 @@ def main() -> None:
     arrived = HostCopy.arrived
     HostCopy.arrived = property(lambda _: rank != 1)
     ticket = consensus.post(Header(9, 4, 0, 0), zeros + rank)
-    rows = consensus.gather(torch.tensor([rank]), "a row")
+    rows = consensus.gather([rank], "a row")
     found["late"] = [list(rows.values()), consensus.wait(ticket)[0][0]]
     HostCopy.arrived = arrived
     consensus.close()
@@ -145,7 +146,7 @@ def main() -> None:
     pipeline.close()
 
     gathered = make()
-    found["gather"] = gathered.gather(torch.tensor([rank, rank * rank]), "a test")
+    found["gather"] = gathered.gather([rank, rank * rank], "a test")
     gathered.close()
 
     # A rank that never arrives, last, since it breaks the group.

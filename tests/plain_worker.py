@@ -17,6 +17,7 @@ from support.tiny_models import tiny_flux  # noqa: E402
 from support.worlds import report  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402
+    ConsensusError,
     apply_cache_on_transformer,
     get_cache_statistics,
     remove_cache,
@@ -24,7 +25,7 @@ from xfuser_fastcache import (  # noqa: E402
 
 
 def main() -> None:
-    """Generate uncached, with a threshold of 0, and cached."""
+    """Generate uncached, with a threshold of 0, cached, and with prompts compared."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     pipe, call = tiny_flux()
@@ -43,11 +44,18 @@ def main() -> None:
             scheduler=pipe.scheduler,
             cache_ratio_threshold=threshold,
             sync_timeout_s=30,
-            verify_consensus=True,
         )
         exact = torch.equal(generate(), control)
         found[name] = {"exact": exact, **get_cache_statistics(pipe.transformer)}
         remove_cache(pipe.transformer)
+    apply_cache_on_transformer(
+        pipe.transformer, scheduler=pipe.scheduler, sync_timeout_s=30, verify_consensus=True
+    )
+    try:
+        generate()
+    except ConsensusError as error:
+        found["other prompts"] = str(error)
+    remove_cache(pipe.transformer)
     report(rank, xfuser="xfuser" in sys.modules, **found)
     dist.barrier()
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ import torch
 from consensus_worker import EXPONENT, SHARDINGS, make, raised, round_trip
 from support.worlds import run_world
 
-from xfuser_fastcache.consensus.collective import DIGEST_BITS, Header
+from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.measurements.moments import CHANGE, SLOTS, TOKENS, Moments
@@ -55,6 +55,7 @@ def test_nan_and_overflow_of_one_rank_reach_all(world: dict[int, dict[str, Any]]
         ("branch", "branch"),
         ("digest", "digest"),
         ("squares", "step"),
+        ("setup", "setup"),
     ],
 )
 def test_ranks_at_different_places_all_raise_and_say_what_differs(
@@ -81,7 +82,7 @@ def test_what_is_posted_first_enters_first_also_where_one_rank_is_late(
 
 @pytest.mark.gloo
 def test_every_post_is_one_collective(world: dict[int, dict[str, Any]]) -> None:
-    posts = 2 * len(SHARDINGS) + 1 + 5 + 1 + 3
+    posts = 2 * len(SHARDINGS) + 1 + 6 + 1 + 3
     assert [world[rank]["collectives"] for rank in RANKS] == [posts] * 4
 
 
@@ -167,6 +168,22 @@ def test_a_pipeline_runs_under_plain_torch_distributed() -> None:
     assert all(report["ever"]["block_approx_ratio"] >= 0.4 for report in reports)
     assert {report["ever"]["collectives_per_step"] for report in reports} == {1.0}
     assert len({report["ever"]["decisions_digest"] for report in reports}) == 1
+    # Prompts of their own: said where inputs are compared, and what replicas need instead.
+    for rank, report in enumerate(reports):
+        message = report["other prompts"]
+        assert f"ranks [{1 - rank}] were given other inputs" in message
+        assert "give process_group" in message
+
+
+@pytest.mark.gloo
+def test_a_disagreement_says_which_rank_stands_where(world: dict[int, dict[str, Any]]) -> None:
+    for rank in RANKS:
+        message = world[rank]["places"]["step"]
+        assert "ranks [0, 1, 2] at generation 2, step 4, branch 0" in message
+        assert "ranks [3] at generation 2, step 5, branch 0" in message
+        setup = world[rank]["places"]["setup"]
+        assert "ranks [0, 1, 3] at generation 2, step 4, branch 0, batch 1" in setup
+        assert "ranks [2] at generation 2, step 4, branch 0, batch 2" in setup
 
 
 def test_a_single_process_needs_no_wire() -> None:

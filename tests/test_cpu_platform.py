@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from support.worlds import launch
 
-from xfuser_fastcache.consensus.collective import ConsensusTimeout
+from xfuser_fastcache.consensus.errors import ConsensusTimeout
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError
 from xfuser_fastcache.xdit.gloo_waits import PendingSends, wait_limit

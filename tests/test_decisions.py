@@ -7,7 +7,7 @@ import random
 import pytest
 
 from xfuser_fastcache.clock.timeline import Call
-from xfuser_fastcache.consensus.collective import ConsensusError
+from xfuser_fastcache.consensus.errors import ConsensusError
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.decisions.log import CHANGED, UNCHANGED, Decision, DecisionLog, Judgement
 

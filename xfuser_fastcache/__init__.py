@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     )
     from xfuser_fastcache.clock.ownership import TransformerInUse
     from xfuser_fastcache.config.cache_config import CacheConfig
-    from xfuser_fastcache.consensus.collective import ConsensusError, ConsensusTimeout
+    from xfuser_fastcache.consensus.errors import ConsensusError, ConsensusTimeout
     from xfuser_fastcache.reports.views import (
         comparison_sheet,
         save_heat_map,
@@ -46,8 +46,8 @@ __all__ = [
 
 _HOME = {
     "CacheConfig": "config.cache_config",
-    "ConsensusError": "consensus.collective",
-    "ConsensusTimeout": "consensus.collective",
+    "ConsensusError": "consensus.errors",
+    "ConsensusTimeout": "consensus.errors",
     "TransformerInUse": "clock.ownership",
     "comparison_sheet": "reports.views",
     "save_heat_map": "reports.views",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -49,7 +50,8 @@ def apply_cache_on_transformer(
 
     Under torch.distributed it is a collective call: every rank of the decision group makes it,
     with the same options. Apply it after xfuser has wrapped the pipeline. `sync_timeout_s` also
-    becomes the limit of xfuser's own waits, and stays it when the cache is removed.
+    becomes the limit of xfuser's own waits, and stays it when the cache is removed. After a
+    generation that failed on one rank, every rank removes the cache and applies it again.
 
     Steps are told by the counter of the scheduler that has planned them: that of the pipeline which
     holds the transformer, also where it is exchanged later, or the one given. Where a pipeline has
@@ -70,7 +72,8 @@ def apply_cache_on_transformer(
         scheduler: plans the steps where the transformer is called outside of its pipeline. Without
             any scheduler steps are told apart by the values of timesteps, with a warning.
         process_group: ranks that run this forward together, for plain torch.distributed; default
-            all ranks. Under xfuser the group follows from its parallel configuration.
+            all ranks. Replicas that draw pictures of their own need a group each. Under xfuser the
+            group follows from its parallel configuration.
         **options: fields of `CacheConfig`, among them `use_cache="Fast"` and
             `cache_ratio_threshold`; xDiT's `rel_l1_thresh` is taken for the latter.
 
@@ -122,7 +125,6 @@ def apply_cache_on_transformer(
     kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
     request.check(kinds, group)
     config = request.config
-    layout.limit_waits(config.sync_timeout_s)
     consensus = Consensus(
         group,
         backend=config.sync_backend,
@@ -131,16 +133,17 @@ def apply_cache_on_transformer(
         block_lists=block_lists_of(held),
     )
     try:
+        layout.follow(consensus)
         plan = drawn(request, model, adapter, consensus, counts)
         engine = CacheEngine(plan, consensus, _clock(transformer, config))
+        pulse = PresentScheduler(transformer, scheduler)
+        reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
+        blocks = [block for listed in held.values() for block in listed]
+        attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
+        attachment.attach(engine, reader)
     except BaseException:
         consensus.close()
         raise
-    pulse = PresentScheduler(transformer, scheduler)
-    reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
-    blocks = [block for listed in held.values() for block in listed]
-    attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
-    attachment.attach(engine, reader)
     return transformer
 
 
@@ -229,9 +232,10 @@ def remove_cache_from_pipeline(pipe: Any) -> Any:
         TypeError: a pipeline without a transformer that is supported.
         ConsensusError: as `remove_cache`.
     """
-    for denoiser in denoisers_of(pipe).values():
-        if hook_on(denoiser) is not None:
-            remove_cache(denoiser)
+    with ExitStack() as each:  # goes on to the next whatever one raises
+        for denoiser in denoisers_of(pipe).values():
+            if hook_on(denoiser) is not None:
+                each.callback(remove_cache, denoiser)
     return pipe
 
 

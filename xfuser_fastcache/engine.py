@@ -34,7 +34,8 @@ from xfuser_fastcache.clock.clock import Clock
 from xfuser_fastcache.clock.plan_check import refused_plan
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call
-from xfuser_fastcache.consensus.collective import Consensus, ConsensusError
+from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.consensus.errors import ConsensusError
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.consensus.watchdog import Watchdog
 from xfuser_fastcache.decisions.agreement import Agreement
@@ -48,6 +49,8 @@ from xfuser_fastcache.state.local import LocalState
 from xfuser_fastcache.state.shared import count_groups
 
 logger = logging.getLogger("xfuser_fastcache")
+_SHAPES = "sizes (of the picture, the batch or the text, or other numbers)"
+_INPUTS = "inputs (prompts, embeddings, seeds or sizes)"
 
 
 class CacheEngine:
@@ -74,6 +77,7 @@ class CacheEngine:
         self.watchdog = Watchdog(plan.config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._generation = -1
+        self._place = "the beginning"
         self._said_outside = False
 
     @property
@@ -95,6 +99,35 @@ class CacheEngine:
         """The log of decisions."""
         return self.agreement.decisions
 
+    # ---- called by the pipeline's hook ------------------------------------------------------
+
+    def begin(self, digest: Callable[[bool], str]) -> None:
+        """Take in that the pipeline begins a generation.
+
+        Stages wait for no decision, so that the ranks of one have nothing else to tell them that
+        one of them is given another size before they meet in attention.
+
+        Args:
+            digest: of what it is given; told whether values are compared, or shapes alone.
+
+        Raises:
+            ConsensusError: ranks are given different inputs, or the pipeline's channels may hold
+                messages of a generation that has failed.
+        """
+        self._refuse_failed_pipeline()
+        if self.config.verify_consensus:
+            self.consensus.compare(digest(True), _INPUTS)
+        elif self.consensus.group.stages > 1:
+            self.consensus.compare(digest(False), _SHAPES, within_stage=True)
+
+    def _refuse_failed_pipeline(self) -> None:
+        if self.consensus.group.stages > 1 and self.consensus.failed:
+            raise ConsensusError(
+                f"a generation has failed on rank {self.consensus.group.rank} after {self._place}, "
+                "and messages of it may be left between the stages. Call remove_cache and "
+                "apply the cache again on every rank, which makes new channels."
+            )
+
     # ---- called by the transformer's hook ---------------------------------------------------
 
     def open(self, arrival: Arrival) -> None:
@@ -110,12 +143,16 @@ class CacheEngine:
         if refused is not None:
             self.clock.timeline.restart()
             raise ValueError(refused)
+        self._place = call.place
         begins = call.generation != self._generation
         if begins:
+            self._refuse_failed_pipeline()
             self._generation = call.generation
             self._note_bytes()
             self.agreement.begin_generation()
             self.branches.clear()
+            if self.config.verify_consensus and self.consensus.group.whole_inputs:
+                self.consensus.compare(arrival.inputs(), _INPUTS)
         if call.branch not in self.branches:
             self.branches[call.branch] = self._new_branch(arrival.latents.device)
         local, agreement = self.branches[call.branch], self.agreement
@@ -185,17 +222,16 @@ class CacheEngine:
         self.passage.recompute()
 
     def abandon(self, error: BaseException) -> None:
-        """Leave a forward pass that raised `error`; the next one starts a new generation.
+        """Leave a generation that `error` has ended, and let the other ranks know.
 
         Raises:
             ConsensusTimeout: from `error`, where it is a broken or timed-out communication.
         """
-        place = "a forward pass" if self.call is None else self.call.place
         self.passage.abandon()
+        self.agreement.leave()
         self.clock.timeline.restart()
         self.watchdog.rest()
-        if isinstance(error, RuntimeError) and not isinstance(error, ConsensusError):
-            self.consensus.explain(error, place)
+        self.consensus.fail(error, self._place)
 
     # ---- called by the clock ----------------------------------------------------------------
 
@@ -258,13 +294,15 @@ class CacheEngine:
     # ---- called by apply --------------------------------------------------------------------
 
     def shut_down(self) -> None:
-        """End for good; with `verify_consensus` all ranks meet here."""
-        self.agreement.finish()
-        self.agreement.complete_verifications()
-        self.retire()  # else reference cycles keep the anchors
-        self.branches.clear()
-        self.watchdog.close()
-        self.consensus.close()
+        """End for good, whatever is raised; with `verify_consensus` all ranks meet here."""
+        try:
+            self.agreement.finish()
+            self.agreement.complete_verifications()
+        finally:
+            self.retire()  # else reference cycles keep the anchors
+            self.branches.clear()
+            self.watchdog.close()
+            self.consensus.close()
 
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""

@@ -293,7 +293,14 @@ class Attachment:
         self._compiled: list[nn.Module] = []
 
     def attach(self, engine: CacheEngine, reader: Reader) -> None:
-        """Put the hooks on."""
+        """Put the hooks on, all or none."""
+        try:
+            self._attach(engine, reader)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self, engine: CacheEngine, reader: Reader) -> None:
         self._put(self.transformer, TransformerHook(self, engine, reader))
         self._register(self.embedder, ContextHook(self.context), CONTEXT_HOOK)
         if not engine.forecaster.whole_forward:

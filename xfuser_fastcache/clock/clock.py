@@ -12,6 +12,7 @@ from xfuser_fastcache.clock.pipelines import PresentScheduler
 from xfuser_fastcache.clock.plan import Plan
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call, Timeline
+from xfuser_fastcache.consensus.inputs import digest_of
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.token_layout import TokenCounts
 
@@ -131,6 +132,8 @@ class Reader:
         def read_timestep() -> torch.Tensor:
             return forward.timestep_of(args, kwargs).flatten()[0]
 
+        # Stages of a pipeline are given hidden states, in the model's dtype.
+        dtype = "" if self.stages > 1 else f"{given.latents.dtype}, "
         return Arrival(
             latents=given.latents,
             read_timestep=read_timestep,
@@ -144,4 +147,6 @@ class Reader:
             context_step=getattr(context, "step_index", None),
             stages=self.stages,
             denoiser=self.denoiser,
+            inputs=lambda: digest_of(forward.beside(args, kwargs)),
+            setup=f"batch {given.batch}, size {tokens}, {dtype}{self._plan or 'no plan'}",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,6 +49,15 @@ class Plan:
 
     timesteps: torch.Tensor
     steps: tuple[Step, ...]
+
+    @cached_property
+    def _words(self) -> str:
+        # Rounded, since hosts need not agree in the last digits.
+        levels = repr([f"{step.noise_level:.4g}" for step in self.steps])
+        return f"{len(self.steps)} steps ({hashlib.sha256(levels.encode()).hexdigest()[:6]})"
+
+    def __str__(self) -> str:
+        return self._words
 
     def entry_of(self, timestep: Timestep) -> int | None:
         """Return the nearest entry that is rounded to a timestep, the first of equals; or None."""

@@ -38,6 +38,8 @@ class Arrival:
         context_step: step of the loop, by `cache_context`; None where that does not say.
         stages: of the pipeline. Schedulers of all but one stage stand still.
         denoiser: which one of the pipeline's.
+        setup: batch, size and plan, in words that are equal on all ranks.
+        inputs: makes a digest of what it is given beside latents and timestep.
     """
 
     latents: torch.Tensor
@@ -51,6 +53,8 @@ class Arrival:
     context_step: int | None = None
     stages: int = 1
     denoiser: int = 0
+    setup: str = ""
+    inputs: Callable[[], str] = str
 
     @cached_property
     def timestep(self) -> Timestep:

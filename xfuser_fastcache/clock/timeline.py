@@ -39,6 +39,8 @@ class Call:
         position: which tokens this rank carries.
         starts_generation: whether everything older is to be forgotten.
         entered: the step at which this denoiser has entered the generation.
+        name: of its branch, by `cache_context`; None without one.
+        setup: what it is given, in words that are equal on all ranks.
     """
 
     generation: int
@@ -52,6 +54,8 @@ class Call:
     position: Position
     starts_generation: bool
     entered: int = 0
+    name: str | None = None
+    setup: str = ""
 
     @property
     def place(self) -> str:
@@ -136,6 +140,8 @@ class Timeline:
             position=arrival.position,
             starts_generation=starts,
             entered=entered,
+            name=arrival.name,
+            setup=arrival.setup,
         )
         return self._call
 

@@ -135,7 +135,7 @@ class CacheConfig(CheckedOptions):
         "names it",
     )
     verify_consensus: bool = option(
-        False, flag(), "compare all ranks' decisions after each generation"
+        False, flag(), "compare all ranks' inputs and decisions in each generation"
     )
     return_hidden_states_first: bool | None = option(
         None,

@@ -16,28 +16,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from xfuser_fastcache.consensus.board import Board
+from xfuser_fastcache.consensus.errors import ConsensusError, ConsensusTimeout
+from xfuser_fastcache.consensus.header import HEADER, Header
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.consensus.transfer import HostCopy, Resident
 
-# Each field as value and square: generation, step, branch, digest.
-HEADER = 8
-DIGEST_BITS = 24
-PROTOCOL = 1
-_MAX_BLOCK_LISTS = 4
-
-
-# How long ranks whose waits end in vain give each other to say so.
-_GRACE_S = 3.0
+PROTOCOL = 2
+# How long a wait goes on before it looks whether another rank has failed, and again.
+_LOOK_S = 0.5
+# How long ranks that disagree wait for each other's words on where they are.
+_TELL_S = 3.0
 # What gloo and NCCL say when a peer is late or gone; they raise plain RuntimeErrors.
 _COMMUNICATION = re.compile(r"timed? ?out|connection|closed by peer|watchdog", re.IGNORECASE)
-
-
-class ConsensusError(RuntimeError):
-    """The ranks of a decision group do not agree on what they are doing."""
-
-
-class ConsensusTimeout(ConsensusError):
-    """A rank did not arrive; the message names it."""
 
 
 class Usage(NamedTuple):
@@ -58,30 +49,6 @@ class BlockList:
 
     blocks: int
     cost: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Which decision a vector belongs to.
-
-    Attributes:
-        generation: counts from 0.
-        step: denoising step within the generation, from 0.
-        branch: index of the CFG call within the step, from 0.
-        digest: `DIGEST_BITS` bits of everything decided so far.
-    """
-
-    generation: int
-    step: int
-    branch: int
-    digest: int
-
-    def fields(self) -> dict[str, int]:
-        """Return the fields by name."""
-        return vars(self)
-
-    def __str__(self) -> str:
-        return f"generation {self.generation}, step {self.step}, branch {self.branch}"
 
 
 @dataclass
@@ -105,11 +72,10 @@ class Ticket:
 
 @dataclass
 class GatherTicket:
-    """A posted gather that may still be on its way."""
+    """A posted row, and the key to take all ranks' rows by; None where there is but one rank."""
 
-    rows: list[torch.Tensor]
-    work: Any
-    what: str
+    row: list[int]
+    key: str | None
 
 
 class Consensus:
@@ -129,7 +95,8 @@ class Consensus:
         stages: the block lists of every pipeline stage, in order.
         collectives: vectors posted so far.
         wait_s: seconds spent waiting for them.
-        broken: whether a wait has failed; then no collective of this group can succeed.
+        renewed: name of the meeting where all ranks agreed to make their channels anew, since one
+            of them had failed; "" where none had.
 
     Raises:
         ValueError: NCCL without a CUDA device.
@@ -154,51 +121,54 @@ class Consensus:
         self.timeout_s = timeout_s
         self.collectives = 0
         self.wait_s = 0.0
-        self._sequence = 0
+        self.renewed = ""
         self._distributed = group.world_size > 1
         self._device = torch.device("cpu")
-        self._process_group: Any = None
-        self._pool: list[Any] | None = None
+        self._wire: Any = None
+        self._own: _Named | None = None
         self._outgoing: list[Ticket] = []
-        self.broken = False
-        if self._distributed:
-            self._store = dist.PrefixStore(
-                f"xfuser_fastcache/{_next_instance(group.ranks)}/{min(group.ranks)}",
-                dist.distributed_c10d._get_default_store(),
-            )
-            self._join(backend)
-        self.stages = self._hello(config_digest, block_lists)
+        row = [PROTOCOL, config_digest, group.stages, group.stage]
+        row += [number for held in block_lists for number in (held.blocks, held.cost)]
+        if not self._distributed:
+            self.stages = self._compared({group.rank: row})
+            return
+        self.board = Board(group.ranks, group.rank, timeout_s)
+        self._idle = _idle_groups.setdefault((group.ranks, timeout_s), [])
+        own = {"row": row, "idle": self._idle[-1].name if self._idle else "", "failed": self.failed}
+        met = self.board.meet(own, "the first meeting of the decision group")
+        rows = {rank: brought["row"] for rank, brought in met.items()}
+        self.stages = self._compared(rows)
+        self._of_stage = tuple(rank for rank, row in rows.items() if row[3] == group.stage)
+        if any(brought["failed"] for brought in met.values()):
+            self.renewed = self.board.name
+            _failed.discard(group.ranks)
+            self._idle.clear()
+        self._join(backend, {brought["idle"] for brought in met.values()})
 
-    def _join(self, backend: str) -> None:
+    def _join(self, backend: str, idle: set[str]) -> None:
         if backend == "nccl":
             self._device = torch.device("cuda", torch.cuda.current_device())
-            self._process_group = self.group.device_group
+            self._wire = self.group.device_group
             return
-        what = "the first meeting of the decision group"
-        self._arrive(what)
-        self._pool = _idle_groups.setdefault((self.group.ranks, self.timeout_s), [])
-        if self._pool:
-            self._process_group = self._pool.pop()
+        if self._idle and idle == {self._idle[-1].name}:
+            self._own = self._idle.pop()
+            self._wire = self._own.wire
             return
         try:
             # Not `dist.new_group`: that names a group by how many this process has, which differs
             # between ranks where xDiT's parallel VAE has made some, and then they never meet.
-            self._process_group = dist.ProcessGroupGloo(
-                dist.PrefixStore("group", self._store),
+            self._wire = dist.ProcessGroupGloo(
+                self.board.store("group"),
                 self.group.ranks.index(self.group.rank),
                 self.group.world_size,
                 timedelta(seconds=self.timeout_s),
             )
         except RuntimeError as error:
-            raise self._missing(what, error) from error
+            raise self._missing("the first connection of the decision group", error) from error
+        self._own = _Named(self.board.name, self._wire)
 
-    def _hello(self, config_digest: int, own: tuple[BlockList, ...]) -> list[list[BlockList]]:
-        """Compare, once and at fixed size, what must be equal; return the stages' block lists."""
-        assert len(own) <= _MAX_BLOCK_LISTS
-        unused = (-1, 0) * (_MAX_BLOCK_LISTS - len(own))
-        lists = [number for held in own for number in (held.blocks, held.cost)]
-        row = (PROTOCOL, config_digest, self.group.stages, self.group.stage, *lists, *unused)
-        table = self.gather(torch.tensor(row, dtype=torch.int64), "the comparison of options")
+    def _compared(self, table: dict[int, list[int]]) -> list[list[BlockList]]:
+        """Compare, once, what must be equal on all ranks; return the stages' block lists."""
         mine = table[self.group.rank]
         for index, name in enumerate(("version of the protocol", "cache config", "stage count")):
             others = sorted(rank for rank, row in table.items() if row[index] != mine[index])
@@ -206,11 +176,12 @@ class Consensus:
                 raise ConsensusError(
                     f"ranks {others} have another {name} than rank {self.group.rank}: all ranks "
                     f"of a decision group {list(self.group.ranks)} must apply the same cache "
-                    "options to the same model. Build the config before ranks part ways."
+                    "options to the same model. Build the config before ranks part ways. Replicas "
+                    "that draw pictures of their own need a group each: give process_group."
                 )
         stages: dict[int, list[BlockList]] = {}
         for rank, other in sorted(table.items()):
-            held = [BlockList(*other[i : i + 2]) for i in range(4, len(other), 2) if other[i] >= 0]
+            held = [BlockList(*other[i : i + 2]) for i in range(4, len(other), 2)]
             if stages.setdefault(other[3], held) != held:
                 raise ConsensusError(
                     f"rank {rank} holds {held} in pipeline stage {other[3]}, another rank of that "
@@ -247,10 +218,8 @@ class Consensus:
         """
         while self._outgoing and (until is not None or self._outgoing[0].moments.arrived):
             ticket = self._outgoing.pop(0)
-            fields = ticket.header.fields().values()
-            head = [number for value in fields for number in (value, value * value)]
             payload = ticket.moments.wait().reshape(-1)
-            start = torch.tensor(head, dtype=torch.int64, device=self._device)
+            start = torch.tensor(ticket.header.numbers, dtype=torch.int64, device=self._device)
             ticket.vector = torch.cat((start, payload))
             ticket.work = self._all_reduce(ticket.vector, ticket.header)
             if ticket is until:
@@ -258,9 +227,9 @@ class Consensus:
 
     def _all_reduce(self, vector: torch.Tensor, header: Header) -> Any:
         """The collective; nothing else in the cache communicates during a generation."""
-        self._arrive(str(header))
+        self.board.arrive(str(header))
         try:
-            return self._process_group.allreduce([vector])
+            return self._wire.allreduce([vector])
         except RuntimeError as error:
             raise self._missing(str(header), error) from error
 
@@ -280,112 +249,150 @@ class Consensus:
         self._finish(ticket.work, str(ticket.header))
         numbers = ticket.vector.tolist()
         self.wait_s += time.perf_counter() - started
-        self._check(ticket.header, numbers[:HEADER])
+        self._check(ticket, numbers[:HEADER])
         body = torch.tensor(numbers[HEADER:], dtype=torch.int64)
         return body.view(ticket.moments.wait().shape).tolist()
 
-    def _check(self, header: Header, sums: list[int]) -> None:
-        world = self.group.world_size
-        wrong = [
-            f"{name} (own {value}, mean of all {sums[2 * i] / world:g})"
-            for i, (name, value) in enumerate(header.fields().items())
-            if (sums[2 * i], sums[2 * i + 1]) != (world * value, world * value * value)
-        ]
-        if wrong:
-            raise ConsensusError(
-                f"the {world} ranks of the decision group {list(self.group.ranks)} are at "
-                f"different places; they differ in {', '.join(wrong)}. Every rank of the group "
-                "must run the same calls in the same order; rank "
-                f"{self.group.rank} stands at {header}."
-            )
+    def _check(self, ticket: Ticket, sums: list[int]) -> None:
+        """Raise where ranks disagree; all see it at the same vector, and tell each other more."""
+        header, world = ticket.header, self.group.world_size
+        wrong = header.differing(sums, world)
+        if not wrong:
+            return
+        key = f"disagreement/{ticket.sequence}"
+        self.board.leave(key, ", ".join(filter(None, (str(header), header.setup))))
+        told: dict[str, list[int]] = {}
+        for rank, place in self.board.take(key, grace_s=_TELL_S).items():
+            told.setdefault(place, []).append(rank)
+        places = "; ".join(f"ranks {ranks} at {place}" for place, ranks in told.items())
+        raise ConsensusError(
+            f"the {world} ranks of the decision group {list(self.group.ranks)} are at different "
+            f"places; they differ in {', '.join(wrong)}: {places}. Every rank of the group must "
+            f"run the same calls in the same order; rank {self.group.rank} stands at {header}. "
+            "Replicas that draw pictures of their own need a group each: give process_group."
+        )
 
-    def gather(self, row: torch.Tensor, what: str) -> dict[int, list[int]]:
-        """Return every rank's int64 row of a fixed length, by rank."""
+    def gather(self, row: list[int], what: str) -> dict[int, list[int]]:
+        """Return every rank's row of integers, by rank."""
         return self.wait_gather(self.post_gather(row, what))
 
-    def post_gather(self, row: torch.Tensor, what: str) -> GatherTicket:
-        """Send a row of a fixed length on its way to all ranks; every rank does."""
-        row = row.to(self._device)
-        if not self._distributed:
-            return GatherTicket([row], None, what)
-        if self._outgoing:  # they were posted before, and ranks differ in which of them have left
-            self._send(until=self._outgoing[-1])
-        rows = [torch.empty_like(row) for _ in self.group.ranks]
-        self._arrive(what)
-        work = self._process_group.allgather([rows], [row])
-        return GatherTicket(rows, work, what)
+    def post_gather(self, row: list[int], what: str) -> GatherTicket:
+        """Leave a row for all ranks; every rank does."""
+        return GatherTicket(row, self.board.post(row, what) if self._distributed else None)
 
     def wait_gather(self, ticket: GatherTicket) -> dict[int, list[int]]:
-        """Return the rows of a posted gather, by rank."""
-        if ticket.work is not None:
-            self._finish(ticket.work, ticket.what)
-        return {rank: row.tolist() for rank, row in zip(self.group.ranks, ticket.rows, strict=True)}
+        """Return the rows of a posted gather, by rank.
+
+        Raises:
+            ConsensusTimeout: a rank did not post its own.
+            ConsensusError: a rank has failed.
+        """
+        if ticket.key is None:
+            return {self.group.rank: ticket.row}
+        return self.board.take(ticket.key)
+
+    def compare(self, value: str, what: str, within_stage: bool = False) -> None:
+        """Compare, at once, what must be equal on all ranks.
+
+        Args:
+            value: in a few words or as a digest.
+            what: the ranks are said to differ in.
+            within_stage: whether only ranks of this one's stage are waited for.
+
+        Raises:
+            ConsensusError: it names the ranks that differ from this one.
+        """
+        if not self._distributed:
+            return
+        key = self.board.post(value, f"the comparison of {what}")
+        found = self.board.take(key, ranks=self._of_stage if within_stage else self.group.ranks)
+        others = sorted(rank for rank, other in found.items() if other != value)
+        if others:
+            raise ConsensusError(
+                f"ranks {others} were given other {what} than rank {self.group.rank}, in one "
+                f"decision group {list(self.group.ranks)}, whose ranks draw one picture together. "
+                "Give all of them the same; replicas that draw pictures of their own need a group "
+                "each: give process_group."
+            )
 
     def _finish(self, work: Any, what: str) -> None:
-        try:
-            work.wait(timedelta(seconds=self.timeout_s))
-        except RuntimeError as error:
-            raise self._missing(what, error) from error
+        """Wait for a collective, no longer than the limit nor than it takes to hear of a failure.
 
-    def _arrive(self, what: str) -> None:
-        """Leave word of where this rank is, for those who might wait for it in vain."""
-        self._sequence += 1
-        self._store.set(str(self.group.rank), f"{self._sequence}|{what}")
+        Raises:
+            ConsensusTimeout: a rank did not arrive.
+            ConsensusError: a rank has left word that it has failed.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        # A wait of NCCL that ends by its limit aborts the communicator, so it has one alone.
+        slice_s = self.timeout_s if self._device.type == "cuda" else _LOOK_S
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                work.wait(timedelta(seconds=max(min(left, slice_s), 1e-3)))
+                return
+            except RuntimeError as error:
+                if left <= slice_s or work.is_completed():
+                    self.board.check(what)
+                    raise self._missing(what, error) from error
+            self.board.check(what)
 
     def absent(self) -> dict[int, str]:
         """Return the ranks that are behind this one, with the last place they were seen at."""
-        if not self._distributed:
-            return {}
-        behind = {}
-        for rank in self.group.ranks:
-            key = str(rank)
-            if not self._store.check([key]):
-                behind[rank] = "never seen"
-                continue
-            sequence, what = self._store.get(key).decode().split("|", 1)
-            if int(sequence) < self._sequence:
-                behind[rank] = f"last seen at {what}"
-        return behind
+        return self.board.absent() if self._distributed else {}
 
-    def explain(self, error: RuntimeError, where: str) -> None:
-        """Raise with the names of absent ranks if `error` is a communication that failed.
+    @property
+    def failed(self) -> bool:
+        """Whether a generation has failed on this rank since the ranks last met to apply a cache.
 
-        Collectives and sends of the model itself, not of this class, fail like this.
+        Then ranks may be at different places in the model's own communication.
+        """
+        return self.group.ranks in _failed
+
+    def fail(self, error: BaseException, where: str) -> None:
+        """Take in that a generation has failed on this rank, and let the others know.
 
         Raises:
-            ConsensusTimeout: from `error`; other errors return.
+            ConsensusTimeout: from `error`, with the names of absent ranks, if it is a communication
+                that failed: collectives and sends of the model itself fail like this.
         """
-        if self._distributed and _COMMUNICATION.search(str(error)):
+        if not self._distributed:
+            return
+        _failed.add(self.group.ranks)
+        unnamed = isinstance(error, RuntimeError) and not isinstance(error, ConsensusError)
+        if unnamed and _COMMUNICATION.search(str(error)):
             # Ranks that wait like this one say so, and have a moment for it; the rest are missing.
-            self._arrive(f"{where}, waiting in vain")
-            time.sleep(min(_GRACE_S, self.timeout_s))
-            raise self._missing(where, error) from error
+            absent = self.board.let_others_say(where)
+            found = self.board.missing(where, absent, error)
+            self.board.fail(f"{where}: {found}")
+            raise found from error
+        self.board.fail(f"{where}: {type(error).__name__}: {error}")
 
-    def _missing(self, what: str, error: Exception) -> ConsensusTimeout:
-        self.broken = True
-        absent = self.absent()
-        who = "; ".join(f"rank {rank} ({where})" for rank, where in absent.items())
-        return ConsensusTimeout(
-            f"rank {self.group.rank} waited at {what} for the decision group "
-            f"{list(self.group.ranks)}, at most sync_timeout_s={self.timeout_s:g} s. "
-            f"Did not arrive: {who or 'nobody; a connection broke'}. Cause: {error}"
-        )
+    def _missing(self, what: str, error: BaseException) -> ConsensusTimeout:
+        _failed.add(self.group.ranks)
+        return self.board.missing(what, cause=error)
 
     def close(self) -> None:
         """Hand the process group on to the next consensus of the same ranks."""
-        if self._pool is not None and not self.broken:
-            self._pool.append(self._process_group)
-        self._pool = None
+        if self._own is not None and not self.failed:
+            self._idle.append(self._own)
+        self._own = None
         self._distributed = False
+
+
+class _Named(NamedTuple):
+    """A process group of ours; its name is equal on all ranks."""
+
+    name: str
+    wire: Any
 
 
 # Groups whose consensus is closed. They are used again and never destroyed: a rank may close while
 # another still reads what it was sent.
-_idle_groups: dict[tuple[tuple[int, ...], float], list[Any]] = {}
-_instances: dict[tuple[int, ...], int] = {}
+_idle_groups: dict[tuple[tuple[int, ...], float], list[_Named]] = {}
+# Decision groups of which a generation has failed here since they last met.
+_failed: set[tuple[int, ...]] = set()
 
 
-def _next_instance(ranks: tuple[int, ...]) -> str:
-    """Return a name for the next consensus of these ranks; equal on all of them."""
-    _instances[ranks] = _instances.get(ranks, 0) + 1
-    return f"{'-'.join(map(str, ranks))}/{_instances[ranks]}"
+def note_failure(ranks: tuple[int, ...]) -> None:
+    """Take in that a generation without a cache has failed on this rank, in one decision group."""
+    _failed.add(ranks)

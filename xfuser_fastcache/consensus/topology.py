@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
+
+if TYPE_CHECKING:
+    from xfuser_fastcache.consensus.collective import Consensus
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class DecisionGroup:
         branch: where guidance is parallel, 0 on ranks that run the batch without guidance, 1 on
             those that run it with; None where a forward pass carries all there is.
         device_group: process group to use with `sync_backend="nccl"`; None without one.
+        whole_inputs: whether a forward pass is given the same on all ranks, but for its latents;
+            False where the pipeline has cut it.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -35,6 +40,7 @@ class DecisionGroup:
     shard: int = 0
     branch: int | None = None
     device_group: Any = None
+    whole_inputs: bool = True
 
     @property
     def world_size(self) -> int:
@@ -92,8 +98,10 @@ class Layout(Protocol):
     def position(self) -> Position:
         """Return which tokens the forward pass that has just begun carries."""
 
-    def limit_waits(self, seconds: float) -> None:
-        """Bound the waits of the model's own collectives, in seconds."""
+    def follow(self, consensus: Consensus) -> None:
+        """Bound the waits of the model's own communication as those of a cache that is put on, and
+        make its channels anew where the ranks have met after a failure (`consensus.renewed`).
+        """
 
 
 class PlainLayout:
@@ -146,8 +154,8 @@ class PlainLayout:
         """Return which tokens this forward carries: all of the rank's."""
         return Position()
 
-    def limit_waits(self, seconds: float) -> None:
-        """Bound the waits of the model's own collectives: there are none that this layout knows."""
+    def follow(self, consensus: Consensus) -> None:
+        """Nothing to do: this layout knows no communication of the model's own."""
 
 
 def _context_parallel_rank(transformer: nn.Module | None) -> int:

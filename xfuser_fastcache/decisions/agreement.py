@@ -12,7 +12,8 @@ import logging
 import torch
 
 from xfuser_fastcache.clock.timeline import Call
-from xfuser_fastcache.consensus.collective import DIGEST_BITS, Consensus, GatherTicket, Header
+from xfuser_fastcache.consensus.collective import Consensus, GatherTicket
+from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
 from xfuser_fastcache.decisions import policy
 from xfuser_fastcache.decisions.audits import audit_of, did_harm
 from xfuser_fastcache.decisions.log import Decision, DecisionLog
@@ -57,6 +58,8 @@ class Agreement:
         self._first_level = 1.0
         self._verifications: list[GatherTicket] = []
         self._warned = False
+        # Whether the generation was left in the middle; then other ranks may not have posted.
+        self._left = False
 
     def begin_generation(self) -> None:
         """Forget the generation before, after completing what is outstanding.
@@ -65,6 +68,7 @@ class Agreement:
             ConsensusError: with `verify_consensus`, ranks decided differently in it.
         """
         self.finish()
+        self._left = False
         self.branches.clear()
         self.decisions.begin_generation()
 
@@ -80,14 +84,18 @@ class Agreement:
     def decide_now(self, call: Call, pending: torch.Tensor) -> None:
         """Post, await and decide at once; moments of the first span are this step's.
 
-        A foregone decision awaits nothing; see `open_foregone`.
+        A foregone decision awaits nothing; see `open_foregone`. But a branch's first step awaits
+        all ranks, which must have been given the same.
         """
         shared = self.branch(call.branch)
         for index in self.rules.current:
             shared.sightings[index] = policy.sighting(self.rules, shared, index, call)
+        first = shared.previous is None
         self.post(call, pending)
         if not self._foregone:
             self._receive(shared)
+        elif first and self.consensus.group.world_size > 1:
+            self.consensus.wait(shared.posted[-1].ticket)
         self._decide(shared, call)
 
     def open_foregone(self, call: Call) -> None:
@@ -135,7 +143,9 @@ class Agreement:
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
-        header = Header(call.generation, call.step, call.branch, digest)
+        # Where guidance is parallel, each rank runs a branch of its own.
+        name = "" if self.consensus.group.branch is not None else f", branch {call.name!r}"
+        header = Header(call.generation, call.step, call.branch, digest, f"{call.setup}{name}")
         ticket = self.consensus.post(header, pending)
         shared.posted.append(Posted(ticket, shared.sightings, shared.audit))
         shared.sightings, shared.audit = [None] * len(shared.groups), None
@@ -224,10 +234,15 @@ class Agreement:
 
     # ---- the end of a generation -------------------------------------------------------------
 
+    def leave(self) -> None:
+        """Take in that an exception has ended the generation on this rank."""
+        self._left = True
+
     def finish(self) -> None:
         """Complete a generation: nothing of it reaches into the next.
 
-        After a failed wait there is nothing that could be completed; the next vector says so again.
+        What was posted in a generation that was left is not awaited: other ranks may have left it
+        elsewhere. If so, the next vector says it.
 
         Raises:
             ConsensusError: with `verify_consensus`, ranks decided differently.
@@ -235,7 +250,7 @@ class Agreement:
         tickets = [posted.ticket for shared in self.branches.values() for posted in shared.posted]
         for shared in self.branches.values():
             shared.posted.clear()
-        if self.consensus.broken:
+        if self._left:
             self._verifications.clear()
             return
         for ticket in sorted(tickets, key=lambda ticket: ticket.sequence):
@@ -247,7 +262,7 @@ class Agreement:
         """Post the comparison of decisions; a pipeline's stages complete it at their next turn."""
         row = self.decisions.unverified() if self.config.verify_consensus else None
         if row is not None:
-            ticket = self.consensus.post_gather(row, "the comparison of decisions")
+            ticket = self.consensus.post_gather(row.tolist(), "the comparison of decisions")
             self._verifications.append(ticket)
 
     def complete_verifications(self) -> None:

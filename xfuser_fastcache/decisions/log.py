@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from xfuser_fastcache.clock.timeline import Call
-from xfuser_fastcache.consensus.collective import ConsensusError
+from xfuser_fastcache.consensus.errors import ConsensusError
 from xfuser_fastcache.reports.statistics import BlockInfo
 
 _WORD = 62

@@ -67,6 +67,12 @@ class ForwardLayout:
         index = self.parameters.index(name)
         return args[index] if index < len(args) else None
 
+    def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all arguments but latents and timestep, by name, or by position without one."""
+        places = [*self.parameters[: len(args)], *map(str, range(len(self.parameters), len(args)))]
+        given = {**dict(zip(places, args, strict=True)), **kwargs}
+        return {k: v for k, v in given.items() if k not in (self.latents, self.timestep)}
+
     def latents_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the latents with all their channels, items of a list stacked."""
         found = self.argument(self.latents, args, kwargs)

@@ -26,7 +26,7 @@ from xfuser_fastcache.xdit.compat import (
     replace,
     require,
 )
-from xfuser_fastcache.xdit.gloo_waits import KeptSend, LimitedReceive, pending_sends
+from xfuser_fastcache.xdit.gloo_waits import PIPELINE, pending_sends, receive, send
 from xfuser_fastcache.xdit.loading import PatchingFinder
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -183,26 +183,8 @@ def _patch_process_group(module: ModuleType) -> None:
 def _patch_group_coordinator(module: ModuleType) -> None:
     replace(module, "synchronize", functools.partial(_constant, None))
     replace(module, "PipelineGroupCoordinator._communicate_shapes", _communicate_shapes)
-    for name, around in (("isend", _keeping), ("irecv", _limited)):
-        for suffix in ("", "_skip"):
-            path = f"PipelineGroupCoordinator._pipeline_{name}{suffix}"
-            replace(module, path, around(require(module, path)))
-
-
-def _keeping(isend: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(isend)
-    def kept_isend(self: Any, tensor: torch.Tensor) -> KeptSend:
-        return pending_sends.keep(isend(self, tensor), tensor, self.next_rank)
-
-    return kept_isend
-
-
-def _limited(irecv: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(irecv)
-    def limited_irecv(self: Any, tensor: torch.Tensor) -> LimitedReceive:
-        return LimitedReceive(irecv(self, tensor), self.prev_rank)
-
-    return limited_irecv
+    for name, function in PIPELINE.items():
+        replace(module, f"PipelineGroupCoordinator.{name}", function)
 
 
 def _communicate_shapes(
@@ -214,20 +196,14 @@ def _communicate_shapes(
         shape = list(tensor_send_to_next.shape)
         for numbers in ([len(shape)], shape):
             message = torch.tensor(numbers, dtype=torch.int64)
-            work = dist.isend(message, dst=self.next_rank, group=self.device_group)
-            pending_sends.keep(work, message, self.next_rank)
+            send(message, self.next_rank, self.device_group)
     if not recv_prev:
         return torch.Size([0, 0, 0])
     dims = torch.empty(1, dtype=torch.int64)
-    _receive(self, dims)
+    receive(dims, self.prev_rank, self.device_group).wait()
     received = torch.empty(int(dims), dtype=torch.int64)
-    _receive(self, received)
+    receive(received, self.prev_rank, self.device_group).wait()
     return torch.Size(received.tolist())
-
-
-def _receive(coordinator: Any, tensor: torch.Tensor) -> None:
-    source = coordinator.prev_rank
-    LimitedReceive(dist.irecv(tensor, src=source, group=coordinator.device_group), source).wait()
 
 
 def _patch_attention_backend(module: ModuleType) -> None:

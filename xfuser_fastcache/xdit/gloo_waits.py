@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import queue
 import threading
+import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from xfuser_fastcache.consensus.collective import ConsensusTimeout
+from xfuser_fastcache.consensus.errors import ConsensusTimeout
 
 # Longest wait for a peer where nobody has set a limit: torch's own for gloo.
 _UNLIMITED_S = 1800.0
@@ -35,11 +37,21 @@ class WaitLimit:
         return ConsensusTimeout(
             f"rank {dist.get_rank()} waited for {what} rank {peer}, a neighbour in the pipeline, "
             f"at most sync_timeout_s={self.seconds:g} s. It is late, has failed, or runs another "
-            f"generation: look at its log. Cause: {cause or 'it did not take the message'}"
+            "generation (size, batch or steps): look at its log. "
+            f"Cause: {cause or 'it did not take the message'}"
         )
 
 
 wait_limit = WaitLimit()
+
+
+def tag_of(tensor: torch.Tensor) -> int:
+    """Return the tag of a message, by its shape and dtype.
+
+    gloo ends the process where a message is longer than what it is received into. With a tag such
+    a message, of another generation, is not received at all, and the wait for the right one ends.
+    """
+    return zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode()) & 0x7FFFFFFF
 
 
 class LimitedReceive:
@@ -98,8 +110,8 @@ class PendingSends:
     """
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[KeptSend] = queue.SimpleQueue()
         self._changed = threading.Condition()
+        self._waiting: queue.SimpleQueue[KeptSend] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._count = 0
@@ -115,10 +127,21 @@ class PendingSends:
         with self._changed:
             self._count += 1
             if self._thread is None:
-                self._thread = threading.Thread(target=self._wait_in_turn, daemon=True)
+                self._thread = threading.Thread(
+                    target=self._wait_in_turn, args=(self._waiting,), daemon=True
+                )
                 self._thread.start()
-        self._waiting.put(kept)
+            self._waiting.put(kept)
         return kept
+
+    def forget(self) -> None:
+        """Await none of what is pending: its channels are given up, and a peer may never take it.
+
+        The thread that waits for it stays behind with what it holds.
+        """
+        with self._changed:
+            self._waiting, self._thread = queue.SimpleQueue(), None
+            self._error, self._count = None, 0
 
     def drain(self, timeout_s: float) -> None:
         """Return when nothing is pending; raise what a send raised, or `TimeoutError`."""
@@ -132,19 +155,65 @@ class PendingSends:
                 "stage stopped early or is slow. Look at its log, or allow more time."
             )
 
-    def _wait_in_turn(self) -> None:
+    def _wait_in_turn(self, waiting: queue.SimpleQueue[KeptSend]) -> None:
         while True:
-            kept = self._waiting.get()
+            kept = waiting.get()
             try:
                 kept.work.wait()
             except Exception as error:  # handed to whoever waits or sends next
-                kept.error = self._error = error
+                kept.error = error
+            failure = kept.error
             del kept.work, kept.tensor
             kept.done.set()
             del kept  # else the last one lives until the next arrives
             with self._changed:
-                self._count -= 1
-                self._changed.notify_all()
+                if waiting is self._waiting:  # else it was given up
+                    self._error = failure or self._error
+                    self._count -= 1
+                    self._changed.notify_all()
 
 
 pending_sends = PendingSends()
+
+
+def _direction(coordinator: Any, place: int) -> Any:
+    """Return the group of what the rank at a place sends; two stages have one a direction."""
+    two = coordinator.world_size == 2
+    return coordinator.device_groups[place % 2] if two else coordinator.device_group
+
+
+def _isend(self: Any, tensor: torch.Tensor) -> KeptSend:
+    return send(tensor, self.next_rank, _direction(self, self.rank_in_group))
+
+
+def _irecv(self: Any, tensor: torch.Tensor) -> LimitedReceive:
+    return receive(tensor, self.prev_rank, _direction(self, self.rank_in_group + 1))
+
+
+def _isend_skip(self: Any, tensor: torch.Tensor) -> KeptSend:
+    return send(tensor, self.skip_rank, self.skip_device_group)
+
+
+def _irecv_skip(self: Any, tensor: torch.Tensor) -> LimitedReceive:
+    return receive(tensor, self.skip_rank, self.skip_device_group)
+
+
+def send(tensor: torch.Tensor, peer: int, group: Any) -> KeptSend:
+    """Send a tensor to a neighbour in the pipeline, and keep it until it is taken."""
+    work = dist.isend(tensor, dst=peer, group=group, tag=tag_of(tensor))
+    return pending_sends.keep(work, tensor, peer)
+
+
+def receive(tensor: torch.Tensor, peer: int, group: Any) -> LimitedReceive:
+    """Receive a tensor from a neighbour in the pipeline."""
+    work = dist.irecv(tensor, src=peer, group=group, tag=tag_of(tensor))
+    return LimitedReceive(work, peer)
+
+
+# Methods of xfuser's coordinator of a pipeline -> what they are on gloo.
+PIPELINE: dict[str, Callable[..., Any]] = {
+    "_pipeline_isend": _isend,
+    "_pipeline_irecv": _irecv,
+    "_pipeline_isend_skip": _isend_skip,
+    "_pipeline_irecv_skip": _irecv_skip,
+}

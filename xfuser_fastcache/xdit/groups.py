@@ -12,7 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
+from xfuser_fastcache.xdit.channels import renew_channels
 from xfuser_fastcache.xdit.gloo_waits import wait_limit
 
 # Of xfuser's coordinators, what the model communicates by.
@@ -54,6 +56,18 @@ def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     names = names_in(transformer.forward)
     by_tokens = names & {"get_sequence_parallel_rank", "get_ulysses_parallel_rank"}
     return bool(by_tokens), "get_classifier_free_guidance_rank" in names
+
+
+def _coordinators() -> list[Any]:
+    """Return xfuser's coordinators of what ranks of one replica communicate by."""
+    from xfuser.core.distributed import parallel_state
+
+    return [
+        parallel_state.get_tp_group(),
+        parallel_state.get_sp_group(),
+        parallel_state.get_pp_group(),
+        parallel_state.get_cfg_group(),
+    ]
 
 
 class XDiTLayout:
@@ -126,6 +140,7 @@ class XDiTLayout:
             shard=shard,
             branch=branch if guidance_is_parallel else None,
             device_group=replica.device_group,
+            whole_inputs=cuts_tokens and (cuts_guidance or not guidance_is_parallel),
         )
 
     def position(self) -> Position:
@@ -141,6 +156,12 @@ class XDiTLayout:
             patched=state.patch_mode,
         )
 
+    def follow(self, consensus: Consensus) -> None:
+        """Bound xfuser's waits as those of the cache; after a failure, make its groups anew."""
+        if consensus.renewed:
+            renew_channels(consensus.board, _coordinators())
+        self.limit_waits(consensus.timeout_s)
+
     def limit_waits(self, seconds: float) -> None:
         """Bound the waits of xfuser's own collectives and sends, in seconds.
 
@@ -151,16 +172,8 @@ class XDiTLayout:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def _device_groups(self) -> list[Any]:
-        from xfuser.core.distributed import parallel_state
-
-        coordinators = (
-            parallel_state.get_tp_group(),
-            parallel_state.get_sp_group(),
-            parallel_state.get_pp_group(),
-            parallel_state.get_cfg_group(),
-        )
         groups = []
-        for coordinator in coordinators:
+        for coordinator in _coordinators():
             found = [getattr(coordinator, name, None) for name in _GROUPS]
             # A pipeline of two stages has a group for each direction.
             found += getattr(coordinator, "device_groups", None) or []

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from xfuser_fastcache.plugins import BUILT_IN, GATES
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
+from xfuser_fastcache.xdit.inputs import told
 from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
 if TYPE_CHECKING:
@@ -283,8 +284,8 @@ def _patch_base_pipeline(module: ModuleType) -> None:
     _wrap(module, "xFuserPipelineBaseWrapper.__init__", with_cache)
 
 
-def _patch_from_pretrained(class_name: str) -> Callable[[ModuleType], None]:
-    """`from_pretrained` of a pipeline takes our `cache_args`, or says that it cannot."""
+def _patch_pipeline(class_name: str) -> Callable[[ModuleType], None]:
+    """`from_pretrained` takes our `cache_args`, or refuses them; the cache hears of calls."""
 
     def with_cache_args(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
         def load(
@@ -308,7 +309,11 @@ def _patch_from_pretrained(class_name: str) -> Callable[[ModuleType], None]:
 
         return load
 
-    return lambda module: _wrap(module, f"{class_name}.from_pretrained", with_cache_args)
+    def patch(module: ModuleType) -> None:
+        _wrap(module, f"{class_name}.from_pretrained", with_cache_args)
+        _wrap(module, f"{class_name}.__call__", told)
+
+    return patch
 
 
 def _patch_runner(module: ModuleType) -> None:
@@ -366,16 +371,12 @@ _RUNNER_MODELS = "xfuser.model_executor.models.runner_models"
 PATCHES: dict[str, Patch] = {
     "xfuser.config.args": Patch(_patch_args),
     f"{_PIPELINES}.base_pipeline": Patch(_patch_base_pipeline),
-    f"{_PIPELINES}.pipeline_flux": Patch(_patch_from_pretrained("xFuserFluxPipeline")),
+    f"{_PIPELINES}.pipeline_flux": Patch(_patch_pipeline("xFuserFluxPipeline")),
     f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
-        _patch_from_pretrained("xFuserStableDiffusion3Pipeline")
+        _patch_pipeline("xFuserStableDiffusion3Pipeline")
     ),
-    f"{_PIPELINES}.pipeline_pixart_alpha": Patch(
-        _patch_from_pretrained("xFuserPixArtAlphaPipeline")
-    ),
-    f"{_PIPELINES}.pipeline_pixart_sigma": Patch(
-        _patch_from_pretrained("xFuserPixArtSigmaPipeline")
-    ),
+    f"{_PIPELINES}.pipeline_pixart_alpha": Patch(_patch_pipeline("xFuserPixArtAlphaPipeline")),
+    f"{_PIPELINES}.pipeline_pixart_sigma": Patch(_patch_pipeline("xFuserPixArtSigmaPipeline")),
     f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),
 }
 _FINDERS = (PatchingFinder(PATCHES, {"xfuser": _without_accelerator}), AliasFinder(ALIASES))

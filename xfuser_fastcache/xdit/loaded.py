@@ -115,7 +115,6 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     """
     from diffusers import DiffusionPipeline
     from xfuser import xFuserArgs
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
     mend_xfuser()
     # As a flag, `use_cache` is DiTFastAttn's; a name is one of our backends.
@@ -128,13 +127,33 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     pipeline = DiffusionPipeline.from_pretrained(
         options.model, torch_dtype=chosen, **weights.loading(options, chosen)
     )
-    cpu_platform.prepare_engine_config(engine_config, pipeline)
     device = torch.device("cpu")
     if on_gpu:
         from xfuser.core.distributed import get_world_group
 
         device = torch.device(f"cuda:{get_world_group().local_rank}")
     weights.quantise(pipeline, options, arguments, device)
-    pipe = xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)
+    pipe = _in_xfusers_class(pipeline, engine_config)
     weights.place(pipe, options, device)
     return pipe
+
+
+def put_in_layout(pipeline: Any, **arguments: Any) -> Any:
+    """Put a pipeline that is there in xfuser's class, in a layout; on the host.
+
+    Args:
+        pipeline: diffusers' own.
+        **arguments: fields of `xFuserArgs`.
+    """
+    from xfuser import xFuserArgs
+
+    mend_xfuser()
+    engine_config, _ = xFuserArgs(**arguments).create_config()
+    return _in_xfusers_class(pipeline, engine_config)
+
+
+def _in_xfusers_class(pipeline: Any, engine_config: Any) -> Any:
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    cpu_platform.prepare_engine_config(engine_config, pipeline)
+    return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)

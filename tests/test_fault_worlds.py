@@ -1,0 +1,114 @@
+"""Fault worlds: real ranks with one fault each; `fastcache chaos --worlds` draws them at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from xfuser_fastcache.chaos import worlds
+from xfuser_fastcache.chaos.faults import CACHES, FAULTS, LAYOUTS, LIMIT_S, World
+
+ERROR = "named error, then right picture"
+FINE = "right picture"
+OFTEN, SPANS, MASK, *_ = CACHES
+
+
+def world(fault: str, family: str, layout: str, rank: int, **options: Any) -> World:
+    return World(
+        seed=0,
+        family=family,
+        layout=layout,
+        fault=fault,
+        rank=rank,
+        step=2,
+        block=0.5,
+        options={**OFTEN, "verify_consensus": False, "sync_timeout_s": LIMIT_S, **options},
+    )
+
+
+@pytest.mark.gloo
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("drawn", "ending"),
+    [
+        # Their sizes would end the process inside gloo: found before anything else is sent.
+        (world("other size", "flux", "ulysses 2", 1), ERROR),
+        (world("other batch", "sd3", "cfg 2", 0, **MASK), ERROR),
+        (world("other steps", "pixart", "ring 2", 1, **MASK), ERROR),
+        (world("other size", "sd3", "pipefusion 2", 1), ERROR),
+        (world("other seed", "flux", "ulysses 2", 0, verify_consensus=True), ERROR),
+        # A wait inside attention passes its limit, which breaks xfuser's own group.
+        (world("stopped beyond the limit", "pixart", "ulysses 2", 1), ERROR),
+        # Messages stay between the stages.
+        (world("exception in a callback on all ranks", "flux", "pipefusion 2", 0), ERROR),
+        (world("exception in a block", "sd3", "cfg 2", 1, **SPANS), ERROR),
+        (world("cache applied twice", "flux", "ring 2", 0), FINE),
+        (world("killed", "pixart", "pipefusion 2", 1), "named error, one rank killed"),
+    ],
+    ids=str,
+)
+def test_a_world_ends_in_time_as_it_should(drawn: World, ending: str) -> None:
+    verdict = worlds.verdict_of(drawn)
+    assert verdict.held, f"{verdict.ending}: {verdict.detail}"
+    assert verdict.ending == ending, verdict.detail
+
+
+def test_a_seed_draws_the_same_world_again_and_seeds_draw_them_all() -> None:
+    drawn = [World.of(seed) for seed in range(800)]
+    assert drawn == [World.of(seed) for seed in range(800)]
+    assert {w.fault for w in drawn} == set(FAULTS)
+    assert {(w.layout, w.family) for w in drawn} == {
+        (layout, family) for layout, (_, _, families) in LAYOUTS.items() for family in families
+    }
+    assert all(0 <= w.rank < w.ranks for w in drawn)
+
+
+def phase(**found: Any) -> worlds._Phase:
+    return worlds._Phase(**found)
+
+
+class Told:
+    """Ranks that end each phase as they are told."""
+
+    def __init__(self, **phases: worlds._Phase):
+        self.phases = phases
+
+    def run(self, name: str, *_: float) -> worlds._Phase:
+        return self.phases[name]
+
+
+RIGHT = {0: ("a", ""), 1: ("b", "")}
+TWO = world("other size", "flux", "ulysses 2", 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "recovery", "ending"),
+    [
+        (phase(pictures={0: ("a", "")}, hung=[1]), phase(), "hang"),
+        (phase(hung=[0], died={1: -6}), phase(), "abort"),
+        (phase(pictures={0: ("a", ""), 1: ("c", "")}), phase(), "wrong picture"),
+        (phase(pictures={0: ("a", "")}, errors={1: "gloo: timed out"}), phase(), "unnamed error"),
+        (phase(errors=dict.fromkeys((0, 1), "rank 1")), phase(hung=[0]), "hang or abort after"),
+        (phase(errors=dict.fromkeys((0, 1), "rank 1")), phase(errors={0: "x"}), "no recovery"),
+        (
+            phase(errors=dict.fromkeys((0, 1), "rank 1")),
+            phase(pictures={0: ("a", ""), 1: ("c", "")}),
+            "wrong picture after recovery",
+        ),
+    ],
+)
+def test_what_gets_through_is_seen(
+    fault: worlds._Phase, recovery: worlds._Phase, ending: str
+) -> None:
+    ranks: Any = Told(reference=phase(pictures=RIGHT), fault=fault, recovery=recovery)
+    held, found, _ = worlds._judged(TWO, ranks, True)
+    assert not held
+    assert found.startswith(ending)
+
+
+def test_ranks_that_decide_differently_are_seen() -> None:
+    drawn = world("NaN", "flux", "ulysses 2", 1)
+    parted = phase(pictures={0: ("c", "decisions"), 1: ("d", "other ones")})
+    ranks: Any = Told(reference=phase(pictures=RIGHT), fault=parted)
+    assert worlds._judged(drawn, ranks, True)[:2] == (False, "ranks decided differently")

@@ -1,0 +1,77 @@
+"""The digest of what a call is given, which `verify_consensus` compares between ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from xfuser_fastcache.consensus.inputs import digest_of
+from xfuser_fastcache.models.forward_layout import ForwardLayout
+from xfuser_fastcache.xdit.gloo_waits import tag_of
+
+CALL: dict[str, Any] = {
+    "prompt": ["a red ring"],
+    "prompt_embeds": torch.arange(8.0).reshape(1, 2, 4),
+    "height": 64,
+    "guidance_scale": 3.5,
+    "generator": [torch.Generator().manual_seed(1)],
+    "scale": torch.tensor(2.0, dtype=torch.bfloat16),
+    "callback": print,
+}
+
+
+def test_equal_calls_have_equal_digests() -> None:
+    again = {
+        **CALL,
+        "prompt_embeds": CALL["prompt_embeds"].clone(),
+        "generator": [torch.Generator().manual_seed(1)],
+        "callback": repr,  # code has no value to compare
+    }
+    assert digest_of((), CALL) == digest_of((), dict(reversed(again.items())))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", ["a red rind"]),
+        ("prompt", None),
+        ("prompt_embeds", torch.arange(8.0).reshape(1, 2, 4).nextafter(torch.tensor(9.0))),
+        ("prompt_embeds", torch.arange(8.0).reshape(1, 4, 2)),
+        ("prompt_embeds", torch.arange(8.0).reshape(1, 2, 4).double()),
+        ("height", 128),
+        ("guidance_scale", 3.6),
+        ("generator", [torch.Generator().manual_seed(2)]),
+        ("generator", [torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)]),
+        ("scale", torch.tensor(3.0, dtype=torch.bfloat16)),
+    ],
+)
+def test_whatever_differs_changes_the_digest(name: str, value: Any) -> None:
+    assert digest_of((), {**CALL, name: value}) != digest_of((), CALL)
+
+
+def test_shapes_alone_can_be_compared_without_reading_values() -> None:
+    def shapes(**changes: Any) -> str:
+        return digest_of((), {**CALL, **changes}, values=False)
+
+    other = torch.zeros(1, 2, 4)
+    assert shapes() == shapes(prompt_embeds=other, generator=[torch.Generator().manual_seed(2)])
+    assert shapes() != shapes(prompt_embeds=torch.zeros(1, 3, 4))
+    assert shapes() != shapes(height=128)
+    assert digest_of(other.to("meta"), values=False) == digest_of(other, values=False)
+
+
+def test_latents_and_timestep_are_left_out_however_they_are_given() -> None:
+    layout = ForwardLayout(parameters=("hidden_states", "timestep"))
+    text = torch.ones(1, 2)
+    by_place = layout.beside((torch.zeros(1), torch.ones(1), text), {"ids": 3})
+    assert by_place == {"2": text, "ids": 3}
+    assert layout.beside((), {"hidden_states": 1, "timestep": 2, "text": text}) == {"text": text}
+
+
+def test_messages_of_another_shape_or_dtype_have_another_tag() -> None:
+    tags = {tag_of(torch.zeros(2, 3)), tag_of(torch.zeros(3, 2)), tag_of(torch.zeros(2, 3).half())}
+    assert len(tags) == 3
+    assert tag_of(torch.ones(2, 3)) in tags
+    assert all(0 <= tag < 2**31 for tag in tags)
