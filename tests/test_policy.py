@@ -145,13 +145,14 @@ def test_a_mask_takes_the_place_of_warm_up_last_step_longest_run_and_gate() -> N
     assert judged(rules, LOUD, anchor=None) == ([(False, "no anchor")], False)
 
 
+@pytest.mark.parametrize("why", ["not finite", "too large to be measured"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_poisoned_vector_makes_all_compute(masked: bool) -> None:
+def test_a_poisoned_vector_makes_all_compute(masked: bool, why: str) -> None:
     rules = rules_of(steps_mask=MASK if masked else None)
     shared = shared_at(rules, 3, 4, QUIET)
-    shared.poisoned = True
+    shared.poisoned = why
     found, forced = judge(rules, shared, call_at(4))
-    assert ([j.reason for j in found], forced) == (["not finite"], True)
+    assert ([j.reason for j in found], forced) == ([why], True)
 
 
 def test_an_anchor_is_too_old_after_so_many_steps_whoever_saw_them() -> None:
