@@ -264,3 +264,6 @@ def test_a_sighting_names_the_anchor_that_a_group_is_measured_against() -> None:
     # What follows the steps of the whole stack is measured against the step before.
     tea = rules_of(use_cache="Tea", cache_ratio_threshold=0.1)
     assert sighting(tea, shared_at(tea, 2, 5, None), 0, call_at(5)).anchor_level == level_of(4)
+    # What the first block puts out, against the last step at which nothing was skipped.
+    first = rules_of(use_cache="Fb", cache_ratio_threshold=0.1)
+    assert sighting(first, shared_at(first, 2, 5, None), 0, call_at(5)).anchor_level == level_of(2)

@@ -100,6 +100,13 @@ def test_a_name_that_comes_again_at_the_same_timestep_starts_a_generation(
     assert found == [(generation, 0, b) for generation in (0, 1) for b in range(len(names))]
 
 
+def test_a_name_that_comes_again_at_one_step_of_a_context_starts_a_generation() -> None:
+    """The context knows no better: a picture of one step looks like that."""
+    timeline = Timeline()
+    calls = [opened(timeline, 1.0, name="cond", context_step=0) for _ in range(2)]
+    assert [place(call) for call in calls] == [(0, 0, 0), (1, 0, 0)]
+
+
 def test_a_name_that_comes_again_in_another_size_is_another_branch_of_the_step() -> None:
     timeline = Timeline()
     for step, level in enumerate((1.0, 0.5)):
