@@ -244,6 +244,18 @@ def test_a_nan_is_computed_through_and_forgotten(backend: str, at: int) -> None:
     assert any(stack.flags[5:])
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"), [(torch.nan, "not finite"), (1e6, "too large to be measured")]
+)
+def test_the_reason_says_what_is_wrong_with_a_number(value: float, reason: str) -> None:
+    stack = Stack(cache_ratio_threshold=1.0, num_warmup_steps=1)
+    for index, level in enumerate(levels(8)):
+        stack(ones(value if index == 3 else 1.0), level)
+    found = [row["reason"] for row in stack.engine.trace()]
+    assert found[3] == reason
+    assert len({"not finite", "too large to be measured"} & set(found)) == 1
+
+
 @pytest.mark.parametrize("backend", ["Fb", "Tea", "TaylorSeer", "Ada"])
 def test_a_span_whose_output_was_not_seen_is_computed(backend: str) -> None:
     """The model leaves out the last block; these gates do not look at the span itself, and skip."""

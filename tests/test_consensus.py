@@ -13,6 +13,7 @@ from consensus_worker import EXPONENT, SHARDINGS, make, raised, round_trip
 from support.worlds import run_world
 
 from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
+from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.measurements.moments import CHANGE, SLOTS, TOKENS, Moments
@@ -206,3 +207,9 @@ def test_nccl_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="use sync_backend='gloo'"):
         make(backend="nccl")
+
+
+def test_nccl_without_a_group_of_its_ranks_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"ranks that decide together, \[0, 1, 2\].*'gloo'"):
+        make(backend="nccl", group=DecisionGroup(ranks=(0, 1, 2)))

@@ -6,7 +6,9 @@ tests of their own on arithmetic blocks: `test_passage.py`, and `test_stages.py`
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -267,3 +269,24 @@ def test_what_the_model_adds_between_blocks_is_counted_once(flux: Flux, granular
     # Within a span the anchor's residual holds the old additions; after it come the new ones.
     ends = [i for i in range(6) if i == 5 or spans[i + 1] != spans[i]]
     torch.testing.assert_close(skipped, computed + (new - old)[ends].sum(0))
+
+
+@every_forecaster
+def test_removal_frees_every_anchor_at_once(flux: Flux, forecaster: str) -> None:
+    """Without the garbage collector, which may not come for long while a GPU's memory is full."""
+    flux.cache(granularity=3, forecaster=forecaster)()
+    anchors = [
+        weakref.ref(tensor)
+        for local in flux.engine.branches.values()
+        for patches in local.memories.values()
+        for memory in patches.values()
+        for anchor in memory.anchors
+        for tensor in (anchor.inputs.hidden_states, anchor.residual.hidden_states)
+    ]
+    assert anchors and all(anchor() is not None for anchor in anchors)
+    gc.disable()
+    try:
+        remove_cache(flux.transformer)
+        assert [anchor() for anchor in anchors] == [None] * len(anchors)
+    finally:
+        gc.enable()

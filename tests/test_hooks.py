@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
 from support.tiny_models import tiny_flux
 from torch import nn
 
@@ -289,3 +289,38 @@ def test_two_cached_transformers_of_one_class_do_not_touch_each_other() -> None:
     remove_cache(one)
     assert get_cache_statistics(other) == statistics
     assert (statistics["steps"], statistics["block_approx_ratio"]) == (3, pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_a_cache_of_diffusers_beside_ours_is_named_once(
+    transformer: nn.Module, caplog: pytest.LogCaptureFixture, first: str
+) -> None:
+    def said() -> list[str]:
+        return [r.message for r in caplog.records if r.message.startswith("Two caches")]
+
+    def ours() -> None:
+        apply_cache_on_transformer(transformer, cache_ratio_threshold=0.0)
+
+    def theirs() -> None:
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+
+    def call() -> None:
+        with transformer.cache_context("cond"):
+            transformer(**forward_kwargs())
+
+    for put in (theirs, ours) if first == "theirs" else (ours, theirs):
+        assert said() == []
+        put()
+    call()
+    call()
+    (message,) = said()
+    assert "Fast of xfuser_fastcache" in message and "(FirstBlockCacheConfig)" in message
+    assert "FluxTransformer2DModel" in message and "disable_cache()" in message
+    remove_cache(transformer)
+    transformer.disable_cache()
+    ours()
+    call()
+    assert len(said()) == 1
+    theirs()
+    call()
+    assert len(said()) == 2

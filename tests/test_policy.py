@@ -145,13 +145,14 @@ def test_a_mask_takes_the_place_of_warm_up_last_step_longest_run_and_gate() -> N
     assert judged(rules, LOUD, anchor=None) == ([(False, "no anchor")], False)
 
 
+@pytest.mark.parametrize("why", ["not finite", "too large to be measured"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_poisoned_vector_makes_all_compute(masked: bool) -> None:
+def test_a_poisoned_vector_makes_all_compute(masked: bool, why: str) -> None:
     rules = rules_of(steps_mask=MASK if masked else None)
     shared = shared_at(rules, 3, 4, QUIET)
-    shared.poisoned = True
+    shared.poisoned = why
     found, forced = judge(rules, shared, call_at(4))
-    assert ([j.reason for j in found], forced) == (["not finite"], True)
+    assert ([j.reason for j in found], forced) == ([why], True)
 
 
 def test_an_anchor_is_too_old_after_so_many_steps_whoever_saw_them() -> None:
@@ -263,3 +264,6 @@ def test_a_sighting_names_the_anchor_that_a_group_is_measured_against() -> None:
     # What follows the steps of the whole stack is measured against the step before.
     tea = rules_of(use_cache="Tea", cache_ratio_threshold=0.1)
     assert sighting(tea, shared_at(tea, 2, 5, None), 0, call_at(5)).anchor_level == level_of(4)
+    # What the first block puts out, against the last step at which nothing was skipped.
+    first = rules_of(use_cache="Fb", cache_ratio_threshold=0.1)
+    assert sighting(first, shared_at(first, 2, 5, None), 0, call_at(5)).anchor_level == level_of(2)

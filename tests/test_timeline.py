@@ -100,6 +100,22 @@ def test_a_name_that_comes_again_at_the_same_timestep_starts_a_generation(
     assert found == [(generation, 0, b) for generation in (0, 1) for b in range(len(names))]
 
 
+def test_a_name_that_comes_again_at_one_step_of_a_context_starts_a_generation() -> None:
+    """The context knows no better: a picture of one step looks like that."""
+    timeline = Timeline()
+    calls = [opened(timeline, 1.0, name="cond", context_step=0) for _ in range(2)]
+    assert [place(call) for call in calls] == [(0, 0, 0), (1, 0, 0)]
+
+
+def test_a_name_that_comes_again_in_another_size_is_another_branch_of_the_step() -> None:
+    timeline = Timeline()
+    for step, level in enumerate((1.0, 0.5)):
+        found = [opened(timeline, level, name="cond", shape=shape) for shape in (SMALL, LARGE)]
+        assert [place(call) for call in found] == [(0, step, 0), (0, step, 1)]
+    # In a size that the step has had it is a generation.
+    assert place(opened(timeline, 0.5, name="cond", shape=LARGE)) == (1, 0, 0)
+
+
 def test_a_named_branch_keeps_its_index_whoever_else_is_called() -> None:
     timeline = Timeline()
     steps = {1.0: "ab", 0.8: "b", 0.6: "cba", 0.4: "c", 0.2: "ca"}

@@ -113,8 +113,6 @@ def apply_cache_on_transformer(
             "and no pipeline holds this transformer; pass scheduler=pipe.scheduler"
         )
     request = Request.of(config)
-    if isinstance(transformer, nn.Module):
-        refuse_compiled(transformer, request.whole_forward)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
@@ -122,6 +120,8 @@ def apply_cache_on_transformer(
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
     counts = TokenCounts(adapter.image_tokens if group.stages == 1 else None, group.shard)
     held = blocks_held(model, adapter)
+    blocks = [block for listed in held.values() for block in listed]
+    refuse_compiled(transformer, blocks, request.whole_forward)
     kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
     request.check(kinds, group)
     config = request.config
@@ -134,11 +134,10 @@ def apply_cache_on_transformer(
     )
     try:
         layout.follow(consensus)
-        plan = drawn(request, model, adapter, consensus, counts)
+        plan = drawn(request, transformer, model, adapter, consensus, counts)
         engine = CacheEngine(plan, consensus, _clock(transformer, config))
         pulse = PresentScheduler(transformer, scheduler)
         reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
-        blocks = [block for listed in held.values() for block in listed]
         attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
         attachment.attach(engine, reader)
     except BaseException:

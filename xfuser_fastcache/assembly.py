@@ -30,6 +30,7 @@ from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER
 from xfuser_fastcache.models.token_layout import TokenCounts
+from xfuser_fastcache.models.wrappers import gathered
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 from xfuser_fastcache.reports.statistics import BlockInfo
 from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
@@ -118,7 +119,7 @@ def adapter_of(model: nn.Module) -> type[ModelAdapter]:
 
 
 def blocks_held(model: nn.Module, adapter: type[ModelAdapter]) -> dict[str, list[nn.Module]]:
-    """Return the blocks that this rank holds, by the list that holds them."""
+    """Return the blocks that this rank holds as they are called, by the list that holds them."""
     return {name: list(getattr(model, name)) for name in adapter.block_lists}
 
 
@@ -132,6 +133,7 @@ def block_lists_of(held: dict[str, list[nn.Module]]) -> tuple[BlockList, ...]:
 
 def drawn(
     request: Request,
+    transformer: nn.Module,
     model: nn.Module,
     adapter: type[ModelAdapter],
     consensus: Consensus,
@@ -141,7 +143,8 @@ def drawn(
 
     Args:
         request: that was checked.
-        model: the diffusers model, or a pipeline stage's part of one.
+        transformer: that the pipeline calls.
+        model: in it: the diffusers model, or a pipeline stage's part of one.
         adapter: of its family.
         consensus: knows what the other stages hold.
         counts: how many tokens of a forward pass are the image's.
@@ -156,7 +159,8 @@ def drawn(
     gate = gate_of(config, request.fitted, adapter.tea_polynomial)
     apart = Probe.FIRST_RESIDUAL in gate.probes
     infos = _block_infos(tuple(held), consensus, config.granularity, apart)
-    _check_files(request, model, adapter, len(infos))
+    with gathered(transformer):
+        _check_files(request, model, adapter, len(infos))
     contracts: list[BlockContract | ForwardContract] = list(of_blocks)
     dim = adapter.dim(model)
     tokens: TokenPlan = NoTokenPlan()
@@ -173,7 +177,8 @@ def drawn(
         maps = request.maps.of[config.methods.forecaster.takes_maps]
 
     def modulated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        return of_blocks[0].image_of(adapter.modulated_input(blocks[0], args, kwargs))
+        with gathered(blocks[0]):
+            return of_blocks[0].image_of(adapter.modulated_input(blocks[0], args, kwargs))
 
     return Blueprint(
         config=config,
@@ -219,8 +224,7 @@ def _token_plan(
         )
         methods = ()
     attention_costs = [
-        sum(map(parameters_of, contract.attention_of(block).values())) / parameters_of(block)
-        for block, contract in zip(blocks, contracts, strict=True)
+        _attention_cost(block, contract) for block, contract in zip(blocks, contracts, strict=True)
     ]
     # They keep the last residual, which is what these maps correct.
     static = None if request.maps is None else request.maps.of["linear"]
@@ -239,8 +243,18 @@ def _check_return_order(config: CacheConfig, contracts: dict[str, BlockContract]
 
 
 def parameters_of(block: nn.Module) -> int:
-    """Return the number of a module's parameters."""
-    return sum(parameter.numel() for parameter in block.parameters())
+    """Return the number of a block's parameters, of the whole where FSDP has cut them."""
+    with gathered(block):
+        return _numel(block)
+
+
+def _attention_cost(block: nn.Module, contract: BlockContract) -> float:
+    with gathered(block):
+        return sum(map(_numel, contract.attention_of(block).values())) / _numel(block)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _block_infos(

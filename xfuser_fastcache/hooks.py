@@ -1,15 +1,16 @@
 """Puts the engine around a transformer and each of its blocks, on diffusers' own hooks.
 
-Where a module was compiled by `module.compile()`, the engine stands in front of what was compiled:
-a hook within would be compiled with it, anew for each block. So all blocks of a class share a graph
-as they do uncached, and a skipped block costs no compiled call.
+Where a module was compiled, by itself or by a wrapper in its place, the engine stands in front of
+what was compiled: a hook within would be compiled with it, anew for each block. So all blocks of a
+class share a graph as they do uncached, and a skipped block costs no compiled call. Nor are the
+weights of a skipped block gathered where FSDP has cut them.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,10 @@ from torch import nn
 from xfuser_fastcache.clock.clock import Reader
 from xfuser_fastcache.clock.ownership import TransformerInUse
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.models.wrappers import acts_in_call, beneath_accelerate
 from xfuser_fastcache.tokens.base import CannotForecast
+
+logger = logging.getLogger("xfuser_fastcache")
 
 HOOK = "xfuser_fastcache"
 CONTEXT_HOOK = "xfuser_fastcache_context"
@@ -34,17 +38,22 @@ _COMPILE_INSTEAD = (
 )
 
 
-def refuse_compiled(transformer: nn.Module, whole_forward: bool) -> None:
+def refuse_compiled(
+    transformer: nn.Module, blocks: Iterable[nn.Module], whole_forward: bool
+) -> None:
     """Refuse a transformer whose compiled code would run past the cache or contain it.
 
     Args:
         transformer: that is to be cached.
-        whole_forward: whether the forecaster stands in for the whole forward pass.
+        blocks: of it; each of them may be wrapped by torch.compile.
+        whole_forward: whether the forecaster stands in for the whole forward pass; then the
+            transformer may be as well.
 
     Raises:
         ValueError: it says what to compile instead.
     """
-    if any(map(is_compiled_module, transformer.modules())):
+    allowed = {*blocks, *([transformer] if whole_forward else [])}
+    if any(is_compiled_module(part) and part not in allowed for part in transformer.modules()):
         what = "is wrapped by torch.compile(module), or holds modules that are"
     elif transformer._compiled_call_impl is not None and not whole_forward:
         what = "is compiled as a whole, which leaves nothing between its blocks"
@@ -118,6 +127,7 @@ class TransformerHook(_CacheHook):
         if torch.compiler.is_compiling():
             _refuse_tracing(module)
         self.attachment.follow_compilation()
+        self.attachment.warn_of_diffusers(self.engine.config.use_cache)
         engine = self.engine
         with engine.clock.ownership.visit(self.reader.scheduler.pass_over):
             try:
@@ -208,41 +218,42 @@ class ContextHook(_CacheHook):
         return module
 
 
-class _CompiledCall:
-    """Takes the place of a module's compiled call, and leaves what is compiled as it was.
+class _Call:
+    """Takes the place of a module's call, and leaves all that happens in it as it was.
+
+    torch calls what `module.compile()` has left on the module in place of its hooks and forward; so
+    this stands there. Set past `__setattr__`, which torch.compile's wrapper hands on inside.
 
     Args:
-        module: that was compiled by `module.compile()`.
+        module: of which something happens in its call; see `acts_in_call`.
         hook: goes around the call.
     """
+
+    NAME = "_compiled_call_impl"
 
     def __init__(self, module: nn.Module, hook: ModelHook):
         self.module = module
         self.hook = hook
         self.compiled = module._compiled_call_impl
         hook.fn_ref = HookFunctionReference()
-        hook.fn_ref.original_forward = self.compiled
+        hook.fn_ref.original_forward = self.compiled or module._call_impl
+        vars(module)[self.NAME] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.hook.new_forward(self.module, *args, **kwargs)
 
+    @classmethod
+    def of(cls, module: nn.Module) -> _Call | None:
+        """Return what stands in a module's place, or None."""
+        found = vars(module).get(cls.NAME)
+        return found if isinstance(found, cls) else None
 
-@contextmanager
-def _beneath_accelerate(module: nn.Module) -> Iterator[None]:
-    """Let hooks be put on and taken off beneath accelerate's.
-
-    diffusers takes accelerate's off and puts them on again after each generation (model CPU
-    offload), and with them would go what stands on top of them.
-    """
-    if "_old_forward" not in module.__dict__:
-        yield
-        return
-    wrapped: Any = module
-    outer, wrapped.forward = wrapped.forward, wrapped._old_forward
-    try:
-        yield
-    finally:
-        wrapped._old_forward, wrapped.forward = wrapped.forward, outer
+    def leave(self) -> None:
+        """Give the place back."""
+        if self.compiled is None:
+            del vars(self.module)[self.NAME]
+        else:
+            vars(self.module)[self.NAME] = self.compiled
 
 
 def _registry(module: nn.Module) -> HookRegistry:
@@ -289,11 +300,14 @@ class Attachment:
         # Names that were in a module's own dictionary before; the hooks may add the others.
         self._before: dict[nn.Module, frozenset[str]] = {}
         self._block_hooks: list[tuple[nn.Module, BlockHook]] = []
-        # Modules whose compiled call we stand in front of.
-        self._compiled: list[nn.Module] = []
+        # Modules in front of whose call we stand.
+        self._called: list[nn.Module] = []
+        # Configuration of a cache of diffusers' that was warned of.
+        self._beside: Any = None
 
     def attach(self, engine: CacheEngine, reader: Reader) -> None:
         """Put the hooks on, all or none."""
+        self.warn_of_diffusers(engine.config.use_cache)
         try:
             self._attach(engine, reader)
         except BaseException:
@@ -316,20 +330,38 @@ class Attachment:
         """Go around what blocks have been compiled to since the hooks were put on."""
         for block, hook in self._block_hooks:
             compiled = block._compiled_call_impl
-            if compiled is not None and not isinstance(compiled, _CompiledCall):
+            if compiled is not None and _Call.of(block) is None:
                 self._unregister(block)
                 self._put(block, hook)
 
+    def warn_of_diffusers(self, own: str) -> None:
+        """Say once where diffusers' `enable_cache` has put a cache of its own beside this one.
+
+        Args:
+            own: name of ours.
+        """
+        config, warned_of = getattr(self.model, "_cache_config", None), self._beside
+        self._beside = config
+        if config is None or config is warned_of:
+            return
+        logger.warning(
+            "Two caches are on this %s: %s of xfuser_fastcache, and diffusers' by "
+            "enable_cache(%s). Each skips what the other would have measured, and diffusers' "
+            "decides on each rank by itself. Call remove_cache(transformer) and "
+            "transformer.disable_cache(), then put one of them on again.",
+            *(type(self.model).__name__, own, type(config).__name__),
+        )
+
     def _put(self, module: nn.Module, hook: ModelHook) -> None:
-        if module._compiled_call_impl is None:
-            self._register(module, hook)
+        if acts_in_call(module):
+            _Call(module, hook)
+            self._called.append(module)
         else:
-            module._compiled_call_impl = _CompiledCall(module, hook)
-            self._compiled.append(module)
+            self._register(module, hook)
 
     def _register(self, module: nn.Module, hook: ModelHook, name: str = HOOK) -> None:
         self._before.setdefault(module, frozenset(module.__dict__))
-        with _beneath_accelerate(module):
+        with beneath_accelerate(module):
             _registry(module).register_hook(hook, name)
 
     def _unregister(self, module: nn.Module) -> None:
@@ -338,7 +370,7 @@ class Attachment:
         if before is None:
             return
         registry = _registry(module)
-        with _beneath_accelerate(module):
+        with beneath_accelerate(module):
             for name in (HOOK, CONTEXT_HOOK):
                 registry.remove_hook(name, recurse=False)
             if not registry.hooks:
@@ -350,16 +382,17 @@ class Attachment:
         """Take the hooks off."""
         for module in list(self._before):
             self._unregister(module)
-        for module in self._compiled:
-            if isinstance(module._compiled_call_impl, _CompiledCall):
-                module._compiled_call_impl = module._compiled_call_impl.compiled
+        for module in self._called:
+            call = _Call.of(module)
+            if call is not None:
+                call.leave()
         _forget_children(self.model)
 
 
 def hook_on(transformer: nn.Module) -> TransformerHook | None:
     """Return the cache's hook on `transformer`, or None."""
-    compiled = getattr(transformer, "_compiled_call_impl", None)
-    if isinstance(compiled, _CompiledCall):
-        return compiled.hook
+    call = _Call.of(transformer)
+    if call is not None:
+        return call.hook
     registry = transformer.__dict__.get("_diffusers_hook")
     return registry.get_hook(HOOK) if registry is not None else None

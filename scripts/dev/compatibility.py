@@ -54,6 +54,7 @@ from scripts.dev._features import (
     offload_groups,
     offload_layers,
     offload_model,
+    replace_blocks,
     scheduled,
     sixteen_channels,
     stopped,
@@ -72,20 +73,24 @@ def _compiling() -> list[Check]:
     row = partial(Check, "torch.compile")
     by_hand = "every `block.compile(fullgraph=True)`"
     regional = "`compile_repeated_blocks(fullgraph=True)`"
+    replaced = "`torch.compile(block)` in each block's place, xDiT's runner"
     whole, wrapper = "`transformer.compile()`", "`torch.compile(transformer)`"
     forward = "`transformer.forward = torch.compile(...)`, xDiT's `--use_torch_compile`"
     output = {"forecaster": "output"}
     cached, at_once, in_time = with_cache(), "Compile its blocks in place", "reached into the cache"
     return [
         *(
-            row(f"{what}, {when} the cache", model, compiles(compile_blocks, when), slow=slow)
-            for what, model, when, slow in (
-                (regional, "flux", BEFORE, False),
-                (regional, "flux", AFTER, False),
-                (by_hand, "sd3", BEFORE, True),
-                (by_hand, "sd3", AFTER, True),
-                (by_hand, "pixart", BEFORE, True),
-                (by_hand, "pixart", AFTER, True),
+            row(f"{what}, {when} the cache", model, compiles(how, when), slow=slow)
+            for what, how, model, when, slow in (
+                (regional, compile_blocks, "flux", BEFORE, False),
+                (regional, compile_blocks, "flux", AFTER, False),
+                (by_hand, compile_blocks, "sd3", BEFORE, True),
+                (by_hand, compile_blocks, "sd3", AFTER, True),
+                (by_hand, compile_blocks, "pixart", BEFORE, True),
+                (by_hand, compile_blocks, "pixart", AFTER, True),
+                (replaced, replace_blocks, "flux", BEFORE, False),
+                (replaced, replace_blocks, "sd3", BEFORE, True),
+                (replaced, replace_blocks, "pixart", BEFORE, True),
             )
         ),
         row(

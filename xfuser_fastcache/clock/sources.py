@@ -91,7 +91,7 @@ class Past:
         level: its sigma.
         latents: what it was given; calls of one step are given the same tensor.
         shape: batch, tokens, dtype, device.
-        called: of its step, what the calls of each denoiser went by.
+        called: of its step, what the calls of each denoiser went by, and their shapes.
     """
 
     index: int | None
@@ -100,15 +100,16 @@ class Past:
     level: float
     latents: weakref.ReferenceType[torch.Tensor]
     shape: object = None
-    called: dict[int, list[object]] = field(default_factory=dict)
+    called: dict[int, list[tuple[object, object]]] = field(default_factory=dict)
 
     def is_of_same_step(self, arrival: Arrival) -> bool:
         """Say whether the calls are given the same tensor, as those of one step are."""
         return self.latents() is arrival.latents
 
     def has_called(self, arrival: Arrival) -> bool:
-        """Say whether this step has had this branch, by its name."""
-        return arrival.name is not None and arrival.name in self.called.get(arrival.denoiser, ())
+        """Say whether this step has had this branch, by its name and shape."""
+        branch = arrival.name, arrival.shape
+        return arrival.name is not None and branch in self.called.get(arrival.denoiser, ())
 
     def repeats(self, arrival: Arrival) -> bool:
         """Say whether this looks like a branch that the step has had: by its name, or else since

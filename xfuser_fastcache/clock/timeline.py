@@ -163,11 +163,11 @@ class Timeline:
         self.source = source
         return spot
 
-    def _branch_of(self, arrival: Arrival, called: dict[int, list[object]]) -> int:
+    def _branch_of(self, arrival: Arrival, called: dict[int, list[tuple[object, object]]]) -> int:
         """Return the branch of a forward pass, and note it among the calls of its step."""
         of_step = called.setdefault(arrival.denoiser, [])
         goes_by = len(of_step) if arrival.name is None else arrival.name
-        of_step.append(goes_by)
+        of_step.append((goes_by, arrival.shape))
         known = self._branches.setdefault(arrival.denoiser, {})
         return known.setdefault((goes_by, arrival.shape), len(known))
 

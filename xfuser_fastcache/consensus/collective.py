@@ -117,6 +117,11 @@ class Consensus:
             raise ValueError(
                 "sync_backend='nccl' needs a CUDA device and there is none; use sync_backend='gloo'"
             )
+        if backend == "nccl" and group.world_size > 1 and group.device_group is None:
+            raise ValueError(
+                "sync_backend='nccl' needs a process group of the ranks that decide together, "
+                f"{list(group.ranks)}, and this layout has none; use sync_backend='gloo'"
+            )
         self.group = group
         self.timeout_s = timeout_s
         self.collectives = 0

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch.distributed as dist
 from torch import nn
 
+from xfuser_fastcache.models.wrappers import unwrapped
+
 if TYPE_CHECKING:
     from xfuser_fastcache.consensus.collective import Consensus
 
@@ -121,8 +123,8 @@ class PlainLayout:
         return True
 
     def model_of(self, transformer: nn.Module) -> nn.Module:
-        """Return the diffusers model inside `transformer`: itself."""
-        return transformer
+        """Return the diffusers model: itself, or what torch has put a wrapper around."""
+        return unwrapped(transformer)
 
     def decision_group(
         self, transformer: nn.Module | None = None, whole_forward: bool = False
@@ -147,7 +149,7 @@ class PlainLayout:
             dist.get_rank(),
             counts_tokens=not whole_forward or place == 0,
             shard=0 if whole_forward else place,
-            device_group=self.process_group,
+            device_group=self.process_group or dist.group.WORLD,
         )
 
     def position(self) -> Position:

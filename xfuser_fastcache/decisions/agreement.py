@@ -16,7 +16,7 @@ from xfuser_fastcache.consensus.collective import Consensus, GatherTicket
 from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
 from xfuser_fastcache.decisions import policy
 from xfuser_fastcache.decisions.audits import audit_of, did_harm
-from xfuser_fastcache.decisions.log import Decision, DecisionLog
+from xfuser_fastcache.decisions.log import NOT_FINITE, TOO_LARGE, Decision, DecisionLog
 from xfuser_fastcache.decisions.policy import Rules
 from xfuser_fastcache.measurements.moments import Moments
 from xfuser_fastcache.reports.statistics import Counters
@@ -132,7 +132,7 @@ class Agreement:
             return StepPlan([True] * len(shared.spans)) if done else shared.step_plan
         self._receive_due(shared)
         judgements, _ = policy.judge(self.rules, shared, following)
-        return StepPlan([judged.skip for judged in judgements], shared.poisoned)
+        return StepPlan([judged.skip for judged in judgements], bool(shared.poisoned))
 
     def post(self, call: Call, pending: torch.Tensor) -> None:
         """Send the moments measured since the last post on their way, and start them anew.
@@ -171,7 +171,7 @@ class Agreement:
                 harmful = did_harm(error, self.config.cache_ratio_threshold)
                 self.counters.record_audit(ticket.header.generation, harmful)
         shared.waited_s += self.consensus.wait_s - waited_s
-        broken = 0
+        nonfinite = overflow = 0
         for group, numbers, sighting in zip(shared.groups, reduced, sightings, strict=True):
             if sighting is None:
                 group.moments = None
@@ -180,9 +180,10 @@ class Agreement:
             group.moments = (moments, sighting)
             group.exponent = moments.next_exponent(sighting.exponent)
             # What is too large to be measured does not matter where nothing rests on it.
-            broken += moments.nonfinite + (0 if self._foregone else moments.overflow)
-        shared.poisoned = broken > 0
-        if broken:
+            nonfinite += moments.nonfinite
+            overflow += 0 if self._foregone else moments.overflow
+        shared.poisoned = NOT_FINITE if nonfinite else TOO_LARGE if overflow else None
+        if shared.poisoned:
             self.counters.nonfinite_steps += 1
             if not self._warned:
                 self._warned = True
@@ -196,8 +197,9 @@ class Agreement:
         rules = self.rules
         judgements, shared.forced = policy.judge(rules, shared, call)
         skip = [judged.skip for judged in judgements]
-        all_tokens = rules.warms_up(call) or call.is_last_step or shared.poisoned
-        shared.step_plan = StepPlan(skip, shared.poisoned, all_tokens, self._moving(shared, call))
+        distrust = bool(shared.poisoned)
+        all_tokens = rules.warms_up(call) or call.is_last_step or distrust
+        shared.step_plan = StepPlan(skip, distrust, all_tokens, self._moving(shared, call))
         self.counters.record(call, skip)
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0

@@ -17,7 +17,6 @@ from xfuser_fastcache.decisions.log import (
     FIRST_BLOCK,
     LAST_STEP,
     NO_ANCHOR,
-    NOT_FINITE,
     NOT_MEASURED,
     OFF,
     STEPS_MASK,
@@ -122,7 +121,7 @@ def _reason_to_compute(rules: Rules, shared: SharedState, call: Call) -> str | N
     elif call.is_last_step:
         return LAST_STEP
     if shared.poisoned:
-        return NOT_FINITE
+        return shared.poisoned
     return SYNCHRONOUS if rules.lag and not call.position.patched else None
 
 

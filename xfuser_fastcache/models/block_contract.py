@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from xfuser_fastcache.models.signatures import metadata_of, parameters_of
 from xfuser_fastcache.models.streams import ENCODER, HIDDEN, Streams
 from xfuser_fastcache.models.token_layout import TokenCounts, TokenLayout
+from xfuser_fastcache.models.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class BlockContract:
         Raises:
             ValueError: nothing says what the block returns.
         """
-        kind: Any = type(block)
+        kind: Any = type(unwrapped(block))
         known, returns = metadata_of(kind), self.returns
         hidden, encoder = self.hidden, self.encoder
         if known is not None:
@@ -123,7 +124,7 @@ class BlockContract:
             returns = returns or tuple(found[place] for place in sorted(found))
         if not returns:
             raise ValueError(
-                f"what {type(block).__name__} returns is not known: diffusers' registry of blocks "
+                f"what {kind.__name__} returns is not known: diffusers' registry of blocks "
                 "has none of that name. State it: BlockContract(returns=('hidden_states',))."
             )
         return replace(

@@ -118,7 +118,8 @@ class SharedState:
         sightings: of the moments measured since the last post, one a group; None where nothing was.
         audit: of the current step; None where nothing is audited.
         posted: vectors not yet used, oldest first.
-        poisoned: whether the last reduced vector was not finite or overflowed.
+        poisoned: why the last reduced vector cannot be weighed: it was not finite, or its sums
+            overflowed; None where it can.
         token_counts: those of the last reduced vector, of one rank after the other.
         waited_s: seconds that this rank waited for it; the one thing here that ranks do not share.
     """
@@ -132,7 +133,7 @@ class SharedState:
     sightings: list[Sighting | None] = field(default_factory=list)
     audit: Audit | None = None
     posted: list[Posted] = field(default_factory=list)
-    poisoned: bool = False
+    poisoned: str | None = None
     token_counts: list[int] = field(default_factory=list)
     waited_s: float = 0.0
 

@@ -157,6 +157,7 @@ def _patch_envs(envs: ModuleType) -> None:
         "_is_hip": False,
         "get_device_version": None,
         "get_torch_distributed_backend": "gloo",
+        "PACKAGES_CHECKER._on_rdna4": False,
     }
     packages = require(envs, "PACKAGES_CHECKER.packages_info")
     if "has_long_ctx_attn" not in packages:

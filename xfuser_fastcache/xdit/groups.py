@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from datetime import timedelta
 from types import CodeType
@@ -14,6 +15,7 @@ from torch import nn
 
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup, Position
+from xfuser_fastcache.models.wrappers import unwrapped
 from xfuser_fastcache.xdit.channels import renew_channels
 from xfuser_fastcache.xdit.gloo_waits import wait_limit
 
@@ -67,13 +69,36 @@ def _coordinators() -> list[Any]:
         parallel_state.get_sp_group(),
         parallel_state.get_pp_group(),
         parallel_state.get_cfg_group(),
+        parallel_state.get_fs_group(),
     ]
+
+
+def deciding_ranks(rank: int, replica: int, sharded: int) -> tuple[int, ...]:
+    """Return all ranks that a rank shares a collective with during a forward pass, by any way.
+
+    xDiT's replicas are runs of so many ranks, and so are the groups that share weights by FSDP; a
+    run of either may reach over a border of the other. Ranks on two sides of a border that both
+    have in common share nothing.
+
+    Args:
+        rank: global rank.
+        replica: ranks of a model replica: SP x PP x CFG x TP.
+        sharded: `fully_shard_degree`.
+
+    Example:
+        >>> deciding_ranks(5, replica=2, sharded=4)
+        (4, 5, 6, 7)
+    """
+    size = math.lcm(replica, sharded)
+    first = rank - rank % size
+    return tuple(range(first, first + size))
 
 
 class XDiTLayout:
     """The layout that xfuser has set up in this process: SP x PP x CFG x TP decide together.
 
-    Data-parallel replicas and separate VAE ranks stay outside of the decision group.
+    Data-parallel replicas decide together only where they share weights by FSDP: a block that one
+    skips and another one computes would be gathered by one alone. Separate VAE ranks stay outside.
     """
 
     _stages = 1
@@ -93,17 +118,16 @@ class XDiTLayout:
         )
 
     def model_of(self, transformer: nn.Module) -> nn.Module:
-        """Return the diffusers model inside xfuser's wrapper, or the transformer itself."""
+        """Return the diffusers model inside xfuser's and torch's wrappers."""
         from xfuser.model_executor.models import xFuserModelBaseWrapper
 
-        return (
-            transformer.module if isinstance(transformer, xFuserModelBaseWrapper) else transformer
-        )
+        inner = unwrapped(transformer)
+        return unwrapped(inner.module) if isinstance(inner, xFuserModelBaseWrapper) else inner
 
     def decision_group(
         self, transformer: nn.Module | None = None, whole_forward: bool = False
     ) -> DecisionGroup:
-        """Return the ranks of this model replica.
+        """Return the ranks of this model replica, and those that share its weights by FSDP.
 
         Args:
             transformer: that is cached.
@@ -120,26 +144,32 @@ class XDiTLayout:
                 "transformer, so it has nothing to cache and no part in the decisions. Call this "
                 "on the ranks that run the transformer only."
             )
-        replica = parallel_state.get_model_replica_group()
+        replica, sharded = parallel_state.get_model_replica_group(), parallel_state.get_fs_group()
+        rank = dist.get_rank()
+        ranks = deciding_ranks(rank, replica.world_size, sharded.world_size)
         self._stages = parallel_state.get_pipeline_parallel_world_size()
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
         branch = parallel_state.get_classifier_free_guidance_rank()
         shard, counts = 0, parallel_state.get_tensor_model_parallel_rank() == 0
-        cuts_tokens, cuts_guidance = (False, False) if transformer is None else cuts(transformer)
+        cuts_tokens, cuts_guidance = (
+            (False, False) if transformer is None else cuts(unwrapped(transformer))
+        )
         if cuts_tokens and not whole_forward:
             shard = parallel_state.get_sequence_parallel_rank()
         if whole_forward:
             counts = counts and not (cuts_tokens and parallel_state.get_sequence_parallel_rank())
             counts = counts and not (cuts_guidance and branch)
         return DecisionGroup(
-            ranks=tuple(replica.ranks),
-            rank=dist.get_rank(),
+            ranks=ranks,
+            rank=rank,
             stage=parallel_state.get_pipeline_parallel_rank(),
             stages=self._stages,
             counts_tokens=counts,
             shard=shard,
             branch=branch if guidance_is_parallel else None,
-            device_group=replica.device_group,
+            device_group=next(
+                (c.device_group for c in (replica, sharded) if c.world_size == len(ranks)), None
+            ),
             whole_inputs=cuts_tokens and (cuts_guidance or not guidance_is_parallel),
         )
 

@@ -206,6 +206,17 @@ def _one_of(asked: Mapping[str, CacheConfig | None]) -> CacheConfig | None:
     return config
 
 
+def _put_on(pipe: Any, config: CacheConfig) -> None:
+    """Put a cache on behind all that xfuser does, on the ranks that run the transformer."""
+    from xfuser_fastcache.xdit.compiled import compile_by_blocks
+    from xfuser_fastcache.xdit.groups import XDiTLayout, runs_transformer
+    from xfuser_fastcache.xdit.pipeline import put_on
+
+    if runs_transformer():
+        compile_by_blocks(pipe, config, XDiTLayout())
+        put_on(pipe, config)
+
+
 def _wrap(module: ModuleType, path: str, around: Callable[[Any], Callable[..., Any]]) -> None:
     """Put `around(original)` in place of a function or method of xfuser, until `uninstall`."""
     require(module, path)
@@ -257,8 +268,7 @@ def _patch_base_pipeline(module: ModuleType) -> None:
         def __init__(
             self: Any, pipeline: Any, engine_config: Any, cache_args: Any = None, **others: Any
         ) -> None:
-            from xfuser_fastcache.xdit.groups import runs_transformer
-            from xfuser_fastcache.xdit.pipeline import put_on, xFuserFastCachePipelineWrapper
+            from xfuser_fastcache.xdit.pipeline import xFuserFastCachePipelineWrapper
 
             own = _in_cache_args(cache_args)
             wrapper = pipeline if type(pipeline) is xFuserFastCachePipelineWrapper else None
@@ -274,8 +284,8 @@ def _patch_base_pipeline(module: ModuleType) -> None:
             if wrapper is not None:
                 pipeline = wrapper.release_pipeline()
             init(self, pipeline, engine_config, cache_args if own is None else None, **others)
-            if config is not None and runs_transformer():
-                put_on(self, config)
+            if config is not None:
+                _put_on(self, config)
             if wrapper is not None:
                 wrapper.follow_pipeline(self, config)
 
@@ -331,11 +341,7 @@ def _patch_runner(module: ModuleType) -> None:
             config = requested(self.config.cache_method, self.config.cache_config)
             if config is None:
                 return apply(self)
-            from xfuser_fastcache.xdit.groups import runs_transformer
-            from xfuser_fastcache.xdit.pipeline import put_on
-
-            if runs_transformer():
-                put_on(self.pipe, config)
+            _put_on(self.pipe, config)
             require(module, "log")(f"Step cache applied: {config.use_cache} of xfuser_fastcache")
 
         return apply_step_cache
