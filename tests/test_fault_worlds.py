@@ -11,7 +11,7 @@ from xfuser_fastcache.chaos.faults import CACHES, FAULTS, LAYOUTS, LIMIT_S, Worl
 
 ERROR = "named error, then right picture"
 FINE = "right picture"
-OFTEN, SPANS, MASK, *_ = CACHES
+OFTEN, SPANS, MASK, _, NEVER = CACHES
 
 
 def world(fault: str, family: str, layout: str, rank: int, **options: Any) -> World:
@@ -39,7 +39,7 @@ def world(fault: str, family: str, layout: str, rank: int, **options: Any) -> Wo
         (world("other size", "sd3", "pipefusion 2", 1), ERROR),
         (world("other seed", "flux", "ulysses 2", 0, verify_consensus=True), ERROR),
         # A wait inside attention passes its limit, which breaks xfuser's own group.
-        (world("stopped beyond the limit", "pixart", "ulysses 2", 1), ERROR),
+        (world("stopped beyond the limit", "pixart", "ulysses 2", 1, **NEVER), ERROR),
         # Messages stay between the stages.
         (world("exception in a callback on all ranks", "flux", "pipefusion 2", 0), ERROR),
         (world("exception in a block", "sd3", "cfg 2", 1, **SPANS), ERROR),
@@ -72,13 +72,14 @@ class Told:
     """Ranks that end each phase as they are told."""
 
     def __init__(self, **phases: worlds._Phase):
-        self.phases = phases
+        self.phases = {"ready": phase(), **phases}
 
     def run(self, name: str, *_: float) -> worlds._Phase:
         return self.phases[name]
 
 
 RIGHT = {0: ("a", ""), 1: ("b", "")}
+EACH_OTHER = {0: "rank 1 is late", 1: "rank 0 is late"}
 TWO = world("other size", "flux", "ulysses 2", 1)
 
 
@@ -89,10 +90,11 @@ TWO = world("other size", "flux", "ulysses 2", 1)
         (phase(hung=[0], died={1: -6}), phase(), "abort"),
         (phase(pictures={0: ("a", ""), 1: ("c", "")}), phase(), "wrong picture"),
         (phase(pictures={0: ("a", "")}, errors={1: "gloo: timed out"}), phase(), "unnamed error"),
-        (phase(errors=dict.fromkeys((0, 1), "rank 1")), phase(hung=[0]), "hang or abort after"),
-        (phase(errors=dict.fromkeys((0, 1), "rank 1")), phase(errors={0: "x"}), "no recovery"),
+        (phase(pictures={0: ("a", "")}, errors={1: "rank 1 waited"}), phase(), "unnamed error"),
+        (phase(errors=EACH_OTHER), phase(hung=[0]), "hang or abort after"),
+        (phase(errors=EACH_OTHER), phase(errors={0: "x"}), "no recovery"),
         (
-            phase(errors=dict.fromkeys((0, 1), "rank 1")),
+            phase(errors=EACH_OTHER),
             phase(pictures={0: ("a", ""), 1: ("c", "")}),
             "wrong picture after recovery",
         ),

@@ -233,7 +233,12 @@ def main(world: World, rank: int, port: int, cached: bool, wire: Connection, log
         self.apply()
         return self.draw()
 
-    phases = {"reference": reference, "fault": self.suffer, "recovery": self.recover}
+    phases: dict[str, Callable[[], str]] = {
+        "ready": str,
+        "reference": reference,
+        "fault": self.suffer,
+        "recovery": self.recover,
+    }
     while (asked := wire.recv()) != "end":
         try:
             say("picture", (phases[asked](), self.decisions() if asked == "fault" else ""))

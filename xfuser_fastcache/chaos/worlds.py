@@ -189,6 +189,7 @@ def _run(world: World, cached: bool) -> tuple[bool, str, str]:
 
 
 def _judged(world: World, ranks: _Ranks, cached: bool) -> tuple[bool, str, str]:
+    ranks.run("ready", _START_S)  # else the slowest to build its model is late to the meeting
     right = ranks.run("reference", _START_S)
     if len(right.pictures) < world.ranks:
         return False, "no picture without a fault", right.told
