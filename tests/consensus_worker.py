@@ -19,8 +19,8 @@ from xfuser_fastcache.consensus.collective import (  # noqa: E402
     BlockList,
     Consensus,
     ConsensusError,
-    Header,
 )
+from xfuser_fastcache.consensus.header import Header  # noqa: E402
 from xfuser_fastcache.consensus.topology import DecisionGroup, PlainLayout  # noqa: E402
 from xfuser_fastcache.consensus.transfer import HostCopy  # noqa: E402
 from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 from consensus_worker import EXPONENT, SHARDINGS, make, raised, round_trip
 from support.worlds import run_world
 
-from xfuser_fastcache.consensus.collective import DIGEST_BITS, Header
+from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.measurements.moments import CHANGE, SLOTS, TOKENS, Moments

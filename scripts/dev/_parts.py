@@ -17,7 +17,8 @@ from torch.utils.benchmark import Timer
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.backends import FORECASTERS, gate_of
 from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.consensus.collective import Consensus, Header
+from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.consensus.header import Header
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.measurements.moments import SLOTS, Moments, Reference, measure

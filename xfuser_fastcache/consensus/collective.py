@@ -1,4 +1,4 @@
-"""One all-reduce a step: the gate's input becomes the same bits on every rank.
+"""One vector a step, summed over all ranks: the gate's input becomes the same bits on each of them.
 
 The vector is a header and the groups of moments. Each header field rides as value and square;
 the sums equal world size times one's own exactly when all ranks agree (zero variance), so every
@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from xfuser_fastcache.consensus.doubling import reduce_at_once
+from xfuser_fastcache.consensus.header import HEADER, Header
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.consensus.transfer import HostCopy, Resident
 
-# Each field as value and square: generation, step, branch, digest.
-HEADER = 8
-DIGEST_BITS = 24
-PROTOCOL = 1
+PROTOCOL = 2
 _MAX_BLOCK_LISTS = 4
 
 
@@ -60,30 +59,6 @@ class BlockList:
     cost: int
 
 
-@dataclass(frozen=True)
-class Header:
-    """Which decision a vector belongs to.
-
-    Attributes:
-        generation: counts from 0.
-        step: denoising step within the generation, from 0.
-        branch: index of the CFG call within the step, from 0.
-        digest: `DIGEST_BITS` bits of everything decided so far.
-    """
-
-    generation: int
-    step: int
-    branch: int
-    digest: int
-
-    def fields(self) -> dict[str, int]:
-        """Return the fields by name."""
-        return vars(self)
-
-    def __str__(self) -> str:
-        return f"generation {self.generation}, step {self.step}, branch {self.branch}"
-
-
 @dataclass
 class Ticket:
     """A posted vector that may still be on its way.
@@ -92,6 +67,7 @@ class Ticket:
         header: which decision it belongs to.
         moments: this rank's, int64 `(groups, slots)`.
         sequence: counts posted vectors.
+        at_once: whether it leaves when it is awaited, and the wait itself carries it.
         vector: header and moments, once they are in the collective.
         work: that collective.
     """
@@ -99,6 +75,7 @@ class Ticket:
     header: Header
     moments: HostCopy
     sequence: int
+    at_once: bool = False
     vector: torch.Tensor | None = None
     work: Any = None
 
@@ -223,18 +200,20 @@ class Consensus:
         """What it has been used for so far."""
         return Usage(self.collectives, self.wait_s)
 
-    def post(self, header: Header, moments: torch.Tensor) -> Ticket:
+    def post(self, header: Header, moments: torch.Tensor, at_once: bool = False) -> Ticket:
         """Send this rank's moments on their way; every rank does, at every step, always.
 
         Args:
             header: which decision this is.
             moments: int64 `(groups, slots)` on any device.
+            at_once: whether all ranks await it next, and none of them anything of another before.
         """
         self.collectives += 1
         # NCCL reduces where the moments are, so that only the sums come to the host.
-        copy = HostCopy(moments) if self._device.type == "cpu" else Resident(moments)
-        ticket = Ticket(header, copy, self.collectives)
-        if self._distributed:
+        on_host = self._device.type == "cpu"
+        copy = HostCopy(moments) if on_host else Resident(moments)
+        ticket = Ticket(header, copy, self.collectives, at_once and on_host)
+        if self._distributed and not ticket.at_once:
             self._outgoing.append(ticket)
             self._send(until=None)
         return ticket
@@ -247,17 +226,17 @@ class Consensus:
         """
         while self._outgoing and (until is not None or self._outgoing[0].moments.arrived):
             ticket = self._outgoing.pop(0)
-            fields = ticket.header.fields().values()
-            head = [number for value in fields for number in (value, value * value)]
-            payload = ticket.moments.wait().reshape(-1)
-            start = torch.tensor(head, dtype=torch.int64, device=self._device)
-            ticket.vector = torch.cat((start, payload))
+            ticket.vector = self._vector(ticket)
             ticket.work = self._all_reduce(ticket.vector, ticket.header)
             if ticket is until:
                 break
 
+    def _vector(self, ticket: Ticket) -> torch.Tensor:
+        start = torch.tensor(ticket.header.numbers(), dtype=torch.int64, device=self._device)
+        return torch.cat((start, ticket.moments.wait().reshape(-1)))
+
     def _all_reduce(self, vector: torch.Tensor, header: Header) -> Any:
-        """The collective; nothing else in the cache communicates during a generation."""
+        """The collective of what nobody waits for; beside `_meet` all that a step sends."""
         self._arrive(str(header))
         try:
             return self._process_group.allreduce([vector])
@@ -274,15 +253,27 @@ class Consensus:
         if not self._distributed:
             return ticket.moments.wait().tolist()
         started = time.perf_counter()
-        if ticket.vector is None:
-            self._send(until=ticket)
+        if ticket.at_once:
+            ticket.vector = self._meet(ticket)
+        else:
+            if ticket.vector is None:
+                self._send(until=ticket)
+            self._finish(ticket.work, str(ticket.header))
         assert ticket.vector is not None
-        self._finish(ticket.work, str(ticket.header))
         numbers = ticket.vector.tolist()
         self.wait_s += time.perf_counter() - started
         self._check(ticket.header, numbers[:HEADER])
         body = torch.tensor(numbers[HEADER:], dtype=torch.int64)
         return body.view(ticket.moments.wait().shape).tolist()
+
+    def _meet(self, ticket: Ticket) -> torch.Tensor:
+        """Reduce a vector that all ranks await."""
+        vector, what = self._vector(ticket), str(ticket.header)
+        self._arrive(what)
+        try:
+            return reduce_at_once(vector, self._process_group, self.timeout_s)
+        except RuntimeError as error:
+            raise self._missing(what, error) from error
 
     def _check(self, header: Header, sums: list[int]) -> None:
         world = self.group.world_size
