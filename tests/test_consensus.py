@@ -61,9 +61,9 @@ def test_ranks_at_different_places_all_raise_and_say_what_differs(
     world: dict[int, dict[str, Any]], case: str, names: str
 ) -> None:
     for rank in RANKS:
-        for message in world[rank]["places"][case]:
-            assert "are at different places" in message
-            assert f"they differ in {names} (own" in message
+        message = world[rank]["places"][case]
+        assert "are at different places" in message
+        assert f"they differ in {names} (own" in message
 
 
 @pytest.mark.gloo
@@ -81,7 +81,7 @@ def test_what_is_posted_first_enters_first_also_where_one_rank_is_late(
 
 @pytest.mark.gloo
 def test_every_post_is_one_collective(world: dict[int, dict[str, Any]]) -> None:
-    posts = 2 * len(SHARDINGS) + 1 + 2 * 5 + 1 + 3
+    posts = 2 * len(SHARDINGS) + 1 + 5 + 1 + 3
     assert [world[rank]["collectives"] for rank in RANKS] == [posts] * 4
 
 
@@ -105,11 +105,6 @@ def test_replicas_never_wait_for_nor_sum_across_each_other(
 
 
 @pytest.mark.gloo
-def test_three_ranks_sum_at_once(world: dict[int, dict[str, Any]]) -> None:
-    assert [world[rank].get("three") for rank in RANKS] == [[[111] * SLOTS]] * 3 + [None]
-
-
-@pytest.mark.gloo
 def test_every_stage_learns_what_all_stages_hold(world: dict[int, dict[str, Any]]) -> None:
     assert all(world[rank]["stages"] == [[4, 2], [0, 6]] for rank in RANKS)
 
@@ -125,10 +120,9 @@ def test_a_rank_that_never_arrives_is_named_within_the_limit(
     world: dict[int, dict[str, Any]],
 ) -> None:
     for rank in (0, 1, 2):
-        for said, seconds in world[rank]["absent"]:
-            assert "Did not arrive: rank 3" in said
-            assert "generation 5, step 6, branch 1" in said
-            assert seconds < 3.0 + 4.0
+        assert "Did not arrive: rank 3" in world[rank]["absent"]
+        assert "generation 5, step 6, branch 1" in world[rank]["absent"]
+        assert world[rank]["absent_s"] < 3.0 + 4.0
 
 
 @pytest.mark.gloo

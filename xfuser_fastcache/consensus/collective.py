@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from xfuser_fastcache.consensus.doubling import reduce_at_once
 from xfuser_fastcache.consensus.header import HEADER, Header
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.consensus.transfer import HostCopy, Resident
@@ -67,16 +66,15 @@ class Ticket:
         header: which decision it belongs to.
         moments: this rank's, int64 `(groups, slots)`.
         sequence: counts posted vectors.
-        at_once: whether it leaves when it is awaited, and the wait itself carries it.
-        vector: header and moments, once they are in the collective.
-        work: that collective.
+        rows: int64 `(rows, numbers)`, headers and moments that add up to those of all ranks; None
+            before they are on their way, unknown until they have arrived.
+        work: the collective that brings them.
     """
 
     header: Header
     moments: HostCopy
     sequence: int
-    at_once: bool = False
-    vector: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     work: Any = None
 
 
@@ -200,20 +198,18 @@ class Consensus:
         """What it has been used for so far."""
         return Usage(self.collectives, self.wait_s)
 
-    def post(self, header: Header, moments: torch.Tensor, at_once: bool = False) -> Ticket:
+    def post(self, header: Header, moments: torch.Tensor) -> Ticket:
         """Send this rank's moments on their way; every rank does, at every step, always.
 
         Args:
             header: which decision this is.
             moments: int64 `(groups, slots)` on any device.
-            at_once: whether all ranks await it next, and none of them anything of another before.
         """
         self.collectives += 1
         # NCCL reduces where the moments are, so that only the sums come to the host.
-        on_host = self._device.type == "cpu"
-        copy = HostCopy(moments) if on_host else Resident(moments)
-        ticket = Ticket(header, copy, self.collectives, at_once and on_host)
-        if self._distributed and not ticket.at_once:
+        copy = HostCopy(moments) if self._device.type == "cpu" else Resident(moments)
+        ticket = Ticket(header, copy, self.collectives)
+        if self._distributed:
             self._outgoing.append(ticket)
             self._send(until=None)
         return ticket
@@ -226,8 +222,7 @@ class Consensus:
         """
         while self._outgoing and (until is not None or self._outgoing[0].moments.arrived):
             ticket = self._outgoing.pop(0)
-            ticket.vector = self._vector(ticket)
-            ticket.work = self._all_reduce(ticket.vector, ticket.header)
+            ticket.rows, ticket.work = self._spread(self._vector(ticket), str(ticket.header))
             if ticket is until:
                 break
 
@@ -235,13 +230,22 @@ class Consensus:
         start = torch.tensor(ticket.header.numbers(), dtype=torch.int64, device=self._device)
         return torch.cat((start, ticket.moments.wait().reshape(-1)))
 
-    def _all_reduce(self, vector: torch.Tensor, header: Header) -> Any:
-        """The collective of what nobody waits for; beside `_meet` all that a step sends."""
-        self._arrive(str(header))
+    def _spread(self, vector: torch.Tensor, what: str) -> tuple[torch.Tensor, Any]:
+        """The collective; nothing else in the cache communicates during a generation.
+
+        Over gloo each rank sends its vector to each other one, all at the same time, and adds up
+        what it is sent: a message a wait, where gloo's all-reduce has `2 (n - 1)` in a row.
+        """
+        self._arrive(what)
         try:
-            return self._process_group.allreduce([vector])
+            if self._device.type != "cpu":
+                return vector[None], self._process_group.allreduce([vector])
+            copies = vector.repeat(self.group.world_size, 1)
+            rows = torch.empty_like(copies)
+            options = dist.AllToAllOptions()
+            return rows, self._process_group.alltoall_base(rows, copies, [], [], options)
         except RuntimeError as error:
-            raise self._missing(str(header), error) from error
+            raise self._missing(what, error) from error
 
     def wait(self, ticket: Ticket) -> list[list[int]]:
         """Return the reduced moments of a posted vector, one list of integers a group.
@@ -253,27 +257,15 @@ class Consensus:
         if not self._distributed:
             return ticket.moments.wait().tolist()
         started = time.perf_counter()
-        if ticket.at_once:
-            ticket.vector = self._meet(ticket)
-        else:
-            if ticket.vector is None:
-                self._send(until=ticket)
-            self._finish(ticket.work, str(ticket.header))
-        assert ticket.vector is not None
-        numbers = ticket.vector.tolist()
+        if ticket.rows is None:
+            self._send(until=ticket)
+        self._finish(ticket.work, str(ticket.header))
+        assert ticket.rows is not None
+        numbers = ticket.rows.sum(dim=0).tolist()
         self.wait_s += time.perf_counter() - started
         self._check(ticket.header, numbers[:HEADER])
         body = torch.tensor(numbers[HEADER:], dtype=torch.int64)
         return body.view(ticket.moments.wait().shape).tolist()
-
-    def _meet(self, ticket: Ticket) -> torch.Tensor:
-        """Reduce a vector that all ranks await."""
-        vector, what = self._vector(ticket), str(ticket.header)
-        self._arrive(what)
-        try:
-            return reduce_at_once(vector, self._process_group, self.timeout_s)
-        except RuntimeError as error:
-            raise self._missing(what, error) from error
 
     def _check(self, header: Header, sums: list[int]) -> None:
         world = self.group.world_size

@@ -86,7 +86,7 @@ class Agreement:
         shared = self.branch(call.branch)
         for index in self.rules.current:
             shared.sightings[index] = policy.sighting(self.rules, shared, index, call)
-        self.post(call, pending, at_once=not self._foregone)
+        self.post(call, pending)
         if not self._foregone:
             self._receive(shared)
         self._decide(shared, call)
@@ -127,18 +127,17 @@ class Agreement:
         judgements, _ = policy.judge(self.rules, shared, following)
         return StepPlan([judged.skip for judged in judgements], shared.poisoned)
 
-    def post(self, call: Call, pending: torch.Tensor, at_once: bool = False) -> None:
+    def post(self, call: Call, pending: torch.Tensor) -> None:
         """Send the moments measured since the last post on their way, and start them anew.
 
         Args:
             call: the step that they are posted at.
             pending: int64, see `LocalState`; zeroed here.
-            at_once: whether they are awaited next, on all ranks.
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
         header = Header(call.generation, call.step, call.branch, digest)
-        ticket = self.consensus.post(header, pending, at_once)
+        ticket = self.consensus.post(header, pending)
         shared.posted.append(Posted(ticket, shared.sightings, shared.audit))
         shared.sightings, shared.audit = [None] * len(shared.groups), None
         pending.zero_()
