@@ -218,9 +218,8 @@ def main(arguments: list[str]) -> int:
     given = flags.parse_args(arguments)
     if min(given.ranks) < 1 or given.generations < 1 or given.tokens < max(given.ranks):
         flags.error("give at least 1 of --ranks and --generations, and a token a rank")
-    show(
-        {n: run_ranks(n, rank_of, given.tokens, given.generations)[0]["parts"] for n in given.ranks}
-    )
+    asked = given.tokens, given.generations
+    show({ranks: run_ranks(ranks, rank_of, *asked)[0] for ranks in given.ranks})
     return 0
 
 
