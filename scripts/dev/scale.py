@@ -54,7 +54,7 @@ IN_NODE = Link(118.0, 236.0)
 # Half of the round trips over TCP that Pingmesh has published: 216 us and 1.26 ms within a pod,
 # 268 us and 1.34 ms between two.
 IN_POD, ACROSS = Link(108.0, 630.0), Link(134.0, 670.0)
-# FLUX.1-dev, 28 steps, H100, torch.compile (xDiT, docs/performance/flux.md): 4.30 s on one GPU,
+# FLUX.1-dev, 28 steps, H100, torch.compile (the page flux.md of xDiT): 4.30 s on one GPU,
 # 1.63 s on four. A skipped step: from docs/gpu.md, with `output`.
 FLUX = Steps.through(4.30e6 / 28, 1.63e6 / 28, 4, skipped=2200.0)
 
