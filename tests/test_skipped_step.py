@@ -41,8 +41,8 @@ def test_a_transformer_that_gathers_does_so_with_the_noise_alone(
         (gathered,) = {tuple(step.items()) for step in map(_hashable, skipped)}
         ((_, sizes),) = gathered
         assert len(sizes) == 1
-        # 64 tokens of noise and 32 of the picture that is edited, 16 channels each.
-        assert sizes[0] == 96 * 16
+        # 64 tokens of noise and 32 of the picture that is edited, 64 channels each.
+        assert sizes[0] == 96 * 64
 
 
 @pytest.mark.gloo
