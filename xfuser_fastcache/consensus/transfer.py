@@ -1,8 +1,13 @@
-"""How a vector comes to where it is reduced, without anybody waiting for the device."""
+"""What is on its way: to where it is reduced, without anybody waiting for the device, and back."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+
+from xfuser_fastcache.consensus.header import Header
 
 
 class HostCopy:
@@ -40,3 +45,31 @@ class Resident(HostCopy):
     def __init__(self, tensor: torch.Tensor):
         self._event = None
         self._host = tensor.clone()
+
+
+@dataclass
+class Ticket:
+    """A posted vector that may still be on its way.
+
+    Attributes:
+        header: which decision it belongs to.
+        moments: this rank's, int64 `(groups, slots)`.
+        sequence: counts posted vectors.
+        rows: int64 `(rows, numbers)`, headers and moments that add up to those of all ranks; None
+            before they are on their way, unknown until they have arrived.
+        work: the collective that brings them.
+    """
+
+    header: Header
+    moments: HostCopy
+    sequence: int
+    rows: torch.Tensor | None = None
+    work: Any = None
+
+
+@dataclass
+class GatherTicket:
+    """A posted row, and the key to take all ranks' rows by; None where there is but one rank."""
+
+    row: list[int]
+    key: str | None

@@ -12,8 +12,9 @@ import logging
 import torch
 
 from xfuser_fastcache.clock.timeline import Call
-from xfuser_fastcache.consensus.collective import Consensus, GatherTicket
+from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
+from xfuser_fastcache.consensus.transfer import GatherTicket
 from xfuser_fastcache.decisions import policy
 from xfuser_fastcache.decisions.audits import audit_of, did_harm
 from xfuser_fastcache.decisions.log import NOT_FINITE, TOO_LARGE, Decision, DecisionLog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -225,11 +225,21 @@ class BlockContract:
         return image if len(self.returns) == 1 else self._ordered(image, text)
 
     def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what the block would if it put out what it is given; nothing is copied."""
-        image = self.argument(HIDDEN, args, kwargs)
-        if len(self.returns) == 1:
-            return image
-        return self._ordered(image, self.argument(ENCODER, args, kwargs))
+        """Return what the block would if it put out what it is given; nothing is copied.
+
+        Most of a skipped step's blocks do this and no more, so nothing is looked up here.
+        """
+        given = len(args)
+        found = tuple(
+            [args[i] if i < given else kwargs.get(name) for i, name in self._returned_parameters]
+        )
+        return found[0] if len(found) == 1 else found
+
+    @cached_property
+    def _returned_parameters(self) -> list[tuple[int, str]]:
+        """Place and name of the parameters that hold what is returned, in the order of that."""
+        names = [self._parameter(name) for name in self.returns]
+        return [(self.parameters.index(name), name) for name in names]
 
     def _ordered(self, image: torch.Tensor, text: torch.Tensor | None) -> tuple[Any, ...]:
         named = {HIDDEN: image, ENCODER: text}

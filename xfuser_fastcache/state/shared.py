@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from xfuser_fastcache.consensus.collective import Ticket
+from xfuser_fastcache.consensus.transfer import Ticket
 from xfuser_fastcache.measurements.moments import INITIAL_EXPONENT, SLOTS, Moments
 
 
