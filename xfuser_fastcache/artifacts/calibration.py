@@ -307,7 +307,7 @@ def _refuse_wrong_values(fitted: Fitted) -> None:
     for mask in fitted.masks.values():
         if not all(entry in (0, 1) and isinstance(entry, int) for entry in mask) or not mask[0]:
             raise ValueError(f"the mask {mask} is no list of 0 and 1 that begins with 1")
-    epsilon = fitted.metadata.get("cache_ratio_threshold")
+    epsilon: Any = fitted.metadata.get("cache_ratio_threshold")
     if not is_number(epsilon) or not 0 <= epsilon <= LARGEST:
         raise ValueError(f"cache_ratio_threshold is {epsilon!r}; allowed: 0 to {LARGEST:g}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Held(NamedTuple):
     digest: str
 
 
-def replace_file(path: str | Path, content: bytes) -> None:
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file in one go: another process sees all of it or nothing.
 
     Args:

@@ -126,7 +126,18 @@ def _values(draw: random.Random, whole: Specimen, path: Path) -> None:
 
 def _metadata(draw: random.Random, whole: Specimen, path: Path) -> None:
     """Write metadata that mean nothing, and their checksum."""
-    wrong = [None, "x", [[]], {"a": "b"}, float("nan"), -1, True, [1e999, 0], [[0.1]] * 2, "9" * 99]
+    wrong: list[Any] = [
+        None,
+        "x",
+        [[]],
+        {"a": "b"},
+        float("nan"),
+        -1,
+        True,
+        [1e999, 0],
+        [[0.1]] * 2,
+        "9" * 99,
+    ]
     whole.sealed(path, load(whole.content), **{draw.choice(whole.numbers): draw.choice(wrong)})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from decimal import Decimal
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,45 +42,41 @@ def endless() -> list[Any]:
 
 
 # Values that YAML and JSON can hold.
-PLAIN: list[Callable[[], Any]] = [
+_PLAIN: tuple[Any, ...] = (
     *(
-        lambda value=value: value  # type: ignore[misc]
-        for value in (
-            *(
-                math.nan,
-                math.inf,
-                -math.inf,
-                -1,
-                -0.0,
-                -1e-9,
-                1e200,
-                1e308,
-                -1e308,
-                10**19,
-                10**400,
-            ),
-            *(
-                True,
-                False,
-                None,
-                "",
-                " ",
-                "0.1",
-                "1e999",
-                "nan",
-                "block",
-                "stack",
-                "a\0b",
-                "\ud800",
-            ),
-            *([], {}, [[]], [None], [math.nan], [1, 0, "1"], [1.0, 0], [10**400], [1e308] * 3),
-            *({"name": ""}, {"name": 3}, {"name": "Fast", "epsilon": 1}, {"nam": "Fast"}, {"": 1}),
-            *({"all_of": []}, {"any_of": "Fast"}, {"all_of": ["Fast"], "any_of": ["Fb"]}),
-            *({1.0: 10**9}, {"0.1": 2, 0.1: 3}, {-1.0: 2}, {"x": 1}, {1: True}, {1e308: 1}),
-            *("x" * 100_000, [1] + [0] * 20_001),
-        )
+        math.nan,
+        math.inf,
+        -math.inf,
+        -1,
+        -0.0,
+        -1e-9,
+        1e200,
+        1e308,
+        -1e308,
+        10**19,
+        10**400,
     ),
-]
+    *(
+        True,
+        False,
+        None,
+        "",
+        " ",
+        "0.1",
+        "1e999",
+        "nan",
+        "block",
+        "stack",
+        "a\0b",
+        "\ud800",
+    ),
+    *([], {}, [[]], [None], [math.nan], [1, 0, "1"], [1.0, 0], [10**400], [1e308] * 3),
+    *({"name": ""}, {"name": 3}, {"name": "Fast", "epsilon": 1}, {"nam": "Fast"}, {"": 1}),
+    *({"all_of": []}, {"any_of": "Fast"}, {"all_of": ["Fast"], "any_of": ["Fb"]}),
+    *({1.0: 10**9}, {"0.1": 2, 0.1: 3}, {-1.0: 2}, {"x": 1}, {1: True}, {1e308: 1}),
+    *("x" * 100_000, [1] + [0] * 20_001),
+)
+PLAIN: list[Callable[[], Any]] = [partial(deepcopy, value) for value in _PLAIN]
 # Values that YAML can hold by its aliases.
 ALIASED: list[Callable[[], Any]] = [bomb, endless]
 # Values that only Python can hold.
