@@ -152,7 +152,6 @@ async def answer_to(request: Request, answer: Future[Answer], limit_s: float) ->
             return drawn.result()
         raise HungUp if gone.done() else asyncio.TimeoutError
     finally:
-        answer.cancel()
         drawn.cancel()
         gone.cancel()
 
