@@ -110,17 +110,17 @@ def check(options: argparse.Namespace, arguments: Any, on_gpu: bool) -> None:
     given = [f"--{name} {value}" for name, value in formats.items() if value]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} both say how weights are held; give one of them")
-    packages = {"gemm_quantization": "torchao", "gguf": "gguf"}
+    needs = {"gemm_quantization": ("torchao", gemms == "fp8"), "gguf": ("gguf", False)}
+    if options.quantization:
+        needs["quantization"] = QUANTIZATIONS[options.quantization][:2]
     for name, value in formats.items():
         if value:
-            package, needs_gpu, _ = QUANTIZATIONS.get(
-                value, (packages.get(name), gemms == "fp8", 0)
-            )
+            package, needs_gpu = needs[name]
             _require(f"--{name} {value}", package, needs_gpu and not on_gpu)
 
 
-def _require(flag: str, package: str | None, lacks_gpu: bool) -> None:
-    if package is not None and find_spec(package) is None:
+def _require(flag: str, package: str, lacks_gpu: bool) -> None:
+    if find_spec(package) is None:
         raise ValueError(f"{flag} needs {package}, which is not installed: pip install {package}")
     if lacks_gpu:
         raise ValueError(f"{flag} needs a GPU; without one, give --quantization torchao_int8")
