@@ -110,12 +110,12 @@ def main() -> None:
     found["async"] = [consensus.wait(ticket)[0][0] for ticket in tickets]
     found["collectives"] = consensus.collectives
 
-    # One rank's device is late, so that its vector has yet to leave when the next thing is posted.
+    # One rank's device is late, so that its vectors have yet to leave when the next is posted.
     arrived = HostCopy.arrived
     HostCopy.arrived = property(lambda _: rank != 1)
-    ticket = consensus.post(Header(9, 4, 0, 0), zeros + rank)
+    tickets = [consensus.post(Header(9, step, 0, 0), zeros + rank + step) for step in (4, 5)]
     rows = consensus.gather([rank], "a row")
-    found["late"] = [list(rows.values()), consensus.wait(ticket)[0][0]]
+    found["late"] = [list(rows.values()), *(consensus.wait(ticket)[0][0] for ticket in tickets)]
     HostCopy.arrived = arrived
     consensus.close()
 

@@ -103,7 +103,7 @@ def run_world(
             reports[values["rank"]] = values
     if sorted(reports) != list(range(ranks)):
         raise WorldFailed(f"{script}: reports of ranks {sorted(reports)} only", output, False)
-    return reports
+    return dict(sorted(reports.items()))
 
 
 def report(rank: int, **values: Any) -> None:
