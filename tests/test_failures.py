@@ -97,14 +97,14 @@ def test_a_failed_pipeline_is_refused_until_the_cache_is_applied_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = hook_on(cached()).engine  # type: ignore[union-attr]
-    engine.begin(lambda values: str(values))  # one stage has no channels
+    engine.inputs.check_pipeline(lambda values: str(values))  # one stage has no channels
     engine.consensus.group = DecisionGroup((0, 1), 0, stages=2)
-    engine.begin(lambda values: str(values))
+    engine.inputs.check_pipeline(lambda values: str(values))
     monkeypatch.setattr(Consensus, "failed", True)
     with pytest.raises(ConsensusError, match="a generation has failed on rank 0 after the begin"):
-        engine.begin(lambda values: str(values))
+        engine.inputs.check_pipeline(lambda values: str(values))
     engine.consensus.group = DecisionGroup((0, 1), 0)
-    engine.begin(lambda values: str(values))
+    engine.inputs.check_pipeline(lambda values: str(values))
 
 
 def test_inputs_are_compared_where_that_is_asked_for_only(

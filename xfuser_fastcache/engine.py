@@ -35,7 +35,7 @@ from xfuser_fastcache.clock.plan_check import refused_plan
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.collective import Consensus
-from xfuser_fastcache.consensus.errors import ConsensusError
+from xfuser_fastcache.consensus.inputs import SharedInputs
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.consensus.watchdog import Watchdog
 from xfuser_fastcache.decisions.agreement import Agreement
@@ -49,8 +49,6 @@ from xfuser_fastcache.state.local import LocalState
 from xfuser_fastcache.state.shared import count_groups
 
 logger = logging.getLogger("xfuser_fastcache")
-_SHAPES = "sizes (of the picture, the batch or the text, or other numbers)"
-_INPUTS = "inputs (prompts, embeddings, seeds or sizes)"
 
 
 class CacheEngine:
@@ -67,6 +65,7 @@ class CacheEngine:
         self.plan = plan
         self.config = plan.config
         self.consensus = consensus
+        self.inputs = SharedInputs(consensus, plan.config.verify_consensus)
         self.clock = clock
         self.denoiser = clock.admit(self)
         rules = plan.rules(consensus)
@@ -77,7 +76,6 @@ class CacheEngine:
         self.watchdog = Watchdog(plan.config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._generation = -1
-        self._place = "the beginning"
         self._said_outside = False
 
     @property
@@ -99,35 +97,6 @@ class CacheEngine:
         """The log of decisions."""
         return self.agreement.decisions
 
-    # ---- called by the pipeline's hook ------------------------------------------------------
-
-    def begin(self, digest: Callable[[bool], str]) -> None:
-        """Take in that the pipeline begins a generation.
-
-        Stages wait for no decision, so that the ranks of one have nothing else to tell them that
-        one of them is given another size before they meet in attention.
-
-        Args:
-            digest: of what it is given; told whether values are compared, or shapes alone.
-
-        Raises:
-            ConsensusError: ranks are given different inputs, or the pipeline's channels may hold
-                messages of a generation that has failed.
-        """
-        self._refuse_failed_pipeline()
-        if self.config.verify_consensus:
-            self.consensus.compare(digest(True), _INPUTS)
-        elif self.consensus.group.stages > 1:
-            self.consensus.compare(digest(False), _SHAPES, within_stage=True)
-
-    def _refuse_failed_pipeline(self) -> None:
-        if self.consensus.group.stages > 1 and self.consensus.failed:
-            raise ConsensusError(
-                f"a generation has failed on rank {self.consensus.group.rank} after {self._place}, "
-                "and messages of it may be left between the stages. Call remove_cache and "
-                "apply the cache again on every rank, which makes new channels."
-            )
-
     # ---- called by the transformer's hook ---------------------------------------------------
 
     def open(self, arrival: Arrival) -> None:
@@ -143,16 +112,13 @@ class CacheEngine:
         if refused is not None:
             self.clock.timeline.restart()
             raise ValueError(refused)
-        self._place = call.place
         begins = call.generation != self._generation
+        self.inputs.check_call(call.place, arrival.inputs if begins else None)
         if begins:
-            self._refuse_failed_pipeline()
             self._generation = call.generation
             self._note_bytes()
             self.agreement.begin_generation()
             self.branches.clear()
-            if self.config.verify_consensus and self.consensus.group.whole_inputs:
-                self.consensus.compare(arrival.inputs(), _INPUTS)
         if call.branch not in self.branches:
             self.branches[call.branch] = self._new_branch(arrival.latents.device)
         local, agreement = self.branches[call.branch], self.agreement
@@ -231,7 +197,7 @@ class CacheEngine:
         self.agreement.leave()
         self.clock.timeline.restart()
         self.watchdog.rest()
-        self.consensus.fail(error, self._place)
+        self.consensus.fail(error, self.inputs.place)
 
     # ---- called by the clock ----------------------------------------------------------------
 

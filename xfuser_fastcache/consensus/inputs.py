@@ -1,12 +1,78 @@
-"""A digest of what a call is given, to compare between ranks."""
+"""What the ranks of a decision group are given: a digest of it, and where it is compared."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.consensus.errors import ConsensusError
+
+_SHAPES = "sizes (of the picture, the batch or the text, or other numbers)"
+_INPUTS = "inputs (prompts, embeddings, seeds or sizes)"
+
+
+class SharedInputs:
+    """Compares what ranks are given where a generation begins.
+
+    Args:
+        consensus: of the decision group.
+        verify: whether values are compared; else sizes alone, and those in a pipeline alone.
+
+    Attributes:
+        place: of the last call.
+    """
+
+    def __init__(self, consensus: Consensus, verify: bool):
+        self.consensus = consensus
+        self.verify = verify
+        self.place = "the beginning"
+
+    def check_pipeline(self, digest: Callable[[bool], str]) -> None:
+        """Compare what the pipeline is called with.
+
+        Stages wait for no decision, so that the ranks of one have nothing else to tell them that
+        one of them is given another size before they meet in attention.
+
+        Args:
+            digest: of what it is given; told whether values are compared, or shapes alone.
+
+        Raises:
+            ConsensusError: ranks are given different inputs, or the pipeline's channels may hold
+                messages of a generation that has failed.
+        """
+        self._refuse_failed()
+        if self.verify:
+            self.consensus.compare(digest(True), _INPUTS)
+        elif self.consensus.group.stages > 1:
+            self.consensus.compare(digest(False), _SHAPES, within_stage=True)
+
+    def check_call(self, place: str, digest: Callable[[], str] | None) -> None:
+        """Take in where a call of the transformer is, and compare what it is given.
+
+        Args:
+            place: in words.
+            digest: of what it is given, where a generation begins with it; else None.
+
+        Raises:
+            ConsensusError: see `check_pipeline`.
+        """
+        if digest is not None:
+            self._refuse_failed()
+        self.place = place
+        if digest is not None and self.verify and self.consensus.group.whole_inputs:
+            self.consensus.compare(digest(), _INPUTS)
+
+    def _refuse_failed(self) -> None:
+        if self.consensus.group.stages > 1 and self.consensus.failed:
+            raise ConsensusError(
+                f"a generation has failed on rank {self.consensus.group.rank} after {self.place}, "
+                "and messages of it may be left between the stages. Call remove_cache and "
+                "apply the cache again on every rank, which makes new channels."
+            )
 
 
 def digest_of(*given: Any, values: bool = True) -> str:

@@ -23,7 +23,9 @@ def told(call: Callable[..., Any]) -> Callable[..., Any]:
         hook = hook_on(self.transformer)
         try:
             if hook is not None:
-                hook.engine.begin(lambda values: digest_of(args, kwargs, values=values))
+                hook.engine.inputs.check_pipeline(
+                    lambda values: digest_of(args, kwargs, values=values)
+                )
             return call(self, *args, **kwargs)
         except TransformerInUse:
             raise
