@@ -39,18 +39,16 @@ _OF_RANKS = {
     "XFUSER_FASTCACHE_CPU": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    [
-        "xfuser_fastcache",
-        "torch._dynamo",
-        "xfuser",
-        "xfuser.model_executor.pipelines.register",
-        "diffusers.pipelines.flux",
-        "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
-        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-        "xfuser_fastcache.chaos.world_rank",
-    ]
+# What ranks find imported.
+_IMPORTED = (
+    "xfuser_fastcache",
+    "torch._dynamo",
+    "xfuser",
+    "xfuser.model_executor.pipelines.register",
+    "diffusers.pipelines.flux",
+    "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "xfuser_fastcache.chaos.world_rank",
 )
 
 
@@ -91,10 +89,13 @@ class _Ranks:
         self._wires: dict[int, Any] = {}
         self._processes: dict[int, Any] = {}
         self._dead: dict[int, int] = {}
+        server = multiprocessing.get_context("forkserver")
+        # A process has one server; it is this one's if worlds are the first to start it.
+        server.set_forkserver_preload(list(_IMPORTED))
         with mock.patch.dict(os.environ, _OF_RANKS):  # the first world starts the server, too
             for rank in range(world.ranks):
-                own, other = _SERVER.Pipe()
-                process = _SERVER.Process(
+                own, other = server.Pipe()
+                process = server.Process(
                     target=world_rank.main, args=(world, rank, port, cached, other, log)
                 )
                 process.start()
