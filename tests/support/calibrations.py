@@ -35,6 +35,7 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
         "steering_blind": np.zeros((0, len(levels), 3), np.float32),
         "steering_guided": np.zeros((0, len(levels), 2, 5), np.float32),
         "metadata": {"cache_ratio_threshold": 0.3},
+        "digest": "0123456789abcdef",
     }
     return Fitted(**{**tables, **changes})
 
