@@ -55,13 +55,15 @@ def three_branches(rank: int, named: bool, left_out: tuple[int, ...] = ()) -> di
     """Denoise three branches twice together, and each alone; `left_out` lacks the second one."""
     options = {"granularity": 3, "cache_ratio_threshold": 0.4, **WAIT}
     # Rank 0 moves little in the second branch, rank 1 much: only together do they know.
-    moves = [(1, 1), (0.1, 6), (6, 6)]
-    branches = [Branch(10 * rank + i, moves=moves[i][rank]) for i in range(3)]
+    moves = [(1, 1), (0.1, 6), (3, 3)]
+    branches = [Branch(i, moves=moves[i][rank], rank=rank) for i in range(3)]
     alone = []
     for index, branch in enumerate(branches):
         transformer = cached(**options)
         missing = dict.fromkeys(left_out if index == 1 else (), (branch,))
-        alone += denoise(transformer, Branch(90 + rank), branch, named=named, left_out=missing)[1:]
+        alone += denoise(transformer, Branch(90, rank=rank), branch, named=named, left_out=missing)[
+            1:
+        ]
         remove_cache(transformer)
     transformer = cached(**options)
     missing = dict.fromkeys(left_out, (branches[1],))
@@ -77,7 +79,7 @@ def three_branches(rank: int, named: bool, left_out: tuple[int, ...] = ()) -> di
 
 def two_caches(rank: int) -> dict[str, Any]:
     """Take two cached transformers in turn, step by step and generation by generation."""
-    branches = [Branch(10 * rank + i) for i in range(2)]
+    branches = [Branch(i, rank=rank) for i in range(2)]
     options = [{**o, **WAIT} for o in (ONE, OTHER)]
     alone = []
     for seed, branch in enumerate(branches):
@@ -91,7 +93,7 @@ def two_caches(rank: int) -> dict[str, Any]:
             branch.step(transformer, level, named=False)
     steps = all(same(branch.outputs, a) for branch, a in zip(branches, alone, strict=True))
     again = [denoise(transformers[i], branches[i])[0] for i in (1, 0)]
-    groups = {id(engine_of(t).consensus._process_group) for t in transformers}
+    groups = {id(engine_of(t).consensus._wire) for t in transformers}
     result = {"decided": [decided(t) for t in transformers], "groups": len(groups)}
     remove_cache(transformers[0])
     last = denoise(transformers[1], branches[1])[0]

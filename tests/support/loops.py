@@ -24,12 +24,18 @@ SCHEDULER = FlowMatchEulerDiscreteScheduler()
 
 
 class Branch:
-    """One trajectory through the tiny FLUX; `moves` scales what a step changes of its latent."""
+    """One trajectory through the tiny FLUX; `moves` scales what a step changes of its latent.
 
-    def __init__(self, seed: int, moves: float = 1.0, text_tokens: int = 8):
+    Ranks have latents of their own, as where tokens are shared out, and one text.
+    """
+
+    def __init__(self, seed: int, moves: float = 1.0, text_tokens: int = 8, rank: int = 0):
         generator = torch.Generator().manual_seed(seed)
         self.name = f"branch {seed}"
         self.noise = torch.randn(1, 16, 16, generator=generator)
+        if rank:
+            own = torch.Generator().manual_seed(seed + 10 * rank)
+            self.noise = torch.randn(1, 16, 16, generator=own)
         self.text = torch.randn(1, text_tokens, 32, generator=generator)
         self.pooled = torch.randn(1, 32, generator=generator)
         self.moves = moves
