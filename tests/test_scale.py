@@ -111,7 +111,7 @@ def test_two_ranks_are_measured_in_every_mode() -> None:
     for parts in found["modes"].values():
         assert parts["wait_us"] > 0 and parts["post_us"] > 0 and parts["busy_us"] > 0
     # Header, and the moments of one span.
-    assert found["vector_bytes"] == 8 * (8 + scale.SLOTS)
+    assert found["vector_bytes"] == 8 * (scale.HEADER + scale.SLOTS)
 
 
 @pytest.mark.parametrize(

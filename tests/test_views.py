@@ -149,14 +149,12 @@ def test_a_trace_that_json_cannot_hold_leaves_the_old_file(
 def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def full(part: Path, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "trace.jsonl"
     path.write_text("old\n")
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_trace([entry(0, "forced")], path)
     assert path.read_text() == "old\n"

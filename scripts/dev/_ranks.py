@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -24,7 +26,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *given: Any) -> list[Any
         *given: its arguments.
 
     Raises:
-        queue.Empty: a rank returned nothing within `LIMIT_S`; the others are ended.
+        RuntimeError: a rank failed, or returned nothing within `LIMIT_S`; the others are ended.
     """
     forks = multiprocessing.get_context("fork")
     with socket.socket() as free:
@@ -40,7 +42,20 @@ def run_ranks(ranks: int, function: Callable[..., Any], *given: Any) -> list[Any
             process.start()
         # Begun after the forks, which must not have its threads.
         store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-        found = dict(done.get(timeout=LIMIT_S) for _ in processes)
+        found: dict[int, Any] = {}
+        ends = time.monotonic() + LIMIT_S
+        while len(found) < ranks:
+            try:
+                rank, value = done.get(timeout=0.5)
+            except queue.Empty:
+                failed = [rank for rank, process in enumerate(processes) if process.exitcode]
+                if failed or time.monotonic() > ends:
+                    missing = sorted(set(range(ranks)) - set(found))
+                    raise RuntimeError(
+                        f"ranks {missing} returned nothing; failed: {failed}"
+                    ) from None
+            else:
+                found[rank] = value
         for process in processes:
             process.join(LIMIT_S)
         del store

@@ -88,7 +88,7 @@ def rounds_of(consensus: Consensus, rounds: int) -> dict[str, float]:
     now = used()
     for _ in range(rounds):
         started = time.perf_counter()
-        consensus._arrive("a round")
+        consensus.board.arrive("a round")
         words.append(time.perf_counter() - started)
     return {
         "post_us": statistics.median(posts) * 1e6,
@@ -108,14 +108,14 @@ class Done:
 
 def put_in(consensus: Consensus, mode: str) -> None:
     """Let a consensus reduce by the ring or a tree in place of its own way."""
-    group = consensus._process_group
+    group = consensus._wire
 
     def ring(vector: torch.Tensor, what: str) -> tuple[torch.Tensor, Any]:
-        consensus._arrive(what)
+        consensus.board.arrive(what)
         return vector[None], group.allreduce([vector])
 
     def tree(vector: torch.Tensor, what: str) -> tuple[torch.Tensor, Any]:
-        consensus._arrive(what)
+        consensus.board.arrive(what)
         step, limit = 1, timedelta(seconds=LIMIT_S)
         while step < group.size():
             other, theirs = group.rank() ^ step, torch.empty_like(vector)
