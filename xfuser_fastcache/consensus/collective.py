@@ -279,7 +279,7 @@ class Consensus:
         return self.board.take(ticket.key)
 
     def compare(self, value: str, what: str, within_stage: bool = False) -> None:
-        """Compare, at once, what must be equal on all ranks.
+        """Compare, at once, what must be equal on all ranks that draw one picture together.
 
         Args:
             value: in a few words or as a digest.
@@ -292,7 +292,8 @@ class Consensus:
         if not self._distributed:
             return
         key = self.board.post(value, f"the comparison of {what}")
-        found = self.board.take(key, ranks=self._of_stage if within_stage else self.group.ranks)
+        ranks = self._of_stage if within_stage else self.group.ranks
+        found = self.board.take(key, ranks=tuple(r for r in ranks if r in self.group.together))
         others = sorted(rank for rank, other in found.items() if other != value)
         if others:
             raise ConsensusError(

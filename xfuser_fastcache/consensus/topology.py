@@ -32,6 +32,8 @@ class DecisionGroup:
         device_group: process group to use with `sync_backend="nccl"`; None without one.
         whole_inputs: whether a forward pass is given the same on all ranks, but for its latents;
             False where the pipeline has cut it.
+        replica: global ranks that draw one picture with this one, in group order; empty where all
+            do. More than they decide together where replicas share weights by FSDP.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -43,6 +45,12 @@ class DecisionGroup:
     branch: int | None = None
     device_group: Any = None
     whole_inputs: bool = True
+    replica: tuple[int, ...] = ()
+
+    @property
+    def together(self) -> tuple[int, ...]:
+        """Global ranks that draw one picture, this one among them."""
+        return self.replica or self.ranks
 
     @property
     def world_size(self) -> int:

@@ -144,9 +144,12 @@ class Agreement:
         """
         shared = self.branch(call.branch)
         digest = self.decisions.bits(DIGEST_BITS)
+        group = self.consensus.group
         # Where guidance is parallel, each rank runs a branch of its own.
-        name = "" if self.consensus.group.branch is not None else f", branch {call.name!r}"
-        header = Header(call.generation, call.step, call.branch, digest, f"{call.setup}{name}")
+        name = "" if group.branch is not None else f", branch {call.name!r}"
+        # Replicas that share weights may draw pictures of other sizes.
+        setup = f"{call.setup}{name}" if group.together == group.ranks else ""
+        header = Header(call.generation, call.step, call.branch, digest, setup)
         ticket = self.consensus.post(header, pending)
         shared.posted.append(Posted(ticket, shared.sightings, shared.audit))
         shared.sightings, shared.audit = [None] * len(shared.groups), None

@@ -171,6 +171,7 @@ class XDiTLayout:
                 (c.device_group for c in (replica, sharded) if c.world_size == len(ranks)), None
             ),
             whole_inputs=cuts_tokens and (cuts_guidance or not guidance_is_parallel),
+            replica=tuple(replica.ranks) if len(ranks) > replica.world_size else (),
         )
 
     def position(self) -> Position:
