@@ -18,7 +18,7 @@ from support.calibrations import even_levels, fitted_on, smooth, trajectory
 from support.stack import WholeForward, plan_of
 
 from xfuser_fastcache import CacheConfig
-from xfuser_fastcache.artifacts.calibration import Cell, Fitted
+from xfuser_fastcache.artifacts.calibration import LARGEST_POWER, Cell, Fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
     CELL_RIDGE,
@@ -217,6 +217,14 @@ def test_exponents_of_errors_that_follow_powers_are_found(exponents: tuple[float
     errors[np.isnan(tables.errors)] = np.nan
     found = exponents_of(Tables(tables.changes, tables.energies, errors))
     assert found == pytest.approx(exponents, abs=0.03)
+
+
+def test_exponents_stay_within_what_a_file_may_say() -> None:
+    """Few trajectories may seem to follow any power."""
+    tables = tables_of([trajectory(*smooth(s, T)) for s in range(3)], LEVELS, random_weights())
+    errors = np.sqrt(tables.changes)[..., None] ** 40.0 + 0.0 * tables.errors
+    found = exponents_of(Tables(tables.changes, tables.energies, errors))
+    assert found == pytest.approx((LARGEST_POWER, 0.0), abs=0.5) and found[0] <= LARGEST_POWER
 
 
 def test_where_nothing_varies_there_is_no_exponent() -> None:

@@ -23,7 +23,7 @@ CALIBRATION = Kind("calibration", "fastcache calibrate", "version", VERSION, uns
 # The plan's noise levels are compared in this precision.
 TOLERANCE = 1e-5
 _ABOVE_0 = 1e-300
-_POWER = 8.0  # Of change and energy: errors grow with some root of either.
+LARGEST_POWER = 8.0  # Of change and energy: errors grow with some root of either.
 _WEIGHT = 1e6  # Forecasts are about as large as what they are made of.
 # Name -> type, least and most of a table's values; none is NaN.
 _TABLES = {
@@ -296,7 +296,10 @@ def _refuse_wrong_values(fitted: Fitted) -> None:
                 f"or of another type than {np.dtype(dtype)}"
             )
     single = {"upper": (fitted.upper, _ABOVE_0, _WEIGHT)}
-    single |= {f"exponents[{i}]": (e, -_POWER, _POWER) for i, e in enumerate(fitted.exponents)}
+    single |= {
+        f"exponents[{i}]": (e, -LARGEST_POWER, LARGEST_POWER)
+        for i, e in enumerate(fitted.exponents)
+    }
     single |= {f"the scale of alpha = {a}": (s, 0.0, _WEIGHT) for a, s in fitted.scales.items()}
     single |= {f"alpha = {alpha}": (alpha, _ABOVE_0, 1.0) for alpha in fitted.scales}
     for name, (value, least, most) in single.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xfuser_fastcache.artifacts.calibration import Cell
+from xfuser_fastcache.artifacts.calibration import LARGEST_POWER, Cell
 from xfuser_fastcache.calibration.record import Trajectory
 from xfuser_fastcache.calibration.risk import degrees_of_freedom
 
@@ -200,7 +200,7 @@ def exponents_of(tables: Tables) -> tuple[float, float]:
 
     delta is the relative change of the latents, rho their root mean square at the anchor. A
     regression of log error on their logs, each centred in its cell, pooled over all cells; 0 for
-    what does not vary.
+    what does not vary. What few trajectories say is held within what a file may say.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.log(tables.errors)
@@ -210,7 +210,8 @@ def exponents_of(tables: Tables) -> tuple[float, float]:
     y, x = errors[:, known], logs[:, :, known]
     y = (y - y.mean(axis=0)).ravel()
     x = (x - x.mean(axis=1, keepdims=True)).reshape(2, -1)
-    of_change, of_energy = ridge_weights(x @ x.T, x @ y).tolist()
+    found = np.clip(ridge_weights(x @ x.T, x @ y), -LARGEST_POWER, LARGEST_POWER)
+    of_change, of_energy = found.tolist()
     return of_change, of_energy
 
 
