@@ -18,14 +18,23 @@ from scripts.dev._features import blocks_of, compile_blocks
 SMALL = Scale(pixels=64, steps=6, threshold=1.0)
 
 
+def feature_of(check: Check) -> str:
+    return check.name.removeprefix(f"{check.model}: ")
+
+
+MODELS: dict[str, list[str]] = {}
+for found in compatibility.CHECKS:
+    MODELS.setdefault(feature_of(found), []).append(found.model)
+
+
 def is_slow(check: Check) -> bool:
-    """Whether a row is left out unless asked for: those that are, and of one that all families
-    have the checks of two, in turn."""
-    feature = check.name.partition(": ")[2]
-    names = {other.name for other in compatibility.CHECKS}
-    having = [model for model in ("flux", "sd3", "pixart") if f"{model}: {feature}" in names]
-    features = list(dict.fromkeys(c.name.partition(": ")[2] for c in compatibility.CHECKS))
-    return check.slow or having[features.index(feature) % len(having)] != check.model
+    """Whether a row is left out unless asked for.
+
+    Those that say so are; of a feature that several families have, one checks it, in turn.
+    """
+    models = MODELS[feature_of(check)]
+    turn = list(MODELS).index(feature_of(check)) % len(models)
+    return check.slow or models[turn] != check.model
 
 
 ROWS = [

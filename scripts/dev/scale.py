@@ -51,8 +51,8 @@ SKIP = 18 / 28
 # gloo between two processes of one host: 235.3 us for a ring of two messages (docs/gpu.md); twice
 # that for one of a hundred is assumed.
 IN_NODE = Link(118.0, 236.0)
-# Half of the round trips over TCP that Pingmesh has published: 216 us and 1.26 ms within a pod,
-# 268 us and 1.34 ms between two.
+# Half of round trips over TCP, after Pingmesh but not checked against its text: 216 us and 1.26 ms
+# within a pod, 268 us and 1.34 ms between two.
 IN_POD, ACROSS = Link(108.0, 630.0), Link(134.0, 670.0)
 # FLUX.1-dev, 28 steps, H100, torch.compile (the page flux.md of xDiT): 4.30 s on one GPU,
 # 1.63 s on four. A skipped step: from docs/gpu.md, with `output`.
