@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,28 @@ def test_the_budget_ends_it_with_what_it_has(tmp_path: Path) -> None:
     assert errors_of(report) == []
     assert not report["finished"] and report["spent_s"] < 60
     assert report["cells"][0]["cell"] == "build"
+
+
+@pytest.mark.timeout(60, method="thread")  # The other method takes the alarm for itself.
+def test_an_alarm_that_nobody_hears_rings_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf:
+        """Takes the first alarm with it: Python prints what a finalizer raises, and goes on."""
+
+        def __del__(self) -> None:
+            time.sleep(0.5)
+
+    def measured(*arguments: Any) -> None:
+        Deaf()
+        time.sleep(30)
+
+    monkeypatch.setattr(run, "_with_subject", measured)
+    monkeypatch.setattr(run, "RING_AGAIN_S", 0.5)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    plan = run.Plan(["flux"], 8, 1, True, ROOT / "toys", torch.device("cpu"))
+    report = run.run(plan, tmp_path / "gpu.json", 0.2, "test")
+    assert not report["finished"] and report["spent_s"] < 10
 
 
 def test_an_error_in_a_later_round_keeps_the_earlier_figures(tmp_path: Path) -> None:
