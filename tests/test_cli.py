@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.worlds import ROOT
+from support.worlds import ROOT, python
 
 from xfuser_fastcache.cli import COMMANDS, doctor, main
 
@@ -66,10 +65,7 @@ def test_the_script_audits_by_its_flag(flags: list[str]) -> None:
 
 
 def test_python_m_is_the_same_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "xfuser_fastcache.cli", "doctor", "--json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = python("-m", "xfuser_fastcache.cli", "doctor", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     assert report["versions"]["torch"] and report["devices"][-1].startswith("CPU")

@@ -10,7 +10,6 @@ import gc
 import importlib.metadata
 import json
 import logging
-import os
 import subprocess
 import sys
 import textwrap
@@ -24,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.worlds import launch
+from support.worlds import launch, python
 
 from xfuser_fastcache.consensus.errors import ConsensusTimeout
 from xfuser_fastcache.xdit import cpu_platform
@@ -41,15 +40,7 @@ needs_no_accelerator = pytest.mark.skipif(
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a fresh interpreter, where no module of xfuser is loaded."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,  # which is where ``python -c`` finds the package
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return python("-c", textwrap.dedent(code), timeout_s=TIMEOUT_S)
 
 
 def run_layout(world_size: int, *arguments: str) -> list[dict[str, Any]]:

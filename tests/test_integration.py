@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.worlds import python
 
 from xfuser_fastcache.backends import BACKENDS
 from xfuser_fastcache.config.cache_config import CacheConfig
@@ -31,12 +31,7 @@ def fresh(code: str, path: str = "") -> str:
     """Standard output of `code` in an interpreter of its own, with `path` first on `sys.path`."""
     start = f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n"
     start += f"sys.path[:0] = [{path!r}]\n" if path else ""
-    done = subprocess.run(
-        [sys.executable, "-c", start + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = python("-c", start + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,9 +48,8 @@ def xfuser() -> Any:
 
 
 def test_import_loads_neither_xfuser_nor_torch() -> None:
-    printed = fresh(
-        """
-        import json
+    code = """
+        import json, sys
         import xfuser_fastcache
         from xfuser_fastcache.xdit.integration import install
         before = list(sys.meta_path)
@@ -63,9 +57,11 @@ def test_import_loads_neither_xfuser_nor_torch() -> None:
         assert sys.meta_path == before
         heavy = ("xfuser", "torch", "diffusers", "transformers", "numpy")
         print(json.dumps([name for name in heavy if name in sys.modules]))
-        """
-    )
-    assert json.loads(printed) == []
+    """
+    # `python` has torch imported.
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120)
+    assert json.loads(done.stdout) == []
 
 
 # Every object that a patch could touch: attributes of the patched modules, of their classes, and of
@@ -338,13 +334,7 @@ print("imported")
 
 def imported(**environment: str) -> subprocess.CompletedProcess[str]:
     """Type the import lines of the source documents in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", IMPORTS],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=240,
-    )
+    return python("-c", IMPORTS, environment=environment)
 
 
 needs_no_accelerator = pytest.mark.skipif(has_accelerator(), reason="xfuser imports by itself here")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.matrix import STEPS, variants
+from support.matrix import STEPS, is_first_of_family, variants
 from support.tiny_models import ADAPTER_OF, LIMITS, TINY_PIPELINES, Limit
 from support.worlds import WorldFailed, launch, run_world
 
@@ -44,12 +44,9 @@ def is_slow(model: str, layout: str, backend: str) -> bool:
     """
     if layout == ONE_RANK and any(limit.model == model for limit in LIMITS):
         return False
-
-    families = list(ADAPTER_OF.values())
-    first = families.index(ADAPTER_OF[model]) == list(ADAPTER_OF).index(model)
     turn = list(TINY_PIPELINES).index(model) + list(LAYOUTS).index(layout)
     in_turn = backend in ("Fast", OTHERS[turn % len(OTHERS)])
-    return not in_turn or (LAYOUTS[layout][0] > 2 and not first)
+    return not in_turn or (LAYOUTS[layout][0] > 2 and not is_first_of_family(model))
 
 
 CASES = [(model, layout, backend) for model, layout in CELLS for backend in BACKENDS]
@@ -62,8 +59,8 @@ class Case:
     """What every rank reports of one model in one layout under one backend.
 
     Attributes:
+        variants: the ways in which its backend ran.
         backend: its name.
-        all_variants: whether it ran in all the ways that it can.
         ranks: the reports, by rank.
         groups: the decision group of every rank.
         replicas: degree of data parallelism.
@@ -74,8 +71,8 @@ class Case:
         references: what one rank computes, for each size of the batch.
     """
 
+    variants: list[str]
     backend: str
-    all_variants: bool
     ranks: list[dict[str, Any]]
     groups: list[tuple[int, ...]]
     replicas: int
@@ -95,7 +92,7 @@ def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
                 backends.setdefault(model, []).append(backend)
         cases = [f"{model}:{','.join(names)}" for model, names in backends.items()]
         batches = ("--reference_batch", "1", "2") if ranks == 1 else ()
-        more = ("--all_variants",) if slow else ()
+        more = ("--slow",) if slow else ()
         world = run_world(
             "matrix_worker.py", ranks, "--case", *cases, *more, *batches, *flags, timeout_s=1200
         )
@@ -114,8 +111,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     in_stages = "pipefusion" in layout
     least = 0.15 if in_stages else 0.4
     return Case(
+        variants=list(variants(model, backend, slow)),
         backend=backend,
-        all_variants=slow,
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
@@ -170,12 +167,12 @@ def test_a_cell_computes_what_one_rank_computes(case: Case) -> None:
 
 @pytest.mark.gloo
 def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
-    assert all(rank["control_repeats"] for rank in case.ranks)
+    assert all(rank["restored_exact"] for rank in case.ranks)
     # All ranks of a replica decide together: both of CFG parallel, though they see different text.
     assert {len(group) for group in case.groups} == {len(case.ranks) // case.replicas}
     found = [rank["backends"][case.backend] for rank in case.ranks]
-    assert all(f["threshold_0_exact"] and f["restored_exact"] for f in found)
-    for variant in variants(case.backend, case.all_variants):
+    assert all(f["threshold_0_exact"] for f in found)
+    for variant in case.variants:
         cached = [f[variant] for f in found]
         assert all(c["repeats"] and c["changed"] and c["finite"] for c in cached)
         assert all(c["hits"] >= case.least_hits for c in cached)

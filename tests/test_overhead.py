@@ -6,17 +6,15 @@ import contextlib
 import io
 import json
 import math
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.worlds import ROOT
+from support.worlds import ROOT, python
 
 from scripts.dev import _parts, overhead
 from scripts.dev._parts import COMPUTED, EVERY, SKIPPED, Breakdown, Part
@@ -46,15 +44,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **quiet},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+    return python(SCRIPT, *arguments, environment={"MASTER_PORT": port}, timeout_s=150)
 
 
 @pytest.fixture(scope="module")

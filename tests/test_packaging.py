@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from support.worlds import python
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("xfuser_fastcache", "diffusers_adapters")
@@ -231,14 +232,15 @@ def test_entry_point_loads(key: tuple[str, str]) -> None:
     group, name = key
     module, attribute = DECLARED[key].split(":")
     shown, xfuser_loaded = json.loads(
-        fresh(
+        python(
+            "-c",
             "import json, sys\n"
             "from importlib.metadata import entry_points\n"
             f"(point,) = entry_points(group={group!r}, name={name!r})\n"
             "found = point.load()\n"
             "shown = found.__module__ + ':' + found.__qualname__\n"
-            "print(json.dumps([shown, 'xfuser' in sys.modules]))\n"
-        ).splitlines()[-1]
+            "print(json.dumps([shown, 'xfuser' in sys.modules]))\n",
+        ).stdout.splitlines()[-1]
     )
     assert shown == f"{module}:{attribute}"
     assert not xfuser_loaded

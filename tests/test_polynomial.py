@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_models import TINY_PIPELINES
+from support.worlds import python
 
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
@@ -93,11 +92,10 @@ def test_the_toys_have_a_polynomial_that_stays_positive(model: str) -> None:
 def test_the_script_writes_a_config_that_names_its_command(tmp_path: Path) -> None:
     output = tmp_path / "tea.yaml"
     arguments = ["--num_prompts", "1", "--num_inference_steps", "6", "--degree", "1"]
-    subprocess.run(
-        [sys.executable, ROOT / "scripts" / "fit_polynomial.py", "--model", ROOT / "toys" / "sd3",
-         *arguments, "--output", output],
-        check=True, capture_output=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
+    script = ROOT / "scripts" / "fit_polynomial.py"
+    python(
+        script, "--model", ROOT / "toys" / "sd3", *arguments, "--output", output
+    ).check_returncode()
     assert len(CacheConfig.from_file(output).coefficients) == 2
     text = output.read_text()
     assert " ".join(arguments[2:4]) in text and "4 steps" in text

@@ -15,7 +15,7 @@ TOGETHER = {
     "ring": (2, "flux", "sd3", "pixart", "--ring_degree=2"),
     "cfg": (2, "sd3", "pixart", "--use_cfg_parallel"),
 }
-QUICK = ("1 rank", "ulysses")
+QUICK = ("ulysses",)
 _worlds: dict[str, list[dict[str, Any]]] = {}
 
 

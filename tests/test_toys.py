@@ -1,14 +1,11 @@
 """The shipped toys: load offline, are small, take any prompt and draw what captions say."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from support.worlds import ROOT
+from support.worlds import ROOT, python
 
 from diffusers_adapters.registry import adapters
 from toys.captions import sample_captions
@@ -61,17 +58,7 @@ def test_loads_offline_with_default_dtype(name):
         "parts = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)];"
         "assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}"
     )
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(TOYS / name)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", code, TOYS / name, environment={"TRANSFORMERS_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -110,6 +97,11 @@ def test_the_seed_matters_and_repeats(pipe, call):
     assert not np.array_equal(picture(0), picture(1))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "flux" else pytest.param(n, marks=pytest.mark.slow) for n in sorted(adapters())],
+    indirect=True,
+)
 def test_unseen_captions_are_drawn_as_well_as_the_record_says(name, pipe, call):
     """Other captions and half the steps than those of the record; 24 of them stand for 128."""
     record = json.loads((TOYS / name / "training" / "record.json").read_text())["evaluation"]

@@ -11,8 +11,8 @@ from support.xdit_runs import wrap
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
 STEPS = 10
-# How a backend runs in a cell: `Fast` in all ways, the others in the first one, or in all that
-# they can where `--all_variants` asks for that.
+# How a backend runs in a cell: `Fast` in all ways on the first version of a family, else in the
+# first one; slow cases in all that they can.
 VARIANTS: dict[str, dict[str, Any]] = {
     "stack": {},
     "three spans": {"granularity": 3},
@@ -32,9 +32,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FORECASTS_ALL = ("Fast", "TaylorSeer")
 
 
-def variants(backend: str, all_variants: bool) -> dict[str, dict[str, Any]]:
+def is_first_of_family(model: str) -> bool:
+    """Whether no other tiny pipeline of the model's adapter comes before it."""
+    return next(m for m, adapter in ADAPTER_OF.items() if adapter == ADAPTER_OF[model]) == model
+
+
+def variants(model: str, backend: str, slow: bool) -> dict[str, dict[str, Any]]:
     """Return the ways in which a backend runs in a cell."""
-    if backend == "Fast" or all_variants:
+    if slow or (backend == "Fast" and is_first_of_family(model)):
         found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
         return VARIANTS if backend in FORECASTS_ALL else found
     return {"stack": {}}

@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from multiprocessing import connection
@@ -16,6 +17,8 @@ from typing import Any
 from unittest import mock
 
 from torch.distributed import TCPStore
+
+from support.signals import restore_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_RANKS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -106,6 +109,40 @@ def run_world(
     return dict(sorted(reports.items()))
 
 
+def python(
+    *arguments: str | Path, environment: dict[str, str] | None = None, timeout_s: float = 240.0
+) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter of its own, as `subprocess.run([sys.executable, ...])` does in the root.
+
+    It is forked as ranks are, with torch and diffusers imported, and xfuser and the package not.
+
+    Args:
+        *arguments: of the interpreter: ``-c code``, ``-m module ...`` or ``script ...``.
+        environment: in addition to this process's.
+        timeout_s: seconds after which it is ended.
+
+    Raises:
+        WorldFailed: time over.
+    """
+    words = [str(word) for word in arguments]
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        process = _SERVER.Process(
+            target=_interpreter,
+            args=(words, {**os.environ, **OF_RANKS, **(environment or {})}, out.name, err.name),
+        )
+        with mock.patch.dict(os.environ, OF_RANKS):
+            process.start()
+        process.join(timeout_s)
+        code = process.exitcode
+        if code is None:
+            process.kill()
+            process.join()
+        printed, errors = out.read(), err.read()
+    if code is None:
+        raise WorldFailed(f"{words}: ended after {timeout_s} s", printed + errors, True)
+    return subprocess.CompletedProcess(words, code, printed, errors)
+
+
 def report(rank: int, **values: Any) -> None:
     """Print a worker's report, in one write so that ranks do not mix."""
     sys.stdout.write(f"\n{_REPORT}{json.dumps({'rank': rank, **values})}\n")
@@ -146,6 +183,28 @@ def _agent(
     finally:
         for process in processes:
             process.terminate()
+
+
+def _interpreter(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    """Do what the interpreter does with its arguments."""
+    restore_signals()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    folder = str(Path(words[0]).parent) if words[0].endswith(".py") else str(ROOT)
+    sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _rank(script: str, arguments: tuple[str, ...], rank: int, ranks: int, port: int) -> None:

@@ -30,7 +30,6 @@ from xfuser_fastcache.benchmarks.gpu.speed import (
 )
 from xfuser_fastcache.benchmarks.gpu.subject import Subject, computed_mask, same_bits
 
-
 # Seconds between two alarms; far longer than it takes to write the report.
 RING_AGAIN_S = 5.0
 
@@ -66,7 +65,8 @@ def _ends_after(seconds: float) -> Iterator[None]:
     """Raise `BudgetSpent` in what is running when the time is up.
 
     It rings again while nobody has heard: an exception that reaches Python in the midst of a
-    finalizer is printed and forgotten. Only a main thread can be interrupted, and only where nobody else has set the alarm.
+    finalizer is printed and forgotten. Only a main thread can be interrupted, and only where
+    nobody else has set the alarm.
     """
 
     def ring(number: int, frame: Any) -> None:
