@@ -23,7 +23,7 @@ from support.backend_options import NEVER, OFTEN  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.matrix import STEPS, VARIANTS, build, same, variants  # noqa: E402
 from support.worlds import report  # noqa: E402
-from support.xdit_runs import describe, own_share  # noqa: E402
+from support.xdit_runs import describe, latents_of, own_share  # noqa: E402
 
 from xfuser_fastcache.apply import adapter_of  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
@@ -81,8 +81,7 @@ def cases(
     pipe, call = build(model, replicas, **flags)
 
     def generate() -> torch.Tensor | None:
-        output = pipe(**own_share(call, replicas))
-        return None if output is None else output.images
+        return latents_of(pipe(**own_share(call, replicas)))
 
     def apply(**options: Any) -> None:
         apply_cache_on_transformer(
@@ -130,7 +129,7 @@ def references(model: str, batches: list[int]) -> dict[str, Any]:
         pipe, call = build(model, batch)
 
         def generate(pipe: Any = pipe, call: dict[str, Any] = call, batch: int = batch) -> Any:
-            return pipe(**own_share(call, batch)).images
+            return latents_of(pipe(**own_share(call, batch)))
 
         found[str(batch)] = {
             "synchronous": describe(generate()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_what_a_condition_holds_is_never_measured() -> None:
     adapter, noise = FluxAdapter, torch.randn(1, NOISE, 64)
     ids = torch.zeros(NOISE + 32, 3)
     ids[NOISE:, 0] = 1
-    counts = TokenCounts(adapter.image_tokens)
+    counts = TokenCounts(partial(adapter.image_tokens, pipe.transformer))
     block, forward = (
         adapter.contracts(pipe.transformer, counts)[-1],
         adapter.forward_contract(pipe.transformer, counts),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.matrix import STEPS, variants
-from support.tiny_models import ADAPTER_OF, LIMITS, TINY_PIPELINES, Limit
+from support.tiny_models import ADAPTER_OF, BEYOND, LIMITS, OF_RUNNER, TINY_PIPELINES, Limit
 from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
@@ -25,9 +25,10 @@ from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK, Exc
 def excluded(model: str, layout: str) -> bool:
     """Whether xDiT itself cannot run the model, or its family, there."""
     flags = {flag.split("=")[0] for flag in LAYOUTS[layout][1]}
+    known = [(e.model, e.flag.split("=")[0]) for e in (*EXCLUDED, *LIMITS)]
     return any(
-        e.model in (model, ADAPTER_OF[model]) and e.flag.split("=")[0] in flags
-        for e in (*EXCLUDED, *LIMITS)
+        of in (model, ADAPTER_OF[model]) and flag in flags and (model, flag) not in BEYOND
+        for of, flag in known
     )
 
 
@@ -42,7 +43,7 @@ def is_slow(model: str, layout: str, backend: str) -> bool:
     other: the next model has the next one, and so has the next layout. A model that few layouts
     run meets all backends on one rank.
     """
-    if layout == ONE_RANK and any(limit.model == model for limit in LIMITS):
+    if layout == ONE_RANK and model in OF_RUNNER:
         return False
 
     families = list(ADAPTER_OF.values())
@@ -119,7 +120,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
-        of_runner=any(limit.model == model for limit in LIMITS),
+        of_runner=model in OF_RUNNER,
         in_stages=in_stages,
         least_hits=least if backend == "Fast" else least / 2,
         references=reports("1 rank", slow=False)[0]["models"][model]["references"],

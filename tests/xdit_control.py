@@ -19,7 +19,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from support.xdit_runs import describe, own_share, wrap  # noqa: E402
+from support.xdit_runs import describe, latents_of, own_share, wrap  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
@@ -75,8 +75,7 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
         wrapped(**own_share(before, options.batch))
     described = []
     for _ in range(options.repeat):
-        output = wrapped(**own_share(call, options.batch))
-        described.append(describe(None if output is None else output.images))
+        described.append(describe(latents_of(wrapped(**own_share(call, options.batch)))))
     return described
 
 

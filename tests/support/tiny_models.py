@@ -26,6 +26,9 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 
 TEXT_TOKENS = 8
@@ -186,6 +189,44 @@ def tiny_pixart(
     return pipeline, call
 
 
+def tiny_wan(
+    seed: int = 0,
+    num_layers: int = 3,
+    batch: int = 1,
+    size: int = 32,
+    pipeline_class: type[Any] = WanPipeline,
+    transformer_config: dict[str, Any] | None = None,
+    **more_parts: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.1 T2V: 9 frames at 32 x 32 pixels with guidance: 3 x 2 x 2 tokens, two heads."""
+    torch.manual_seed(seed)
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "text_dim": 32,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": num_layers,
+        "rope_max_seq_len": 32,
+        **(transformer_config or {}),
+    }
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    transformer = WanTransformer3DModel(**sizes).eval()
+    pipeline = pipeline_class(
+        transformer=transformer, scheduler=scheduler, **{**parts, **more_parts}
+    )
+    call = _call_kwargs(batch, size)
+    call.update(
+        num_frames=9,
+        prompt_embeds=torch.randn(batch, TEXT_TOKENS, 32),
+        negative_prompt_embeds=torch.randn(batch, TEXT_TOKENS, 32),
+    )
+    return pipeline, call
+
+
 TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "flux": tiny_flux,
     "flux-kontext": tiny_kontext,
@@ -194,6 +235,7 @@ TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "sd3.5": tiny_sd35,
     "pixart": tiny_pixart,
     "pixart-sigma": partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline),
+    "wan": tiny_wan,
 }
 
 
@@ -223,6 +265,10 @@ LIMITS = tuple(
         ("--use_cfg_parallel", "Cannot split dim 0 of hidden_states (1) into 2 parts"),
     )
 )
+# Those that no pipeline class of xDiT's stands around: it runs them by its runner.
+OF_RUNNER = ("flux-kontext", "flux-fill", "wan")
+# What xDiT can do with one of these, though not with the first of its family.
+BEYOND: tuple[tuple[str, str], ...] = ()
 # The registered adapter that each of them is for.
 ADAPTER_OF = {
     "flux": "flux",
@@ -232,6 +278,7 @@ ADAPTER_OF = {
     "sd3.5": "sd3",
     "pixart": "pixart",
     "pixart-sigma": "pixart",
+    "wan": "wan",
 }
 
 

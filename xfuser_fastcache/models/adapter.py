@@ -68,10 +68,15 @@ class ModelAdapter:
         return given if made is None else min(given, made)
 
     @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-        """Return how many image tokens stand before those of conditions and padding; None for all.
+    def image_tokens(
+        cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> range | None:
+        """Return which tokens are the image's, and not a condition's or padding; None for all.
+
+        It is asked once for all forward passes that one plan of a scheduler has for one size.
 
         Args:
+            model: that is called.
             args: of the transformer's forward.
             kwargs: likewise.
         """

@@ -207,17 +207,17 @@ class BlockContract:
                 put(table.name, table.narrowed(whole, tokens, behind, rows[0]))
         return tuple(positional), named
 
-    def unpack(self, output: Any, behind: int | None = None) -> Streams:
+    def unpack(self, output: Any, like: Streams | None = None) -> Streams:
         """Return the streams among a block's results.
 
         Args:
             output: what it returned.
-            behind: rows behind the image's, where it was run on fewer; see `TokenLayout.apart`.
+            like: what it was given, where it was run on fewer tokens; see `TokenLayout.apart`.
         """
         if len(self.returns) == 1:
-            return self.layout.apart(output, None, self.counts, behind)
+            return self.layout.apart(output, None, self.counts, like)
         named = dict(zip(self.returns, output, strict=True))
-        return self.layout.apart(named[HIDDEN], named[ENCODER], self.counts, behind)
+        return self.layout.apart(named[HIDDEN], named[ENCODER], self.counts, like)
 
     def pack(self, streams: Streams) -> Any:
         """Return streams in the form in which the block returns its results."""

@@ -138,10 +138,10 @@ def run_narrowed(
         slice_tables: whether tables with a row a token are narrowed too.
     """
     streams = contract.read(args, kwargs)
-    x, behind = streams.hidden_states, contract.layout.behind(streams)
+    x = streams.hidden_states
     few = narrowing.narrow(x)
     rows = narrowing.rows if slice_tables else None
     args, kwargs = contract.replaced(args, kwargs, few, x.shape[1], rows)
-    output = contract.unpack(forward(*args, **kwargs), behind)
+    output = contract.unpack(forward(*args, **kwargs), streams)
     every = narrowing.widen(x, few, output.hidden_states)
     return contract.pack(replace(output, hidden_states=every))
