@@ -28,7 +28,7 @@ class WanAdapter(ModelAdapter):
     embedder = "condition_embedder"
     block_lists = {
         "blocks": BlockContract(
-            tables=(Table("rotary_emb", axis=1), Table("temb", axis=1, dims=4)),
+            tables=(Table("rotary_emb", axis=1), Table("temb", axis=1, dims=4, attended=False)),
             attention=("attn1",),
         )
     }
@@ -58,3 +58,15 @@ class WanAdapter(ModelAdapter):
         if temb.dim() == 3:
             shift, scale = shift[:, None], scale[:, None]
         return (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+
+
+class WanVACEAdapter(WanAdapter):
+    """Wan 2.1 VACE: its blocks are Wan's, and some are followed by a hint from blocks of its own.
+
+    Those run before all others, on what is given alone. Where blocks are skipped they run all the
+    same; the output forecast skips them too.
+
+    Source: diffusers `models/transformers/transformer_wan_vace.py`.
+    """
+
+    model_class = "WanVACETransformer3DModel"

@@ -6,6 +6,8 @@ import hashlib
 import importlib
 from typing import Any
 
+from diffusers import WanImageToVideoPipeline
+
 from xfuser_fastcache.xdit import cpu_platform
 
 _PER_SAMPLE = (
@@ -23,9 +25,14 @@ _MODELS = "xfuser.model_executor.models"
 _WRAPPERS = {
     "FluxTransformer2DModel": ("transformer_flux", "xFuserFlux1Transformer2DWrapper"),
     "WanTransformer3DModel": ("transformer_wan", "xFuserWanTransformer3DWrapper"),
+    "WanVACETransformer3DModel": ("transformer_wan_vace", "xFuserWanVACETransformer3DWrapper"),
 }
 # What its runner calls pipelines that it says itself what they cannot do.
-_RUNNER_MODELS = {"WanPipeline": "xFuserWan21T2VModel"}
+_RUNNER_MODELS = {
+    "WanPipeline": "xFuserWan21T2VModel",
+    "WanImageToVideoPipeline": "xFuserWan21I2VModel",
+    "WanVACEPipeline": "xFuserWan21VACEModel",
+}
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
@@ -45,6 +52,7 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
         num_inference_steps=call["num_inference_steps"],
         max_sequence_length=call.get("max_sequence_length", 256),
         output_type="latent",
+        model="Wan2.1-VACE-1.3B",  # only the runner's VACE asks which one it is
         **xfuser_args,
     )
     engine_config, input_config = arguments.create_config()
@@ -80,6 +88,10 @@ def as_the_runner_does(pipeline: Any, engine_config: Any, call: dict[str, Any]) 
         transformer = made(**config).eval()
         transformer.load_state_dict(held.state_dict())
         setattr(pipeline, name, transformer)
+    if isinstance(pipeline, WanImageToVideoPipeline):
+        # Which shares guidance out, and is diffusers' in all other respects.
+        made = importlib.import_module("xfuser.model_executor.pipelines.pipeline_wan_i2v")
+        pipeline.__class__ = made.xFuserWanImageToVideoPipeline
     initialize_runtime_state(pipeline, engine_config)
     if "max_sequence_length" in call:  # of FLUX; the runner says nothing of the text of videos
         get_runtime_state().set_input_parameters(
@@ -108,8 +120,12 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
 
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
-    own = {name: value[share] if name in _PER_SAMPLE else value for name, value in call.items()}
-    own["generator"] = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]
+    own = {
+        name: value[share] if name in _PER_SAMPLE and isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
+    generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]
+    own["generator"] = generators if isinstance(call["generator"], list) else generators[0]
     return own
 
 

@@ -63,17 +63,18 @@ EXCLUDED = (
         "FLUX.1 is distilled: its pipeline makes one call a step and has no second branch",
         "CFG parallelism is not supported by the model",
     ),
-    Exclusion(
-        "wan",
-        f"{PIPEFUSION}=2",
-        "xDiT's runner takes Wan, and its transformer is whole on every rank",
-        "does not support pipefusion_parallel_degree",
-    ),
-    Exclusion(
-        "wan",
-        CFG,
-        "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone",
-        "does not support use_cfg_parallel",
+    *(
+        Exclusion(
+            model,
+            flag,
+            reason,
+            f"does not support {flag.strip('-').split('=')[0]}",
+        )
+        for model in ("wan", "wan_vace")
+        for flag, reason in (
+            (f"{PIPEFUSION}=2", "xDiT's runner takes Wan with a transformer that is no pipeline"),
+            (CFG, "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone"),
+        )
     ),
 )
 
