@@ -159,7 +159,8 @@ def test_every_registered_adapter_is_in_the_matrix() -> None:
 def test_every_registered_backend_is_in_every_layout_and_several_of_them_in_ci(layout: str) -> None:
     quick = {b for m, at, b in CASES if at == layout and not is_slow(m, at, b)}
     assert {b for _, at, b in CASES if at == layout} == set(BACKENDS)
-    assert len(quick) >= min(len(BACKENDS), 1 + sum(at == layout for _, at in CELLS) // 2)
+    models = sum(at == layout and model not in OF_WAN for model, at in CELLS)
+    assert len(quick) >= min(len(BACKENDS), 1 + models // 2)
 
 
 def test_every_registered_backend_meets_every_model_in_ci() -> None:
