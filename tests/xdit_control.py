@@ -48,7 +48,8 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
     """Build one pipeline and generate ``--repeat`` times; one description a generation."""
     from support.tiny_models import TINY_PIPELINES
 
-    pipeline, call = TINY_PIPELINES[model](batch=options.batch)
+    size = {} if options.size is None else {"size": options.size}
+    pipeline, call = TINY_PIPELINES[model](batch=options.batch, **size)
     call["num_inference_steps"] = options.num_inference_steps
     before = dict(call)
     if options.text_before is not None:
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["flux"], help="names in TINY_PIPELINES")
     parser.add_argument("--warmup_steps", nargs="+", type=int, default=[1], help="PipeFusion's")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, help="Wan: pixels of a side")
     parser.add_argument("--repeat", type=int, default=1, help="generations of each pipeline")
     parser.add_argument("--num_inference_steps", type=int, default=3)
     parser.add_argument("--text_tokens", type=int, help="FLUX and SD3: fewer than 8")

@@ -113,10 +113,10 @@ def apply_cache_on_transformer(
             f"calibration={config.calibration!r} needs the scheduler whose steps it was made for, "
             "and no pipeline holds this transformer; pass scheduler=pipe.scheduler"
         )
-    request = Request.of(config)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
+    request = Request.of(config, adapter)
     group = layout.decision_group(transformer, request.whole_forward)
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
     count = functools.partial(adapter.image_tokens, model) if group.stages == 1 else None

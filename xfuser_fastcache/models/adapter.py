@@ -33,6 +33,8 @@ class ModelAdapter:
         noise: how its timesteps stand for noise.
         tea_polynomial: coefficients, highest power first, that TeaCache publishes for the family:
             from relative change of the modulated input to that of the output; None where none is.
+        forecaster: what stands in under `Fast`, where nothing else is asked for; None for what that
+            brings.
     """
 
     model_class: ClassVar[str]
@@ -41,6 +43,7 @@ class ModelAdapter:
     forward: ClassVar[ForwardLayout] = ForwardLayout()
     noise: ClassVar[NoiseLevels]
     tea_polynomial: ClassVar[tuple[float, ...] | None] = None
+    forecaster: ClassVar[str | None] = None
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
