@@ -218,13 +218,7 @@ def tiny_wan(
     if "expand_timesteps" in sizes:
         of_pipeline["expand_timesteps"] = sizes.pop("expand_timesteps")
     if pipeline_class is not WanPipeline:
-        of_pipeline["vae"] = AutoencoderKLWan(
-            base_dim=3,
-            z_dim=16,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-        ).eval()
+        of_pipeline["vae"] = tiny_wan_vae()
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -246,6 +240,17 @@ def tiny_wan(
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         call[name] = torch.randn(batch, TEXT_TOKENS, 32)
     return pipeline_class(scheduler=scheduler, **of_pipeline), call
+
+
+def tiny_wan_vae() -> AutoencoderKLWan:
+    """Return Wan's: a latent of 16 channels for 8 x 8 pixels of 4 frames."""
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    ).eval()
 
 
 def tiny_wan_i2v(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
