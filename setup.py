@@ -71,6 +71,8 @@ setup(
             "flux = diffusers_adapters.flux:FluxAdapter",
             "sd3 = diffusers_adapters.sd3:SD3Adapter",
             "pixart = diffusers_adapters.pixart:PixArtAdapter",
+            "wan = diffusers_adapters.wan:WanAdapter",
+            "wan_vace = diffusers_adapters.wan:WanVACEAdapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

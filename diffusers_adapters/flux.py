@@ -30,7 +30,10 @@ class FluxAdapter(ModelAdapter):
     tea_polynomial = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
     @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    def image_tokens(
+        cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> range | None:
         """Those before the first whose id has another first coordinate than 0."""
         ids = cls.forward_layout().argument("img_ids", args, kwargs)
-        return None if ids is None else leading_zeros(ids)
+        count = None if ids is None else leading_zeros(ids)
+        return None if count is None else range(count)

@@ -22,10 +22,11 @@ import torch.distributed as dist  # noqa: E402
 from support.backend_options import NEVER, OFTEN  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.matrix import STEPS, VARIANTS, build, same, variants  # noqa: E402
+from support.tiny_models import ALONE  # noqa: E402
 from support.worlds import report  # noqa: E402
-from support.xdit_runs import describe, own_share  # noqa: E402
+from support.xdit_runs import describe, latents_of, own_share  # noqa: E402
 
-from xfuser_fastcache.apply import adapter_of  # noqa: E402
+from xfuser_fastcache.apply import adapter_of, denoisers_of  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
@@ -77,22 +78,27 @@ def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) ->
 
     replicas = flags["data_parallel_degree"]
     pipe, call = build(model, replicas, **flags)
+    denoisers = list(denoisers_of(pipe).values())
 
     def generate() -> torch.Tensor | None:
-        output = pipe(**own_share(call, replicas))
-        return None if output is None else output.images
+        return latents_of(pipe(**own_share(call, replicas)))
 
     def apply(**options: Any) -> None:
-        apply_cache_on_transformer(
-            pipe.transformer,
-            scheduler=pipe.scheduler,
-            sync_timeout_s=60,
-            verify_consensus=True,
-            **options,
-        )
+        for denoiser in denoisers:
+            apply_cache_on_transformer(
+                denoiser,
+                scheduler=pipe.scheduler,
+                sync_timeout_s=60,
+                verify_consensus=True,
+                **options,
+            )
+
+    def remove() -> None:
+        for denoiser in denoisers:
+            remove_cache(denoiser)
 
     found: dict[str, Any] = {"synchronous": synchronous(generate)}
-    if flags["pipefusion_parallel_degree"] == 1:
+    if flags["pipefusion_parallel_degree"] == 1 and len(denoisers) == 1:
         found["corrected"] = corrected(pipe, generate)
     control = generate()
     found["has_output"] = control is not None
@@ -100,21 +106,23 @@ def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) ->
     for name in backends:
         apply(use_cache=name, **NEVER[name])
         found["backends"][name] = {"threshold_0_exact": same(control, generate())}
-        remove_cache(pipe.transformer)
+        remove()
         for variant, options in variants(model, name, slow).items():
             apply(use_cache=name, **OFTEN[name], **options)
             cached = generate()
             repeats = same(cached, generate())
-            statistics = get_cache_statistics(pipe.transformer)
-            remove_cache(pipe.transformer)
+            statistics = [get_cache_statistics(denoiser) for denoiser in denoisers]
+            remove()
+            steps = [of["steps"] for of in statistics]
+            hits = [of["block_approx_ratio"] * of["steps"] for of in statistics]
             found["backends"][name][variant] = {
                 "repeats": repeats,
                 "changed": control is None or not same(control, cached),
                 "finite": cached is None or bool(cached.isfinite().all()),
-                "digest": statistics["decisions_digest"],
-                "hits": statistics["block_approx_ratio"],
-                "collectives_per_step": statistics["collectives_per_step"],
-                "steps": statistics["steps"],
+                "digest": " ".join(of["decisions_digest"] for of in statistics),
+                "hits": sum(hits) / sum(steps),
+                "collectives_per_step": max(of["collectives_per_step"] for of in statistics),
+                "steps": sum(steps),
             }
     # Each backend began on what the one before had left.
     found["restored_exact"] = same(control, generate())
@@ -124,16 +132,15 @@ def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) ->
 def references(model: str, batches: list[int]) -> dict[str, Any]:
     """Describe what one rank computes of each batch size: what the layouts are compared with."""
     found = {}
-    for batch in batches:
+    for batch in batches[:1] if model in ALONE else batches:
         pipe, call = build(model, batch)
 
         def generate(pipe: Any = pipe, call: dict[str, Any] = call, batch: int = batch) -> Any:
-            return pipe(**own_share(call, batch)).images
+            return latents_of(pipe(**own_share(call, batch)))
 
-        found[str(batch)] = {
-            "synchronous": describe(generate()),
-            "corrected": corrected(pipe, generate),
-        }
+        found[str(batch)] = {"synchronous": describe(generate())}
+        if len(denoisers_of(pipe)) == 1:
+            found[str(batch)]["corrected"] = corrected(pipe, generate)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ TOKENS = {
     "flux-kontext, runner": (NOISE, NOISE),
     "flux-fill, runner": (NOISE, NOISE),
     "sd3, pipeline": (2 * NOISE, 2 * NOISE),
+    "wan": (27, 4 * 27),
+    "wan-ti2v": (18, 4 * 18),  # a third is the frame that is given
 }
 
 
@@ -48,9 +51,12 @@ def test_every_layout_counts_each_token_once(flags: tuple[str, ...]) -> None:
     for rank in world.values():
         for model, (in_blocks, in_latents) in TOKENS.items():
             for way, case in rank["found"][model].items():
-                wanted = in_latents if way == "output" else in_blocks
+                never = way == "never"
+                wanted = in_latents if way in ("output", "never") else in_blocks
                 assert case["tokens"] == [wanted], (model, way)
-                assert case["nonfinite"] == 0 < case["hits"] and case["finite"], (model, way)
+                assert case["nonfinite"] == 0 and case["finite"], (model, way)
+                assert (case["hits"] == 0) == never, (model, way)
+                assert case["exact"] in (None, never), (model, way)
     digests = [
         [case["digest"] for ways in rank["found"].values() for case in ways.values()]
         for rank in world.values()
@@ -106,7 +112,7 @@ def test_what_a_condition_holds_is_never_measured() -> None:
     adapter, noise = FluxAdapter, torch.randn(1, NOISE, 64)
     ids = torch.zeros(NOISE + 32, 3)
     ids[NOISE:, 0] = 1
-    counts = TokenCounts(adapter.image_tokens)
+    counts = TokenCounts(partial(adapter.image_tokens, pipe.transformer))
     block, forward = (
         adapter.contracts(pipe.transformer, counts)[-1],
         adapter.forward_contract(pipe.transformer, counts),

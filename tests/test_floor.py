@@ -1,4 +1,4 @@
-"""Families that no adapter ships for yet: each is described in a few lines, on `models/`.
+"""Wan, and families that no adapter ships for yet: each is a few lines, on `models/`.
 
 Tiny models of diffusers with random weights. What a block and a forward pass are given and put out
 is read, and put back to the bit; cached, nothing changes at a threshold of 0, and something at a
@@ -8,6 +8,7 @@ high one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -31,6 +32,7 @@ from diffusers import (
 )
 from torch import nn
 
+from diffusers_adapters.wan import WanAdapter
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.models.adapter import ModelAdapter
@@ -44,24 +46,6 @@ from xfuser_fastcache.tokens.base import run_narrowed
 from xfuser_fastcache.tokens.saliency import Split
 
 # ---- the adapters: what a package would ship ----------------------------------------------------
-
-
-class WanAdapter(ModelAdapter):
-    model_class = "WanTransformer3DModel"
-    embedder = "condition_embedder"
-    block_lists = {
-        "blocks": BlockContract(
-            tables=(Table("rotary_emb", axis=1), Table("temb", axis=1, dims=4)),
-            attention=("attn1",),
-        )
-    }
-    noise = FlowSigma(given="timestep")
-
-    @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """Sequence parallelism pads; patches of 1 x 2 x 2."""
-        frames, height, width = cls.forward.given(args, kwargs).sizes[1:]
-        return frames * (height // 2) * (width // 2)
 
 
 class HunyuanVideoAdapter(ModelAdapter):
@@ -102,10 +86,10 @@ class ZImageAdapter(ModelAdapter):
         return model.in_channels
 
     @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    def image_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> range:
         """Behind them the model pads to a multiple of 32; patches of 1 x 2 x 2."""
         _, frames, height, width = cls.forward_layout().given(args, kwargs).sizes
-        return frames * (height // 2) * (width // 2)
+        return range(frames * (height // 2) * (width // 2))
 
 
 class QwenImageAdapter(ModelAdapter):
@@ -123,9 +107,9 @@ class QwenImageAdapter(ModelAdapter):
         return model.config.in_channels
 
     @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    def image_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> range:
         """Edit's pictures stand behind; the sizes of all are on the host."""
-        return prod(cls.forward_layout().argument("img_shapes", args, kwargs)[0][0])
+        return range(prod(cls.forward_layout().argument("img_shapes", args, kwargs)[0][0]))
 
 
 _FLUX2 = {"tables": ("image_rotary_emb",), "attention": ("attn",)}
@@ -146,8 +130,11 @@ class Flux2Adapter(ModelAdapter):
     noise = FlowSigma(given="sigma")
 
     @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-        return leading_zeros(cls.forward_layout().argument("img_ids", args, kwargs))
+    def image_tokens(
+        cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> range | None:
+        count = leading_zeros(cls.forward_layout().argument("img_ids", args, kwargs))
+        return None if count is None else range(count)
 
 
 FAMILIES: dict[str, type[ModelAdapter]] = {
@@ -293,7 +280,7 @@ def flux2(condition: int = 0) -> tuple[nn.Module, dict[str, Any]]:
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int, int]] = {
     "Wan T2V": (lambda: (wan(), wan_call()), TOKENS, 0),
     "Wan I2V": (lambda: (wan(in_channels=36), wan_call(36)), TOKENS, 0),
-    "Wan TI2V": (lambda: (wan(), wan_call(per_token=True)), TOKENS, 0),
+    "Wan TI2V": (lambda: (wan(), wan_call(per_token=True)), TOKENS * 2 // 3, 0),
     "HunyuanVideo": (hunyuan, TOKENS, 0),
     "CogVideoX": (cogvideox, TOKENS, 0),
     "Z-Image": (z_image, 24, 8 + 32),  # 24 are padded to 32, and the text to 32 too
@@ -323,7 +310,7 @@ class Seen:
         make, self.noise, self.behind = CASES[name]
         self.model, self.call = make()
         self.adapter = adapter_of(self.model)
-        self.counts = TokenCounts(self.adapter.image_tokens)
+        self.counts = TokenCounts(partial(self.adapter.image_tokens, self.model))
         self.contracts = self.adapter.contracts(self.model, self.counts)
         self.blocks: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
         handles = [
@@ -347,6 +334,7 @@ def test_blocks_are_read_and_put_back_to_the_bit(name: str) -> None:
     for contract, (block, args, kwargs, output) in zip(seen.contracts, seen.blocks, strict=True):
         streams = contract.read(args, kwargs)
         assert streams.hidden_states.shape[1] == seen.noise
+        assert streams.ahead == (TOKENS - seen.noise if "TI2V" in name else 0)
         assert streams.hidden_states.shape[2] == seen.adapter.dim(seen.model)
         assert contract.layout.behind(streams) == seen.behind
         assert equal(contract.pack(contract.unpack(output)), output)
@@ -392,6 +380,9 @@ def test_the_forward_is_read_and_put_back_to_the_bit(name: str) -> None:
     if seen.behind and isinstance(wanted, torch.Tensor):  # what nobody reads is put back as 0
         assert not image[:, seen.noise :].any() and wanted[:, seen.noise :].any()
         image, wanted = image[:, : seen.noise], wanted[:, : seen.noise]
+    if "TI2V" in name:  # of its three frames the first one is given
+        assert not image[:, :, 0].any() and wanted[:, :, 0].any()
+        image, wanted = image[:, :, 1:], wanted[:, :, 1:]
     assert equal(image, wanted)
     # By position too, as Z-Image's pipeline gives them.
     names = seen.adapter.forward_layout().parameters
@@ -427,18 +418,33 @@ def test_a_joined_tensor_whose_text_nobody_told_is_an_error_that_says_so() -> No
     assert contract.read((random(1, 31, 32), None), told).encoder_hidden_states.shape[1] == 7
 
 
-@pytest.mark.parametrize(("shard", "counted"), [(0, 8), (1, 8), (2, 4), (3, 0)])
-def test_of_a_shard_the_rows_before_conditions_and_padding_are_counted(
-    shard: int, counted: int
+@pytest.mark.parametrize(
+    ("image", "counted"),
+    [(range(20), [8, 8, 4, 0]), (range(10, 20), [0, 6, 4, 0]), (range(3, 30), [5, 8, 8, 6])],
+)
+@pytest.mark.parametrize("shard", range(4))
+def test_of_a_shard_the_rows_within_conditions_and_padding_are_counted(
+    image: range, counted: list[int], shard: int
 ) -> None:
-    """20 tokens of noise on 4 ranks of 8 rows: the rest is a condition's or padding."""
-    counts = TokenCounts(lambda args, kwargs: 20, shard)
+    """4 ranks of 8 rows: all but the image's are a condition's or padding."""
+    counts = TokenCounts(lambda args, kwargs: image, shard)
     counts.open((), {})
     contract = BlockContract((HIDDEN,), (HIDDEN,), counts=counts)
-    streams = contract.read((random(1, 8, 3),), {})
-    assert streams.hidden_states.shape[1] == counted
-    assert (streams.rest is None) == (counted == 8)
-    assert contract.pack(streams).shape == (1, 8, 3)
+    x = random(1, 8, 3)
+    streams = contract.read((x,), {})
+    rows = [row for row in range(8) if 8 * shard + row in image]
+    assert torch.equal(streams.hidden_states, x[:, rows]) and len(rows) == counted[shard]
+    assert (streams.rest is None) == (len(rows) == 8)
+    assert torch.equal(contract.pack(streams), x)
+
+
+def test_tokens_are_counted_once_for_all_forward_passes_of_an_occasion() -> None:
+    """Where the model is given a timestep a token, a look at them waits for the device."""
+    asked: list[int] = []
+    counts = TokenCounts(lambda args, kwargs: asked.append(1) or range(len(asked)))
+    for occasion in ("one", "one", "other", None, None):
+        counts.open((), {}, occasion)
+    assert (len(asked), counts.image) == (4, range(4))
 
 
 def test_blocks_may_hold_tokens_in_another_axis() -> None:

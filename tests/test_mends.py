@@ -184,6 +184,25 @@ def test_text_of_another_length_than_before_equals_one_rank_mended(
         assert_close(output, one_rank[output["model"]])
 
 
+@pytest.mark.gloo
+def test_wan_attends_to_padding_unmended_and_equals_one_rank_mended(mended: Path) -> None:
+    """27 tokens on two ranks. Under ring attention the padding stays; docs/limits.md says so."""
+    arguments = ("--model", "wan", "wan-vace", "--size", "48")
+    one = {line["model"]: line for line in lines(launch("xdit_control.py", 1, *arguments))}
+    for script, flags, wrong in (
+        ("xdit_control.py", ULYSSES, True),
+        (mended, ULYSSES, False),
+        (mended, ("--ring_degree", "2"), True),
+    ):
+        found = lines(launch(script, 2, *arguments, *flags))
+        assert len(found) == 4
+        for line in found:
+            if wrong:
+                assert line["norm"] != pytest.approx(one[line["model"]]["norm"], rel=1e-5)
+            else:
+                assert_close(line, one[line["model"]])
+
+
 class MendedJoint:
     """How xfuser could mend its joint attention itself."""
 
@@ -220,6 +239,13 @@ class MendedPipeline:
         group.pipeline_recv()
 
 
+class MendedWan:
+    """How xfuser could mend its Wan itself."""
+
+    def forward(self, hidden_states: Any, pad_amount: int) -> None:
+        self.attention_kwargs["valid_kv_len"] = hidden_states.shape[1] - pad_amount
+
+
 @pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
 def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module = types.ModuleType("mended")
@@ -227,6 +253,8 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserFluxAttnProcessor = MendedFlux
     module.xFuserStableDiffusion3Pipeline = MendedPipeline
     module.xFuserFluxPipeline = MendedPipeline
+    module.xFuserWanTransformer3DWrapper = MendedWan
+    module.xFuserWanVACETransformer3DWrapper = MendedWan
     assert not mend.is_needed(module)
 
 

@@ -201,6 +201,8 @@ DECLARED = {
     ("xfuser_fastcache.adapters", "flux"): "diffusers_adapters.flux:FluxAdapter",
     ("xfuser_fastcache.adapters", "sd3"): "diffusers_adapters.sd3:SD3Adapter",
     ("xfuser_fastcache.adapters", "pixart"): "diffusers_adapters.pixart:PixArtAdapter",
+    ("xfuser_fastcache.adapters", "wan"): "diffusers_adapters.wan:WanAdapter",
+    ("xfuser_fastcache.adapters", "wan_vace"): "diffusers_adapters.wan:WanVACEAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

@@ -282,9 +282,9 @@ def test_a_chain_of_narrowings_ends_where_its_links_lead() -> None:
 
 
 @pytest.mark.parametrize("positional", [True, False])
-@pytest.mark.parametrize("slice_tables", [True, False])
+@pytest.mark.parametrize("attends_to_few", [True, False])
 def test_a_block_gets_few_tokens_with_their_rows_and_all_text(
-    positional: bool, slice_tables: bool
+    positional: bool, attends_to_few: bool
 ) -> None:
     x, text = tokens(40), tokens(3, seed=5)
     table = torch.arange(43.0)
@@ -297,9 +297,9 @@ def test_a_block_gets_few_tokens_with_their_rows_and_all_text(
 
     given = {HIDDEN: x, ENCODER: text, "tables": (table, (2 * table,))}
     args, kwargs = (tuple(given.values()), {}) if positional else ((), given)
-    out_text, out = run_narrowed(narrowing, JOINT, block, args, kwargs, slice_tables)
+    out_text, out = run_narrowed(narrowing, JOINT, block, args, kwargs, attends_to_few)
     assert torch.equal(seen["image"], narrowing.narrow(x)) and torch.equal(seen["text"], text)
-    rows = [0, 1, 2, *(3 + narrowing.rows[0]).tolist()] if slice_tables else list(range(43))
+    rows = [0, 1, 2, *(3 + narrowing.rows[0]).tolist()] if attends_to_few else list(range(43))
     assert seen["tables"][0].tolist() == rows
     assert seen["tables"][1][0].tolist() == [2 * row for row in rows]
     assert torch.equal(out_text, text + 2) and out.shape == x.shape

@@ -14,7 +14,10 @@ from toys.checker import check_caption
 TOYS = ROOT / "toys"
 
 
-@pytest.fixture(params=sorted(adapters()), scope="module")
+@pytest.fixture(
+    params=sorted(model for model in adapters() if (ROOT / "toys" / model).exists()),
+    scope="module",
+)
 def name(request):
     return request.param
 

@@ -19,7 +19,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from support.xdit_runs import describe, own_share, wrap  # noqa: E402
+from support.xdit_runs import describe, latents_of, own_share, wrap  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
@@ -48,7 +48,8 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
     """Build one pipeline and generate ``--repeat`` times; one description a generation."""
     from support.tiny_models import TINY_PIPELINES
 
-    pipeline, call = TINY_PIPELINES[model](batch=options.batch)
+    size = {} if options.size is None else {"size": options.size}
+    pipeline, call = TINY_PIPELINES[model](batch=options.batch, **size)
     call["num_inference_steps"] = options.num_inference_steps
     before = dict(call)
     if options.text_before is not None:
@@ -75,8 +76,7 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
         wrapped(**own_share(before, options.batch))
     described = []
     for _ in range(options.repeat):
-        output = wrapped(**own_share(call, options.batch))
-        described.append(describe(None if output is None else output.images))
+        described.append(describe(latents_of(wrapped(**own_share(call, options.batch)))))
     return described
 
 
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["flux"], help="names in TINY_PIPELINES")
     parser.add_argument("--warmup_steps", nargs="+", type=int, default=[1], help="PipeFusion's")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, help="Wan: pixels of a side")
     parser.add_argument("--repeat", type=int, default=1, help="generations of each pipeline")
     parser.add_argument("--num_inference_steps", type=int, default=3)
     parser.add_argument("--text_tokens", type=int, help="FLUX and SD3: fewer than 8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from typing import Any
 
@@ -112,13 +113,14 @@ def apply_cache_on_transformer(
             f"calibration={config.calibration!r} needs the scheduler whose steps it was made for, "
             "and no pipeline holds this transformer; pass scheduler=pipe.scheduler"
         )
-    request = Request.of(config)
     layout = _layout(transformer, process_group)
     model = layout.model_of(transformer)
     adapter = adapter_of(model)
+    request = Request.of(config, adapter)
     group = layout.decision_group(transformer, request.whole_forward)
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
-    counts = TokenCounts(adapter.image_tokens if group.stages == 1 else None, group.shard)
+    count = functools.partial(adapter.image_tokens, model) if group.stages == 1 else None
+    counts = TokenCounts(count, group.shard)
     held = blocks_held(model, adapter)
     blocks = [block for listed in held.values() for block in listed]
     refuse_compiled(transformer, blocks, request.whole_forward)

@@ -21,6 +21,8 @@ from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load
 from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.methods import made
+from xfuser_fastcache.config.parts import parts_of
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.measurements.probes import Probe
@@ -36,6 +38,8 @@ from xfuser_fastcache.reports.statistics import BlockInfo
 from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 from xfuser_fastcache.tokens.plan import token_plan
 
+# The backend whose forecaster is a choice of ours; the others' belong to what was published.
+FAST = "Fast"
 logger = logging.getLogger("xfuser_fastcache")
 
 
@@ -56,12 +60,13 @@ class Request:
     path: str = ""
 
     @classmethod
-    def of(cls, config: CacheConfig) -> Request:
-        """Read the files that a config names.
+    def of(cls, config: CacheConfig, adapter: type[ModelAdapter]) -> Request:
+        """Read the files that a config names, and fill what it leaves to the model's family.
 
         Raises:
             ValueError: a file that does not hold what it should, or options that contradict it.
         """
+        config = _for_family(config, adapter.forecaster)
         path = config.calibration or config.linear_maps or ""
         if config.linear_maps:
             maps = load_maps(path)
@@ -98,6 +103,17 @@ class Request:
                 "shadow_audit does nothing under PipeFusion, where computing a skipped patch as "
                 "well would renew its keys and values: audits stays 0."
             )
+
+
+def _for_family(config: CacheConfig, forecaster: str | None) -> CacheConfig:
+    """Return a config with its family's forecaster where `Fast` would bring its own, and nothing
+    that was asked for needs what that withholds."""
+    asked = config.forecaster or config.calibration or config.linear_maps
+    if forecaster is None or asked or config.use_cache != FAST:
+        return config
+    withheld = made("forecaster", forecaster).withholds
+    needed = {need for part in parts_of(config) for need in part.needs}
+    return config if needed.intersection(withheld) else replace(config, forecaster=forecaster)
 
 
 def adapter_of(model: nn.Module) -> type[ModelAdapter]:
@@ -198,10 +214,10 @@ def _check_files(
     request: Request, model: nn.Module, adapter: type[ModelAdapter], blocks: int
 ) -> None:
     """Refuse a file that was made for another model; without one no weights are read."""
-    for made, kind in ((request.fitted, CALIBRATION), (request.maps, LINEAR_MAPS)):
-        if made is not None:
+    for held, kind in ((request.fitted, CALIBRATION), (request.maps, LINEAR_MAPS)):
+        if held is not None:
             found = fingerprint(model, adapter.model_class, adapter.embedder, blocks)
-            check_model(made.metadata, request.path, kind, found)
+            check_model(held.metadata, request.path, kind, found)
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
@@ -26,7 +27,14 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
+from PIL import Image
 
 TEXT_TOKENS = 8
 
@@ -186,6 +194,109 @@ def tiny_pixart(
     return pipeline, call
 
 
+def tiny_wan(
+    seed: int = 0,
+    batch: int = 1,
+    size: int = 32,
+    pipeline_class: type[Any] = WanPipeline,
+    model_class: type[Any] = WanTransformer3DModel,
+    experts: int = 1,
+    **sizes: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.1 T2V: 9 frames at 32 x 32 pixels with guidance: 3 x 2 x 2 tokens, two heads.
+
+    Args:
+        seed: of the weights, and of the embeddings.
+        batch: videos.
+        size: pixels of a side; 48 makes 27 tokens.
+        pipeline_class, model_class: of diffusers.
+        experts: 2 for Wan 2.2 A14B, which has one for much noise and one for little.
+        **sizes: of the model; `expand_timesteps` is the pipeline's.
+    """
+    torch.manual_seed(seed)
+    of_pipeline: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    if "expand_timesteps" in sizes:
+        of_pipeline["expand_timesteps"] = sizes.pop("expand_timesteps")
+    if pipeline_class is not WanPipeline:
+        of_pipeline["vae"] = tiny_wan_vae()
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "text_dim": 32,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 3,
+        "rope_max_seq_len": 32,
+        **sizes,
+    }
+    of_pipeline["transformer"] = model_class(**config).eval()
+    if experts == 2:
+        of_pipeline.update(transformer_2=model_class(**config).eval(), boundary_ratio=0.875)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    call = _call_kwargs(batch, size)
+    call["num_frames"] = 9
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        call[name] = torch.randn(batch, TEXT_TOKENS, 32)
+    return pipeline_class(scheduler=scheduler, **of_pipeline), call
+
+
+def tiny_wan_vae() -> AutoencoderKLWan:
+    """Return Wan's: a latent of 16 channels for 8 x 8 pixels of 4 frames."""
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    ).eval()
+
+
+def tiny_wan_i2v(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.1 I2V: `tiny_wan` with the channels of a mask and a picture, which also is attended to.
+
+    Its attention takes all text but the last 512 tokens for the picture's.
+    """
+    pipeline, call = tiny_wan(
+        batch=batch,
+        pipeline_class=WanImageToVideoPipeline,
+        in_channels=16 + 4 + 16,
+        image_dim=8,
+        added_kv_proj_dim=16,
+        **sizes,
+    )
+    embedded = torch.randn(1, 9, 8)
+    pipeline.encode_image = lambda image, device=None: embedded
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        call[name] = torch.nn.functional.pad(call[name], (0, 0, 0, 512 - TEXT_TOKENS))
+    return pipeline, {**call, "image": _picture(call["height"])}
+
+
+def tiny_wan_ti2v(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.2 TI2V: `tiny_wan` with a timestep a token; the first frame's four are given."""
+    pipeline, call = tiny_wan(
+        batch=batch, pipeline_class=WanImageToVideoPipeline, expand_timesteps=True, **sizes
+    )
+    return pipeline, {**call, "image": _picture(call["height"])}
+
+
+def tiny_wan_vace(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.1 VACE: `tiny_wan` with hints for two of its blocks; one video a call."""
+    assert batch == 1
+    pipeline, call = tiny_wan(
+        pipeline_class=WanVACEPipeline,
+        model_class=WanVACETransformer3DModel,
+        vace_layers=[0, 2],
+        **sizes,
+    )
+    return pipeline, {**call, "generator": call["generator"][0]}
+
+
+def _picture(size: int) -> Image.Image:
+    return Image.linear_gradient("L").convert("RGB").resize((size, size))
+
+
 TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "flux": tiny_flux,
     "flux-kontext": tiny_kontext,
@@ -194,6 +305,11 @@ TINY_PIPELINES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "sd3.5": tiny_sd35,
     "pixart": tiny_pixart,
     "pixart-sigma": partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline),
+    "wan": tiny_wan,
+    "wan-i2v": tiny_wan_i2v,
+    "wan-ti2v": tiny_wan_ti2v,
+    "wan22": partial(tiny_wan, experts=2),
+    "wan-vace": tiny_wan_vace,
 }
 
 
@@ -223,6 +339,13 @@ LIMITS = tuple(
         ("--use_cfg_parallel", "Cannot split dim 0 of hidden_states (1) into 2 parts"),
     )
 )
+# Those that no pipeline class of xDiT's stands around: it runs them by its runner.
+OF_WAN = ("wan-i2v", "wan-ti2v", "wan22", "wan-vace")
+OF_RUNNER = ("flux-kontext", "flux-fill", "wan", *OF_WAN)
+# What xDiT can do with one of these, though not with the first of its family.
+BEYOND = (("wan-i2v", "--use_cfg_parallel"), ("wan-ti2v", "--use_cfg_parallel"))
+# Drawn one a call, so that there is no batch for replicas to share.
+ALONE = ("wan-vace",)
 # The registered adapter that each of them is for.
 ADAPTER_OF = {
     "flux": "flux",
@@ -232,6 +355,11 @@ ADAPTER_OF = {
     "sd3.5": "sd3",
     "pixart": "pixart",
     "pixart-sigma": "pixart",
+    "wan": "wan",
+    "wan-i2v": "wan",
+    "wan-ti2v": "wan",
+    "wan22": "wan",
+    "wan-vace": "wan_vace",
 }
 
 

@@ -29,6 +29,7 @@ IMPORTED = (
     "diffusers.pipelines.flux",
     "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.pipelines.wan",
 )
 _SERVER = multiprocessing.get_context("forkserver")
 _FORK = multiprocessing.get_context("fork")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from typing import Any
+
+from diffusers import WanImageToVideoPipeline
 
 from xfuser_fastcache.xdit import cpu_platform
 
@@ -17,6 +20,19 @@ _PER_SAMPLE = (
     "image",
     "mask_image",
 )
+_MODELS = "xfuser.model_executor.models"
+# The transformers of xfuser's runner, which cut latents by themselves.
+_WRAPPERS = {
+    "FluxTransformer2DModel": ("transformer_flux", "xFuserFlux1Transformer2DWrapper"),
+    "WanTransformer3DModel": ("transformer_wan", "xFuserWanTransformer3DWrapper"),
+    "WanVACETransformer3DModel": ("transformer_wan_vace", "xFuserWanVACETransformer3DWrapper"),
+}
+# What its runner calls pipelines that it says itself what they cannot do.
+_RUNNER_MODELS = {
+    "WanPipeline": "xFuserWan21T2VModel",
+    "WanImageToVideoPipeline": "xFuserWan21I2VModel",
+    "WanVACEPipeline": "xFuserWan21VACEModel",
+}
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
@@ -30,16 +46,22 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     from xfuser import xFuserArgs
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
-    engine_config, input_config = xFuserArgs(
+    arguments = xFuserArgs(
         height=call["height"],
         width=call["width"],
         num_inference_steps=call["num_inference_steps"],
         max_sequence_length=call.get("max_sequence_length", 256),
         output_type="latent",
+        model="Wan2.1-VACE-1.3B",  # only the runner's VACE asks which one it is
         **xfuser_args,
-    ).create_config()
+    )
+    engine_config, input_config = arguments.create_config()
     cpu_platform.prepare_engine_config(engine_config, pipeline)
     pipeline.set_progress_bar_config(disable=True)
+    runner_model = _RUNNER_MODELS.get(type(pipeline).__name__)
+    if runner_model is not None:
+        runner_models = importlib.import_module(f"{_MODELS}.runner_models.wan")
+        getattr(runner_models, runner_model)(arguments)
     try:
         wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
     except ValueError:
@@ -50,28 +72,42 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
 
 
 def as_the_runner_does(pipeline: Any, engine_config: Any, call: dict[str, Any]) -> Any:
-    """Give a FLUX pipeline the transformer of xfuser's runner, which cuts latents by itself.
+    """Give a pipeline the transformers of xfuser's runner, which cut latents by themselves.
 
     The pipeline stays diffusers' own, and every rank is given all latents.
     """
     from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
-    from xfuser.model_executor.models.transformers.transformer_flux import (
-        xFuserFlux1Transformer2DWrapper,
-    )
 
-    transformer = xFuserFlux1Transformer2DWrapper(
-        **{k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
-    ).eval()
-    transformer.load_state_dict(pipeline.transformer.state_dict())
-    pipeline.transformer = transformer
+    for name in ("transformer", "transformer_2"):
+        held = getattr(pipeline, name, None)
+        if held is None:
+            continue
+        module, wrapper = _WRAPPERS[type(held).__name__]
+        made = getattr(importlib.import_module(f"{_MODELS}.transformers.{module}"), wrapper)
+        config = {k: v for k, v in held.config.items() if not k.startswith("_")}
+        transformer = made(**config).eval()
+        transformer.load_state_dict(held.state_dict())
+        setattr(pipeline, name, transformer)
+    if isinstance(pipeline, WanImageToVideoPipeline):
+        # Which shares guidance out, and is diffusers' in all other respects.
+        made = importlib.import_module("xfuser.model_executor.pipelines.pipeline_wan_i2v")
+        pipeline.__class__ = made.xFuserWanImageToVideoPipeline
     initialize_runtime_state(pipeline, engine_config)
-    get_runtime_state().set_input_parameters(
-        batch_size=call["prompt_embeds"].shape[0],
-        num_inference_steps=call["num_inference_steps"],
-        max_condition_sequence_length=call["max_sequence_length"],
-        split_text_embed_in_sp=True,
-    )
+    if "max_sequence_length" in call:  # of FLUX; the runner says nothing of the text of videos
+        get_runtime_state().set_input_parameters(
+            batch_size=call["prompt_embeds"].shape[0],
+            num_inference_steps=call["num_inference_steps"],
+            max_condition_sequence_length=call["max_sequence_length"],
+            split_text_embed_in_sp=True,
+        )
     return pipeline
+
+
+def latents_of(output: Any) -> Any:
+    """Return what a pipeline has put out, pictures or videos; None on a rank without."""
+    if output is None:
+        return None
+    return output.frames if hasattr(output, "frames") else output.images
 
 
 def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -84,8 +120,12 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
 
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
-    own = {name: value[share] if name in _PER_SAMPLE else value for name, value in call.items()}
-    own["generator"] = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]
+    own = {
+        name: value[share] if name in _PER_SAMPLE and isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+    }
+    generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]
+    own["generator"] = generators if isinstance(call["generator"], list) else generators[0]
     return own
 
 

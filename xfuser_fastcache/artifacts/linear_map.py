@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -260,7 +260,7 @@ class SpanMaps:
             hidden = hidden + image.change(moved.hidden_states)
         if words is not None and text is not None and moved.encoder_hidden_states is not None:
             words = words + text.change(moved.encoder_hidden_states)
-        return Streams(hidden, words, forecast.rest)
+        return replace(forecast, hidden_states=hidden, encoder_hidden_states=words)
 
     def change_of_each(self, dx: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
         """Return the residual's change of image tokens that each have a gap of their own.

@@ -124,8 +124,10 @@ class Reader:
             self._plan = None
         elif self._plan is None or self._plan.timesteps is not timesteps:
             self._plan = Plan(timesteps, tuple(adapter.plan(scheduler)))
-        self.counts.open(args, kwargs)
         given = forward.given(args, kwargs)
+        # A plan has timesteps of its own for as long as it is held here.
+        occasion = None if self._plan is None else (id(timesteps), given.batch, given.sizes)
+        self.counts.open(args, kwargs, occasion)
         position = self.layout.position()
         tokens = sum(position.patch_tokens) or given.sizes
 

@@ -246,6 +246,7 @@ class TaylorWeights(NamedTuple):
             image,
             of_all(one.encoder_hidden_states, other.encoder_hidden_states),
             of_all(one.rest, other.rest),
+            one.ahead,
         )
 
 

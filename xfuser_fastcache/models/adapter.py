@@ -33,6 +33,8 @@ class ModelAdapter:
         noise: how its timesteps stand for noise.
         tea_polynomial: coefficients, highest power first, that TeaCache publishes for the family:
             from relative change of the modulated input to that of the output; None where none is.
+        forecaster: what stands in under `Fast`, where nothing else is asked for; None for what that
+            brings.
     """
 
     model_class: ClassVar[str]
@@ -41,6 +43,7 @@ class ModelAdapter:
     forward: ClassVar[ForwardLayout] = ForwardLayout()
     noise: ClassVar[NoiseLevels]
     tea_polynomial: ClassVar[tuple[float, ...] | None] = None
+    forecaster: ClassVar[str | None] = None
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
@@ -68,10 +71,15 @@ class ModelAdapter:
         return given if made is None else min(given, made)
 
     @classmethod
-    def image_tokens(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-        """Return how many image tokens stand before those of conditions and padding; None for all.
+    def image_tokens(
+        cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> range | None:
+        """Return which tokens are the image's, and not a condition's or padding; None for all.
+
+        It is asked once for all forward passes that one plan of a scheduler has for one size.
 
         Args:
+            model: that is called.
             args: of the transformer's forward.
             kwargs: likewise.
         """

@@ -29,12 +29,15 @@ class Table:
         part: which entry of a tuple holds the image's table, where the text has one of its own.
         dims: dimensions that its tensors have where they hold a row a token; None for always. Wan's
             `temb` has 4 with a timestep a token, else 3.
+        attended: whether it is for the block's attention, as positions are, which may run on all
+            tokens where the rest of the block does not.
     """
 
     name: str
     axis: int = 0
     part: int | None = None
     dims: int | None = None
+    attended: bool = True
 
     def narrowed(self, value: Any, tokens: int, behind: int, rows: torch.Tensor) -> Any:
         """Return the table with the chosen of the image's rows, and all others.
@@ -179,6 +182,7 @@ class BlockContract:
         few: torch.Tensor,
         tokens: int,
         rows: torch.Tensor | None,
+        attends_to_few: bool = True,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a block's arguments with fewer image tokens.
 
@@ -187,6 +191,7 @@ class BlockContract:
             few: image tokens that take the place of all, `(batch, few, dim)`.
             tokens: number of all image tokens.
             rows: the place of each of the few among all, `(1, few)`; None leaves tables whole.
+            attends_to_few: whether tables of attention are narrowed, too.
         """
         positional, named = list(args), dict(kwargs)
 
@@ -203,21 +208,23 @@ class BlockContract:
             behind = self.layout.behind(streams)
             for table in self.tables:
                 table = Table(table) if isinstance(table, str) else table
+                if table.attended and not attends_to_few:
+                    continue
                 whole = self.argument(table.name, args, kwargs)
                 put(table.name, table.narrowed(whole, tokens, behind, rows[0]))
         return tuple(positional), named
 
-    def unpack(self, output: Any, behind: int | None = None) -> Streams:
+    def unpack(self, output: Any, like: Streams | None = None) -> Streams:
         """Return the streams among a block's results.
 
         Args:
             output: what it returned.
-            behind: rows behind the image's, where it was run on fewer; see `TokenLayout.apart`.
+            like: what it was given, where it was run on fewer tokens; see `TokenLayout.apart`.
         """
         if len(self.returns) == 1:
-            return self.layout.apart(output, None, self.counts, behind)
+            return self.layout.apart(output, None, self.counts, like)
         named = dict(zip(self.returns, output, strict=True))
-        return self.layout.apart(named[HIDDEN], named[ENCODER], self.counts, behind)
+        return self.layout.apart(named[HIDDEN], named[ENCODER], self.counts, like)
 
     def pack(self, streams: Streams) -> Any:
         """Return streams in the form in which the block returns its results."""

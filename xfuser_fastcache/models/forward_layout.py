@@ -110,8 +110,9 @@ class ForwardContract:
     Args:
         layout: of the forward pass.
         channels: of the latents that are noise, the first ones; None for all.
-        counts: of the forward pass in work, for latents that are tokens; None where all of them are
-            the image's. What it puts out for the others nobody reads: it is put back as zeros.
+        counts: of the forward pass in work, for latents that are tokens or a video; None where all
+            of them are noise. What it puts out for the others nobody reads: it is put back as
+            zeros.
     """
 
     def __init__(
@@ -123,21 +124,26 @@ class ForwardContract:
         self.layout = layout or ForwardLayout()
         self._channels = channels
         self._counts = counts or TokenCounts()
-        # Of the last result: leaves and tree, a video's shape, and rows behind the image's.
+        # Of the last result: leaves and tree, a video's shape, and rows around the image's.
         self._form: tuple[list[Any], Any] | None = None
         self._video: torch.Size | None = None
-        self._behind = 0
+        self._around = 0, 0
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Return the noise among the arguments as tokens `(batch, tokens, channels)`."""
         latents = self.layout.latents_of(args, kwargs)
         tokens = self.layout.tokens(latents)
-        if latents.dim() == 3:
-            count = self._counts.image_of(tokens.shape[1])
-            tokens = tokens[:, :count] if count < tokens.shape[1] else tokens
+        own = self._noise_of(tokens.shape[1], latents.dim())
+        if len(own) < tokens.shape[1]:
+            tokens = tokens[:, own.start : own.stop]
         if self._channels is not None and self._channels < tokens.shape[2]:
             tokens = tokens[..., : self._channels]
         return Streams(tokens)
+
+    def _noise_of(self, rows: int, dims: int) -> range:
+        """Return which rows of latents of so many dimensions are noise."""
+        counted = {3: self._counts.image_of, 5: self._counts.pixels_of}
+        return counted[dims](rows) if dims in counted else range(rows)
 
     def unpack(self, output: Any) -> Streams:
         """Return the tensors in a result, and remember its form.
@@ -156,15 +162,16 @@ class ForwardContract:
         self._form = [_TENSOR if isinstance(x, torch.Tensor) else x for x in leaves], tree
         if self.layout.lists:
             tensors = [torch.stack(tensors)]
-        image, *text = tensors
+        image, *others = tensors
+        text = others[0] if others else None
         self._video = image.shape if image.dim() == 5 else None
         if image.dim() == 4:
-            return Streams(image.transpose(1, 2), *text)
-        if image.dim() == 5:
-            return Streams(self.layout.tokens(image), *text)
-        count = self._counts.image_of(image.shape[1])
-        self._behind = image.shape[1] - count
-        return Streams(image[:, :count] if self._behind else image, *text)
+            return Streams(image.transpose(1, 2), text)
+        tokens = self.layout.tokens(image)
+        rows = tokens.shape[1]
+        own = self._noise_of(rows, image.dim())
+        self._around = own.start, rows - own.stop
+        return Streams(tokens[:, own.start : own.stop] if any(self._around) else tokens, text)
 
     def pack(self, streams: Streams) -> Any:
         """Return streams in the form of the last result."""
@@ -179,13 +186,15 @@ class ForwardContract:
         """Return the image in the shape in which the transformer puts it out."""
         if held.dim() == 4:
             return held.transpose(1, 2).contiguous()
+        if any(self._around):
+            shapes = [(len(held), rows, held.shape[2]) for rows in self._around]
+            ahead, behind = (held.new_zeros(shape) for shape in shapes)
+            held = torch.cat((ahead, held, behind), dim=1)
         if self._video is not None:
             axis = self.layout.channel_axis
             sizes = [size for at, size in enumerate(self._video) if at != axis]
             return held.reshape(*sizes, held.shape[2]).movedim(-1, axis).contiguous()
-        if not self._behind:
-            return held
-        return torch.cat((held, held.new_zeros(len(held), self._behind, held.shape[2])), dim=1)
+        return held
 
 
 def noise_tokens(image: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,15 @@ class Streams:
         hidden_states: image tokens, `(batch, tokens, dim)`.
         encoder_hidden_states: text tokens `(batch, text_tokens, dim)`, or None where the model's
             blocks do not replace them.
-        rest: rows that stand behind the image's and are none, of a condition or padding,
+        rest: rows that stand around the image's and are none, of a condition or padding,
             `(batch, rows, dim)`; None where there are none. They are never measured or merged.
+        ahead: how many of `rest`, the first ones, stand in front of the image's.
     """
 
     hidden_states: torch.Tensor
     encoder_hidden_states: torch.Tensor | None = None
     rest: torch.Tensor | None = None
+    ahead: int = 0
 
     def map(self, function: Callable[..., torch.Tensor], *others: Streams) -> Streams:
         """Apply `function` stream by stream, to this and to the same stream of `others`.
@@ -40,6 +42,7 @@ class Streams:
             image,
             None if any(text is None for text in texts) else function(*texts),
             None if any(rest is None for rest in rests) else function(*rests),
+            self.ahead,
         )
 
     def split(self, lengths: tuple[int, ...]) -> list[Streams]:

@@ -16,10 +16,10 @@ from xfuser_fastcache.models.streams import Streams
 class TokenLayout:
     """How a block's tensors hold their tokens; "image" is a picture's or a video's.
 
-    Behind the image's tokens may stand rows that are none: tokens of a condition, such as the
-    picture that FLUX.1-Kontext edits, or padding. They run, and are skipped, with the others, but
-    they are never measured, counted or merged. How many there are the forward pass tells; see
-    `TokenCounts`.
+    Around the image's tokens may stand rows that are none: tokens of a condition, such as the
+    picture that FLUX.1-Kontext edits or the frame that Wan TI2V begins with, or padding. They run,
+    and are skipped, with the others, but they are never measured, counted or merged. Which ones
+    they are the forward pass tells; see `TokenCounts`.
 
     Attributes:
         token_axis: of the block's tensors.
@@ -51,7 +51,7 @@ class TokenLayout:
         image: torch.Tensor,
         text: torch.Tensor | None,
         counts: TokenCounts | None,
-        behind: int | None = None,
+        like: Streams | None = None,
     ) -> Streams:
         """Return the streams in what a block is given or puts out, views of it.
 
@@ -59,8 +59,7 @@ class TokenLayout:
             image: the image's tensor, or the one that holds both.
             text: the text's, where they are two.
             counts: of this forward pass; None where all of `image` is image.
-            behind: rows behind the image's, where that is known better: the block was run on fewer
-                tokens than `counts` says.
+            like: what the block was given, where that was fewer tokens than `counts` says.
 
         Raises:
             ValueError: the number of text tokens in a joined tensor is not known.
@@ -82,26 +81,35 @@ class TokenLayout:
         elif text is not None:
             counts.text = text.shape[1]
         rows = image.shape[1]
-        count = counts.image_of(rows) if behind is None else rows - behind
-        if count == rows:
+        own = counts.image_of(rows)
+        if like is not None:
+            own = range(like.ahead, rows - self.behind(like))
+        if len(own) == rows:
             return Streams(image, text)
-        image, others = image[:, :count], image[:, count:]
-        return Streams(image, others) if self.joined == "image" else Streams(image, text, others)
+        ahead, image, behind = image.tensor_split((own.start, own.stop), dim=1)
+        if self.joined == "image":
+            text, behind = behind, behind[:, :0]
+        rests = [rows for rows in (ahead, behind) if rows.shape[1]]
+        rest = torch.cat(rests, dim=1) if len(rests) > 1 else next(iter(rests), None)
+        return Streams(image, text, rest, own.start)
 
     def behind(self, streams: Streams) -> int:
         """Return how many rows stand behind the image's in the image's tensor."""
-        others = streams.encoder_hidden_states if self.joined == "image" else streams.rest
-        return 0 if others is None else others.shape[1]
+        if self.joined == "image":
+            text = streams.encoder_hidden_states
+            return 0 if text is None else text.shape[1]
+        return 0 if streams.rest is None else streams.rest.shape[1] - streams.ahead
 
     def together(self, streams: Streams) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the tensors that hold streams: the image's, or both joined, and the text's."""
         image, text, rest = streams.hidden_states, streams.encoder_hidden_states, streams.rest
         parts = [image]
-        if self.joined is not None and text is not None:
-            parts.insert(0 if self.joined == "text" else 1, text)
-            text = None
         if rest is not None:
-            parts.append(rest)
+            ahead, behind = rest.tensor_split((streams.ahead,), dim=1)
+            parts = [ahead, image, behind]
+        if self.joined is not None and text is not None:
+            parts = [text, *parts] if self.joined == "text" else [*parts, text]
+            text = None
         if len(parts) > 1:
             image = torch.cat(parts, dim=1)
         axes = (1, -1), (self.token_axis, self.channel_axis)
@@ -114,31 +122,55 @@ class TokenLayout:
 
 @dataclass
 class TokenCounts:
-    """How many tokens of what the forward pass in work carries; what layouts cannot say.
+    """Which tokens of what the forward pass in work carries are the image's; layouts cannot say.
 
     Attributes:
-        count: from the arguments of the transformer's forward pass, how many tokens of the image
-            stand before all that is none, over all that this forward pass carries; None for all.
+        count: from the arguments of the transformer's forward pass, which tokens are the image's,
+            of all that this forward pass carries; None for all.
         shard: place of this rank's tokens among those of the forward pass, where that cuts them
             itself; else 0.
         image: what `count` says of the forward pass in work.
         text: text tokens of this rank, where a block has been given them apart; None before.
     """
 
-    count: Callable[[tuple[Any, ...], Mapping[str, Any]], int | None] | None = None
+    count: Callable[[tuple[Any, ...], Mapping[str, Any]], range | None] | None = None
     shard: int = 0
-    image: int | None = None
+    image: range | None = None
     text: int | None = None
+    _counted: object = None
 
-    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a forward pass with these arguments."""
-        self.image = None if self.count is None else self.count(args, kwargs)
+    def open(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], occasion: object = None
+    ) -> None:
+        """Begin a forward pass with these arguments.
 
-    def image_of(self, rows: int) -> int:
-        """Return how many of this rank's rows, the first ones, are image tokens."""
+        Args:
+            args, kwargs: of the transformer's forward.
+            occasion: equal for forward passes whose counts are; None to count each time, which may
+                wait for the device.
+        """
+        if self.count is not None and (occasion is None or occasion != self._counted):
+            self.image, self._counted = self.count(args, kwargs), occasion
+
+    def image_of(self, rows: int) -> range:
+        """Return which of this rank's rows are image tokens."""
         if self.image is None:
-            return rows
-        return min(max(self.image - self.shard * rows, 0), rows)
+            return range(rows)
+        first = self.shard * rows
+        start, stop = (
+            min(max(end - first, 0), rows) for end in (self.image.start, self.image.stop)
+        )
+        return range(start, stop)
+
+    def pixels_of(self, rows: int) -> range:
+        """Return which pixels of a video's latents are noise; all ranks are given all of them.
+
+        Args:
+            rows: pixels, of which each of the image's tokens holds equally many.
+        """
+        if self.image is None:
+            return range(rows)
+        return range(self.image.start * rows // self.image.stop, rows)
 
 
 _leading: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

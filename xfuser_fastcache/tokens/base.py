@@ -126,7 +126,7 @@ def run_narrowed(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    slice_tables: bool = True,
+    attends_to_few: bool = True,
 ) -> Any:
     """Run a block on fewer image tokens and all text tokens; returns what it would with all.
 
@@ -135,13 +135,13 @@ def run_narrowed(
         contract: of the block.
         forward: the block's own.
         args, kwargs: its arguments.
-        slice_tables: whether tables with a row a token are narrowed too.
+        attends_to_few: whether its attention runs on the few, too.
     """
     streams = contract.read(args, kwargs)
-    x, behind = streams.hidden_states, contract.layout.behind(streams)
+    x = streams.hidden_states
     few = narrowing.narrow(x)
-    rows = narrowing.rows if slice_tables else None
-    args, kwargs = contract.replaced(args, kwargs, few, x.shape[1], rows)
-    output = contract.unpack(forward(*args, **kwargs), behind)
+    given = few, x.shape[1], narrowing.rows
+    args, kwargs = contract.replaced(args, kwargs, *given, attends_to_few)
+    output = contract.unpack(forward(*args, **kwargs), streams)
     every = narrowing.widen(x, few, output.hidden_states)
     return contract.pack(replace(output, hidden_states=every))

@@ -164,8 +164,8 @@ class ChosenTokens(TokenPlan):
         if self._static is not None:
             saved *= 1 - self._attention_costs[index]
         counters.record_narrowed(index, left_out, saved)
-        slice_tables = self._static is None
-        return run_narrowed(self._narrowing, contract, forward, args, kwargs, slice_tables)
+        attends_to_few = self._static is None
+        return run_narrowed(self._narrowing, contract, forward, args, kwargs, attends_to_few)
 
     def run_attention(
         self,

@@ -30,14 +30,15 @@ def compile_by_blocks(pipe: Any, config: CacheConfig, layout: Layout) -> None:
     """
     inner = getattr(pipe, "module", pipe)
     for name, denoiser in denoisers_of(pipe).items():
-        if not _compiled_as_a_whole(denoiser) or Request.of(config).whole_forward:
-            continue
         plain = unwrapped(denoiser)
+        adapter = adapter_of(layout.model_of(denoiser))
+        if not _compiled_as_a_whole(denoiser) or Request.of(config, adapter).whole_forward:
+            continue
         plain._compiled_call_impl = None
         plain.forward = getattr(plain.forward, _ORIGINAL, plain.forward)
         setattr(inner, name, plain)
         model = layout.model_of(plain)
-        for listed in blocks_held(model, adapter_of(model)).values():
+        for listed in blocks_held(model, adapter).values():
             for block in listed:
                 block.compile()
         logger.info(

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -252,7 +253,52 @@ def _renew_receive_buffers(pipeline: str) -> Callable[[ModuleType], None]:
     return apply
 
 
+def _attends_to_padding(source: str) -> bool:
+    """Tokens are padded to a multiple of the ranks, and nobody tells `USP` which ones are real."""
+    return "pad_amount" in source and "valid_kv_len" not in source
+
+
+def _attend_to_real_tokens(transformer: str) -> Callable[[ModuleType], None]:
+    """Return what tells `USP` how many keys are real while a transformer's forward runs.
+
+    Otherwise all tokens attend to zeros, and the video is another one. Under ring attention each
+    rank has keys of its own, of which `USP` would cut as many: there it stays as it is.
+    """
+    path = f"{transformer}.forward"
+
+    def apply(module: ModuleType) -> None:
+        processor = importlib.import_module(_WAN)
+        forward, usp = require(module, path), require(processor, "USP")
+        parallel = importlib.import_module("xfuser.core.distributed")
+        real = threading.local()
+
+        @functools.wraps(forward)
+        def forward_and_count(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes = zip(hidden_states.shape[2:], self.config.patch_size, strict=True)
+            tokens = math.prod(size // patch for size, patch in sizes)
+            padded = tokens % parallel.get_sequence_parallel_world_size() > 0
+            in_rings = parallel.get_ring_parallel_world_size() > 1
+            real.tokens = tokens if padded and not in_rings else None
+            try:
+                return forward(self, hidden_states, *args, **kwargs)
+            finally:
+                real.tokens = None
+
+        @functools.wraps(usp)
+        def usp_of_real_tokens(*args: Any, attention_kwargs: Any = None, **kwargs: Any) -> Any:
+            tokens = getattr(real, "tokens", None)
+            if tokens is not None:
+                attention_kwargs = {**(attention_kwargs or {}), "valid_kv_len": tokens}
+            return usp(*args, attention_kwargs=attention_kwargs, **kwargs)
+
+        replace(module, path, forward_and_count)
+        replace(processor, "USP", usp_of_real_tokens)
+
+    return apply
+
+
 _ATTENTION = "xfuser.model_executor.layers.attention_processor"
+_WAN = "xfuser.model_executor.models.transformers.transformer_wan"
 
 MENDS = (
     Mend(
@@ -294,6 +340,19 @@ MENDS = (
         for name, module, pipeline in (
             ("FLUX", "pipeline_flux", "xFuserFluxPipeline"),
             ("SD3", "pipeline_stable_diffusion_3", "xFuserStableDiffusion3Pipeline"),
+        )
+    ),
+    *(
+        Mend(
+            f"{name} under Ulysses: the padding of tokens that do not divide by the ranks is seen",
+            module,
+            f"{transformer}.forward",
+            _attends_to_padding,
+            _attend_to_real_tokens(transformer),
+        )
+        for name, module, transformer in (
+            ("Wan", _WAN, "xFuserWanTransformer3DWrapper"),
+            ("Wan VACE", f"{_WAN}_vace", "xFuserWanVACETransformer3DWrapper"),
         )
     ),
 )

@@ -1,0 +1,257 @@
+"""Wan in plain diffusers: what is measured of each version, two experts, sizes of real videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.counted import counted_tokens
+from support.stack import EVER
+from support.tiny_models import OF_WAN, TINY_PIPELINES, tiny_wan
+from torch import nn
+
+from diffusers_adapters.wan import WanAdapter
+from xfuser_fastcache import get_cache_statistics, get_cache_trace
+from xfuser_fastcache.apply import (
+    apply_cache_on_pipeline,
+    denoisers_of,
+    remove_cache_from_pipeline,
+)
+from xfuser_fastcache.gates.base import Evidence
+from xfuser_fastcache.gates.chi_square import ChiSquareGate
+from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.measurements.moments import Moments, Reference, measure
+from xfuser_fastcache.models.token_layout import TokenCounts
+
+STEPS, SWITCH = 10, 4
+MASK = [1, 1, 0, 1, 0, 0, 1, 0, 0, 1]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def made(name: str, **sizes: Any) -> tuple[Any, Any]:
+    """Return a tiny pipeline, and what draws with it."""
+    pipe, call = TINY_PIPELINES[name](**sizes)
+    pipe.set_progress_bar_config(disable=True)
+    call["num_inference_steps"] = STEPS
+
+    def generate() -> torch.Tensor:
+        return pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).frames
+
+    return pipe, generate
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "spans": {"granularity": 2},
+    "split": {"motion_threshold": 0.3},
+    "first block": {"use_cache": "Fb"},
+}
+
+
+@pytest.mark.parametrize("name", OF_WAN)
+def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) -> None:
+    pipe, generate = made(name)
+    control = generate()
+    noise = 8 if name == "wan-ti2v" else 12  # the first of three frames is given
+    for way, options in WAYS.items():
+        for threshold in (0.0, 12.0):
+            apply_cache_on_pipeline(pipe, cache_ratio_threshold=threshold, **options)
+            with counted_tokens() as seen:
+                found = generate()
+            statistics = [get_cache_statistics(one) for one in denoisers_of(pipe).values()]
+            remove_cache_from_pipeline(pipe)
+            exact = threshold == 0 and way != "split"  # whose computed steps are narrowed
+            assert torch.equal(found, control) == exact, way
+            assert found.isfinite().all(), way
+            for one in statistics:
+                assert (one["block_approx_ratio"] > 0) == (threshold > 0), way
+                assert (one["clock"], one["recomputed"]) == ("scheduler", 0), way
+            assert sum(one["steps"] for one in statistics) == STEPS
+            # Of the forward pass latents are measured, four in a token.
+            wanted = {"default": {4 * noise}, "first block": set()}.get(way, {noise})
+            assert seen == wanted, way
+    assert torch.equal(generate(), control)
+
+
+def test_what_stands_in_by_default_is_the_output_forecast_unless_blocks_are_asked_for() -> None:
+    pipe, _ = made("wan")
+    for options, forecaster in (
+        ({}, "output"),
+        ({"steps_mask": MASK}, "output"),
+        ({"forecaster": "reuse"}, "reuse"),
+        ({"granularity": "block"}, "damped_taylor"),
+        ({"enable_token_merge": True}, "damped_taylor"),
+        ({"enable_adacorrection": True}, "adacorrection"),
+        ({"use_cache": "TaylorSeer"}, "taylor"),
+        ({"use_cache": "Tea"}, "reuse"),
+        ({"gate": {"any_of": ["Fast", "Fb"]}}, "damped_taylor"),
+    ):
+        apply_cache_on_pipeline(pipe, **options)
+        found = hook_on(pipe.transformer).engine.config.forecaster
+        remove_cache_from_pipeline(pipe)
+        assert (found if isinstance(found, str) else found["name"]) == forecaster, options
+
+
+def test_what_is_given_is_never_measured() -> None:
+    """Whatever the first frame of TI2V holds, or the channels behind the noise of I2V."""
+    model = SimpleNamespace(
+        config=SimpleNamespace(patch_size=(1, 2, 2), in_channels=36, out_channels=16)
+    )
+    counts = TokenCounts(lambda args, kwargs: WanAdapter.image_tokens(model, args, kwargs))
+    forward = WanAdapter.forward_contract(model, counts)
+    noise = torch.randn(1, 16, 3, 4, 4)
+    timestep = torch.cat((torch.zeros(1, 4), torch.full((1, 8), 700.0)), dim=1)
+    seen = []
+    for size in (1.0, 1e6, float("nan")):
+        video = torch.cat((noise, torch.full((1, 20, 3, 4, 4), size)), dim=1)
+        video[:, :, 0] = size
+        arguments = {"hidden_states": video, "timestep": timestep}
+        counts.open((), arguments)
+        assert counts.image == range(4, 12)
+        seen.append(forward.read((), arguments).hidden_states)
+    assert seen[0].shape == (1, 2 * 16, 16)
+    assert all(torch.equal(one, seen[0]) for one in seen)
+    assert torch.equal(seen[0][0, 16 + 4 + 1], noise[0, :, 2, 1, 1])
+
+
+def test_timesteps_of_tokens_are_looked_at_once_a_generation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which waits for a GPU."""
+    pipe, generate = made("wan-ti2v")
+    asked: list[int] = []
+    image_tokens = WanAdapter.image_tokens.__func__
+
+    def counting(cls: Any, *arguments: Any) -> range:
+        asked.append(1)
+        return image_tokens(cls, *arguments)
+
+    monkeypatch.setattr(WanAdapter, "image_tokens", classmethod(counting))
+    apply_cache_on_pipeline(pipe)
+    generate()
+    generate()
+    assert len(asked) == 2
+
+
+def decided(transformer: nn.Module, branch: int) -> dict[int, str]:
+    """Return step -> decision of a branch in the last generation."""
+    rows = get_cache_trace(transformer)
+    return {row["step"]: row["decision"] for row in rows if row["branch"] == branch}
+
+
+def held(transformer: nn.Module) -> bool:
+    """Say whether a transformer's cache holds anchors."""
+    branches = hook_on(transformer).engine.branches.values()
+    return any(
+        memory.anchors
+        for local in branches
+        for patches in local.memories.values()
+        for memory in patches.values()
+    )
+
+
+@pytest.mark.parametrize("options", [{"steps_mask": MASK}, {"cache_ratio_threshold": EVER}])
+def test_through_the_boundary_steps_count_on_and_no_forecast_crosses(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, generate = made("wan22")
+    apply_cache_on_pipeline(pipe, **options)
+    one, two = pipe.transformer, pipe.transformer_2
+    awaited: dict[int, bool] = {}
+    holders: dict[int, tuple[bool, bool]] = {}
+    expected: list[str | None] = [None]
+    dog = hook_on(one).engine.watchdog
+    monkeypatch.setattr(dog, "expect", lambda place: expected.__setitem__(0, place))
+    monkeypatch.setattr(dog, "rest", lambda: expected.__setitem__(0, None))
+    step = pipe.scheduler.step
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        index = len(holders)
+        holders[index], awaited[index] = (held(one), held(two)), expected[0] is not None
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.scheduler, "step", spied)
+    first = generate()
+    assert first.isfinite().all()
+    assert [any(pair) for pair in holders.values()] == [True] * STEPS
+    # The first one's anchors are freed at the switch, and nobody waits for it any more.
+    assert [pair[0] for pair in holders.values()] == [at < SWITCH for at in range(STEPS)]
+    assert list(awaited.values()) == [at < SWITCH for at in range(STEPS)]
+    for branch in (0, 1):
+        early, late = decided(one, branch), decided(two, branch)
+        assert (list(early), list(late)) == ([*range(SWITCH)], [*range(SWITCH, STEPS)])
+        assert late[SWITCH] == "forced"  # whatever a mask says: it has nothing to look back on
+        if "steps_mask" in options:
+            skipped = {at for at, word in {**early, **late}.items() if word == "skipped"}
+            assert skipped == {at for at in range(STEPS) if not MASK[at]} - {SWITCH}
+        else:
+            assert early[SWITCH - 1] == "skipped" and late[STEPS - 1] == "forced"
+    monkeypatch.undo()
+    assert torch.equal(generate(), first)
+
+
+# ---- real sizes, by shapes alone ----------------------------------------------------------------
+
+FRAMES, HEIGHT, WIDTH = 21, 90, 160  # latents of 720p x 81 frames
+TOKENS = FRAMES * HEIGHT * WIDTH // 4
+RANKS = (1, 2, 3, 7, 8, 16, 64)
+
+
+def summed(ranks: int, given: int, shard_of: Any) -> Moments:
+    """Return what so many ranks measure together of a model that cuts its tokens by itself.
+
+    Args:
+        ranks: that share the tokens, padded to a multiple.
+        given: tokens of the first frame whose timestep is 0.
+        shard_of: which tokens of how many a rank's are -> its hidden states now, and at its anchor.
+    """
+    model = SimpleNamespace(config=SimpleNamespace(patch_size=(1, 2, 2)))
+    latents = torch.empty(1, 16, FRAMES, HEIGHT, WIDTH, device="meta")
+    timestep = torch.ones(1, TOKENS)
+    timestep[:, :given] = 0
+    block = tiny_wan()[0].transformer.blocks[0]
+    rows = -(-TOKENS // ranks)
+    total = torch.zeros(9, dtype=torch.int64)
+    for rank in range(ranks):
+        counts = TokenCounts(
+            lambda args, kwargs: WanAdapter.image_tokens(model, args, kwargs), shard=rank
+        )
+        counts.open((), {"hidden_states": latents, "timestep": timestep})
+        contract = WanAdapter.block_lists["blocks"].of(block, counts)
+        now, anchor = (contract.image_of(x) for x in shard_of(rank * rows, rows))
+        total += measure(now, Reference.of(anchor), 0)
+    return Moments.decode(total.tolist(), 0)
+
+
+@pytest.mark.parametrize("given", [0, HEIGHT * WIDTH // 4], ids=["T2V", "TI2V"])
+def test_a_720p_video_of_81_frames_neither_overflows_nor_fails_to_be_skipped(given: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = TOKENS + max(RANKS)
+    anchor = torch.randn(1, rows, 4, generator=generator)
+    now = anchor + 0.01 * torch.randn(1, rows, 4, generator=generator)
+    # What is given, and what pads, must not be seen.
+    now[:, :given], now[:, TOKENS:] = float("nan"), 1e9
+
+    def shard_of(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(x[:, first : first + count] for x in (now, anchor))
+
+    found = {ranks: summed(ranks, given, shard_of) for ranks in RANKS}
+    assert len(set(map(repr, found.values()))) == 1
+    one = found[1]
+    assert (one.tokens, one.nonfinite, one.overflow) == (TOKENS - given, 0, 0)
+    evidence = Evidence(
+        change=one.change, change_squared=one.change_squared, reference=one.reference,
+        tokens=one.tokens, dim=4, lag=1, noise_levels=(0.8, 0.9, None),
+    )  # fmt: skip
+    verdict = ChiSquareGate(cache_ratio_threshold=0.05).judge(evidence)
+    assert (
+        verdict.may_skip and not ChiSquareGate(cache_ratio_threshold=0.005).judge(evidence).may_skip
+    )
