@@ -79,10 +79,11 @@ class DataForecaster(Forecaster):
         return Streams(image, plain.encoder_hidden_states)
 
     def _clean(self, anchor: Anchor) -> torch.Tensor:
-        """Return the clean latents at a computed step, in the output's layout, at least in float32."""
+        """Return the clean latents at a computed step, in the output's layout, in float32 or wider."""
         image, latents = anchor.residual.hidden_states, anchor.inputs.hidden_states
         noise = _wide(noise_part(image, latents.shape[-1]))
-        return self.mixture(anchor.noise_level).clean(laid_out_as(_wide(latents), image), noise)
+        x = laid_out_as(_wide(latents), image)
+        return self.mixture(anchor.noise_level).clean(x, noise)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
