@@ -212,10 +212,12 @@ def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -
     from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 
     known = methods.all_methods()
-    ours = {name.lower() for name in BACKENDS} | {"fast-calibrated"}
+    ours = {name.lower() for name in BACKENDS} | {"budget", "fast-calibrated"}
     variants = {f"fast-{name}" for name in FORECASTERS}
     plans = {f"fast-{name}" for name in ("split-reuse", "split-drop", "merge", "split-merge")}
-    assert ours | variants | plans | {"oracle"} | set(ISSUE) == set(known)
+    budgets = {f"budget-{name}" for name in FORECASTERS}
+    assert ours | variants | budgets | plans | {"oracle"} | set(ISSUE) == set(known)
+    assert set(methods.choose(["budgets"], 28)) == budgets
     assert set(methods.choose(["all"], 28)) == ours | set(ISSUE)
     assert set(methods.choose(["forecasters"], 28)) == variants
     assert set(methods.choose(["fast", "tokens"], 28)) == {"fast"} | plans
@@ -243,6 +245,38 @@ def test_every_backend_of_ours_runs_at_its_last_setting(subject: Subject) -> Non
     points = curves.points_of(records, None)
     for name, (value,) in chosen.items():
         assert not points[name][value]["identical"], name
+
+
+def test_computed_steps_are_known_of_caches_and_of_fewer_steps(subject: Subject) -> None:
+    chosen = {"budget": ["3", "6"], "budget-output": ["6"], "fast": ["0.0"], "fewer-steps": ["4"]}
+    records, _ = measured(subject, settings_of(subject, 1, **chosen), methods.all_methods())
+    points = curves.points_of(records, None)
+    found = {(n, v): p["computed_steps"] for n, rows in points.items() for v, p in rows.items()}
+    assert found == {
+        ("baseline", ""): 12.0,
+        ("budget", "3"): 3.0,
+        ("budget", "6"): 6.0,
+        ("budget-output", "6"): 6.0,
+        ("fast", "0.0"): 12.0,
+        ("fewer-steps", "4"): 4.0,
+    }
+    assert points["budget"]["6"]["psnr_db"] != points["budget-output"]["6"]["psnr_db"]
+
+
+def test_quality_is_read_off_between_numbers_of_computed_steps() -> None:
+    def point(steps: float | None, db: float) -> dict[str, Any]:
+        return {"computed_steps": steps, "psnr_db": {"mean": db}}
+
+    points = {
+        "gate": {"b": point(10.0, 50.0), "a": point(6.0, 40.0)},
+        "budget": {"7": point(7.0, 45.0)},
+        "peer": {"x": point(None, 60.0)},
+    }
+    assert curves.psnr_at([10, 7, 5], points) == {
+        "10": {"gate": 50.0, "budget": None, "peer": None},
+        "7": {"gate": 42.5, "budget": 45.0, "peer": None},
+        "5": dict.fromkeys(points),
+    }
 
 
 def test_the_polynomial_beside_a_model_is_used() -> None:
@@ -493,6 +527,7 @@ def test_a_run_can_be_broken_off_and_goes_on(
     assert list(result["points"]["fewer-steps"]) == ["3", "2", "1"]
     assert result["points"]["fewer-steps"]["1"]["speedup"]["median"] > 1.5
     assert set(result["speedup_at_psnr"]) == {"30", "90"}
+    assert set(result["psnr_at_computed_steps"]["10"]) == {"fast", "fewer-steps"}
     assert result["speedup_at_psnr"]["90"] == {"fast": None, "fewer-steps": None}
     assert result["baseline"]["caption_accuracy"]["ratio"] >= 0
     assert {"torch", "diffusers", "device"} <= set(result["environment"])

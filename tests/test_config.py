@@ -277,7 +277,7 @@ def test_the_ends_of_the_ranges_are_allowed(name: str, value: Any) -> None:
     ("options", "words"),
     [
         ({"test": "conformal"}, ".* test='conformal' needs a calibration; give calibration='FILE'"),
-        ({"computed_steps": 3}, "computed_steps=3 needs a calibration; give calibration='FILE'"),
+        ({"computed_steps": 3, "speedup": 2}, "computed_steps=3 does not go with speedup=2.0: "),
         (
             {"calibration": "x", "test": "paper"},
             "calibration='x' does .* with test='paper'",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.matrix import STEPS, is_first_of_family, variants
+from support.matrix import STEPS, VARIANTS, is_first_of_family, variants
 from support.tiny_models import (
     ADAPTER_OF,
     ALONE,
@@ -201,6 +201,10 @@ def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
         assert all(c["hits"] >= case.least_hits for c in cached)
         assert all(c["collectives_per_step"] == 1 for c in cached)
         assert all(c["steps"] == 2 * STEPS for c in cached)
+        if variant == "budget":
+            skipped = 1 - VARIANTS[variant]["computed_steps"] / STEPS
+            assert all(c["hits"] == pytest.approx(skipped) for c in cached)
+        assert all(c["forced_beyond_budget"] == 0 for c in cached)
         by_group: dict[tuple[int, ...], set[str]] = {}
         for group, c in zip(case.groups, cached, strict=True):
             by_group.setdefault(group, set()).add(c["digest"])

@@ -239,7 +239,7 @@ def cpu_seconds(process: int) -> float:
         ({"cache_config": {"sync_timeout_s": 1}}, "sync_timeout_s=1 is not allowed; it is set by"),
         ({"cache_config": {"calibration": "/etc/hostname"}}, "calibration='/etc/hostname' is not"),
         ({"cache_config": {"linear_maps": "/etc/hostname"}}, "linear_maps='/etc/hostname' is not"),
-        ({"cache_config": {"steps_mask": [1, 0, 1]}}, "3 entries, but this request 8 steps"),
+        ({"cache_config": {"steps_mask": [1, 0, 1]}}, "3 entries, but this generation has 8 steps"),
     ],
 )
 def test_a_wrong_request_is_refused_with_its_reason(

@@ -136,9 +136,9 @@ def apply_cache_on_transformer(
     )
     try:
         layout.follow(consensus)
-        plan = drawn(request, transformer, model, adapter, consensus, counts)
-        engine = CacheEngine(plan, consensus, _clock(transformer, config))
         pulse = PresentScheduler(transformer, scheduler)
+        plan = drawn(request, transformer, model, adapter, consensus, counts, pulse)
+        engine = CacheEngine(plan, consensus, _clock(transformer, config))
         reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
         attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))
         attachment.attach(engine, reader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -29,6 +30,7 @@ from xfuser_fastcache.measurements.probes import Probe
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.models.noise import Mixture
 from xfuser_fastcache.models.spans import span_of_blocks
 from xfuser_fastcache.models.streams import ENCODER
 from xfuser_fastcache.models.token_layout import TokenCounts
@@ -154,6 +156,7 @@ def drawn(
     adapter: type[ModelAdapter],
     consensus: Consensus,
     counts: TokenCounts,
+    scheduler: Callable[[], Any],
 ) -> Blueprint:
     """Return the blueprint of a cache on a model.
 
@@ -164,6 +167,7 @@ def drawn(
         adapter: of its family.
         consensus: knows what the other stages hold.
         counts: how many tokens of a forward pass are the image's.
+        scheduler: returns the one that plans the steps now, or None.
 
     Raises:
         ValueError: a file that was made for another model.
@@ -196,10 +200,14 @@ def drawn(
         with gathered(blocks[0]):
             return of_blocks[0].image_of(adapter.modulated_input(blocks[0], args, kwargs))
 
+    def mixture(level: float) -> Mixture:
+        found = getattr(scheduler(), "config", {})
+        return adapter.noise.mixture(level, found.get("prediction_type", ""))
+
     return Blueprint(
         config=config,
         gate=gate,
-        forecaster=forecaster_of(config, request.fitted, group, maps),
+        forecaster=forecaster_of(config, request.fitted, group, maps, mixture),
         blocks=infos,
         contracts=contracts,
         first_block=first,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xfuser_fastcache.artifacts.calibration import Fitted
@@ -16,6 +16,7 @@ from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.gates.base import Rule
 from xfuser_fastcache.gates.calibrated import CalibratedGate
 from xfuser_fastcache.gates.combined import AllOf, AnyOf
+from xfuser_fastcache.models.noise import Mixture, velocity
 from xfuser_fastcache.plugins import FORECASTERS, GATES
 
 # A backend is a gate, with the forecaster and the limits that it brings.
@@ -61,6 +62,7 @@ def forecaster_of(
     fitted: Fitted | None,
     group: DecisionGroup,
     maps: SpanMaps | None = None,
+    mixture: Callable[[float], Mixture] = velocity,
 ) -> Forecaster:
     """Return the forecaster that a config asks for, for a rank's place in the decision group.
 
@@ -69,14 +71,15 @@ def forecaster_of(
         fitted: what a calibration left for the model, or None.
         group: of the rank.
         maps: fitted for the span and this forecaster, or None.
+        mixture: of the model's latents and predictions, at a noise level.
     """
+    sees_latents = group.stages == 1
     chosen: Forecaster = config.methods.forecaster
     if maps is not None:
         return chosen.with_maps(maps)
     if fitted is None:
-        return chosen
+        return chosen.on_model(mixture, sees_latents)
     # A pipeline's stages but the last hand on what no calibration has seen.
     last = group.stage == group.stages - 1
-    sees_latents = group.stages == 1
     correction = fitted.trajectory_correction(config.steps_mask, sees_latents) if last else None
     return OutputForecaster(fitted if last else None, sees_latents, correction, group.branch)

@@ -107,8 +107,8 @@ class CacheEngine:
             ValueError: see `refused_plan`; it leaves no generation behind.
         """
         call = self.clock.open(arrival)
-        mask, fitted = self.config.steps_mask, self.plan.fitted
-        refused = refused_plan(call, self.clock.timeline, mask, fitted)
+        schedule = self.agreement.rules.schedule
+        refused = refused_plan(call, self.clock.timeline, schedule, self.plan.fitted)
         if refused is not None:
             self.clock.timeline.restart()
             raise ValueError(refused)

@@ -30,6 +30,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "damped_taylor": f"{_FORECASTERS}.taylor:DampedTaylorForecaster",
         "taylor2": f"{_FORECASTERS}.taylor:SecondOrderTaylorForecaster",
         "output": f"{_FORECASTERS}.output:OutputForecaster",
+        "data": f"{_FORECASTERS}.data:DataForecaster",
         "linear": f"{_FORECASTERS}.linear:LinearForecaster",
         "linear_taylor": f"{_FORECASTERS}.linear_taylor:LinearTaylorForecaster",
         "adacorrection": f"{_FORECASTERS}.adacorrection:AdaCorrection",

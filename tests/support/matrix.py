@@ -16,7 +16,7 @@ STEPS = 10
 VARIANTS: dict[str, dict[str, Any]] = {
     "stack": {},
     "three spans": {"granularity": 3},
-    "output forecast": {"forecaster": "output", "steps_mask": [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]},
+    "budget": {"forecaster": "data", "computed_steps": 4},
     # What other packages add; our own have tests of their own.
     **{
         name: {"forecaster": name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def point_of(
     seconds = np.array([r["seconds"] for r in records])
     mse = _joined(records, "mse")
     psnr = psnr_of(mse)
+    computed = [r["computed_steps"] for r in records if r["computed_steps"] is not None]
     peaks = [r["peak_bytes"] for r in records if r["peak_bytes"] is not None]
     point: dict[str, Any] = {
         "rounds": len({r["round"] for r in records}),
@@ -95,6 +97,7 @@ def point_of(
             "median": float(np.median(seconds)),
             "quartiles": [float(q) for q in np.percentile(seconds, (25, 75))],
         },
+        "computed_steps": float(np.mean(computed)) if computed else None,
         "peak_memory_bytes": int(np.median(peaks)) if peaks else None,
         "identical": not mse.any(),
         "psnr_db": _mean(psnr) | {"worst": float(psnr.min())},
@@ -211,4 +214,27 @@ def speedups_at(
             row[method] = speedup_at(
                 level, psnr, np.array([p["speedup"]["median"] for p in chosen])
             )
+    return found
+
+
+def psnr_at(
+    counts: Sequence[int], points: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """{number of computed steps: {method: PSNR in dB}}; None where a method does not reach it.
+
+    Exact where a setting computes that many; between two settings the mean of both, each weighted
+    as pictures drawn with it would have to be.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for count in counts:
+        row = found[str(count)] = {}
+        for method, settings in points.items():
+            pairs = sorted(
+                (p["computed_steps"], p["psnr_db"]["mean"])
+                for p in settings.values()
+                if p["computed_steps"] is not None
+            )
+            steps, psnr = np.array(pairs).reshape(-1, 2).T
+            within = len(steps) and steps[0] <= count <= steps[-1]
+            row[method] = float(np.interp(count, steps, psnr)) if within else None
     return found

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfuser_fastcache.apply import apply_cache_on_transformer, remove_cache
+from xfuser_fastcache.apply import (
+    apply_cache_on_transformer,
+    get_cache_statistics,
+    remove_cache,
+)
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 from xfuser_fastcache.benchmarks.oracle import oracle
+from xfuser_fastcache.benchmarks.settings import COUNTS
 from xfuser_fastcache.benchmarks.subject import Subject
 from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.config.mappings import read_mapping
@@ -106,6 +111,8 @@ def _cached(subject: Subject, **options: Any) -> Iterator[Changes]:
     apply_cache_on_transformer(subject.transformer, scheduler=subject.pipe.scheduler, **options)
     try:
         yield {}
+        statistics = get_cache_statistics(subject.transformer)
+        subject.computed = subject.steps * (1 - statistics["block_approx_ratio"])
     finally:
         remove_cache(subject.transformer)
 
@@ -124,6 +131,18 @@ def our_method(backend: str, forecaster: str = "") -> Method:
     group = "forecasters" if forecaster else ""
     knob = sweep.knob or sweep.option
     return Method(name, "xfuser-fastcache", knob, fixed(*sweep.values), prepare, group)
+
+
+def budget_method(forecaster: str = "") -> Method:
+    """The method of `Fast` with a budget of computed steps, and without a calibration."""
+    chosen = {"forecaster": forecaster} if forecaster else {}
+
+    def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
+        return _cached(subject, computed_steps=int(value), **chosen)
+
+    name = "-".join(filter(None, ("budget", forecaster)))
+    steps, group = fixed(*COUNTS), "budgets" if forecaster else ""
+    return Method(name, "xfuser-fastcache", "computed steps, evenly spaced", steps, prepare, group)
 
 
 def _beside(subject: Subject, name: str) -> Changes:
@@ -198,6 +217,7 @@ def fewer(*shares: float) -> Callable[[int], list[str]]:
 @contextmanager
 def _fewer_steps(subject: Subject, value: str) -> Iterator[Changes]:
     yield {"num_inference_steps": int(value)}
+    subject.computed = float(value)
 
 
 def second_order(scheduler: Any) -> Any:
@@ -232,6 +252,7 @@ def _fewer_steps_2nd(subject: Subject, value: str) -> Iterator[Changes]:
     subject.set_scheduler(second_order(own))
     try:
         yield {"num_inference_steps": int(value)}
+        subject.computed = float(value)
     finally:
         subject.set_scheduler(own)
 
@@ -248,6 +269,8 @@ def all_methods() -> dict[str, Method]:
     found = [
         *(our_method(backend) for backend in BACKENDS),
         *(our_method("Fast", forecaster) for forecaster in FORECASTERS),
+        budget_method(),
+        *(budget_method(forecaster) for forecaster in FORECASTERS),
         *token_methods(),
         Method(
             "fast-calibrated",
@@ -289,13 +312,14 @@ def choose(words: list[str], steps: int) -> dict[str, list[str]]:
 
     `all` is every method that is no variant of another and no oracle, `backends` each of our
     backends with its own gate and forecaster, `forecasters` ours with each forecaster and `tokens`
-    ours with each token plan, both under the gate of `fast`.
+    ours with each token plan, both under the gate of `fast`, and `budgets` each forecaster with
+    evenly spaced steps.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
     known = all_methods()
-    groups = {"all": "", "forecasters": "forecasters", "tokens": "tokens"}
+    groups = {"all": "", **{word: word for word in ("forecasters", "budgets", "tokens")}}
     chosen: dict[str, list[str]] = {}
     for word in words:
         name, _, values = word.partition(":")

@@ -17,7 +17,7 @@ from xfuser_fastcache.backends import BACKENDS
 from xfuser_fastcache.benchmarks import curves
 from xfuser_fastcache.benchmarks.methods import all_methods
 from xfuser_fastcache.benchmarks.quality import drawn_features
-from xfuser_fastcache.benchmarks.settings import Settings
+from xfuser_fastcache.benchmarks.settings import COUNTS, Settings
 from xfuser_fastcache.benchmarks.worker import KEPT, outcomes, picture_name, read_records
 
 OURS = tuple(name.lower() for name in BACKENDS)
@@ -109,6 +109,7 @@ def build(directory: Path, levels: list[float], command: str) -> dict[str, Any]:
         "points": ordered,
         "speedup_at_psnr": curves.speedups_at(levels, ordered, "psnr_db"),
         "speedup_at_psnr_converged": curves.speedups_at(levels, ordered, "psnr_converged_db"),
+        "psnr_at_computed_steps": curves.psnr_at(COUNTS, ordered),
         "errors": errors,
     }
 
@@ -178,6 +179,18 @@ def tables(result: dict[str, Any]) -> list[dict[str, Any]]:
             f"{result['baseline']['psnr_converged_db']['mean']:.1f} dB.",
         ),
     ]
+    counts = result["psnr_at_computed_steps"]
+    found.append(
+        {
+            "title": "PSNR against the uncached run at so many computed steps (dB)",
+            "head": ["method", *counts],
+            "rows": [
+                [name, *(_shown(counts[count][name], ".1f") for count in counts)]
+                for name in result["points"]
+            ],
+            "note": "Between two settings the line; - beyond them.",
+        }
+    )
     if result["errors"]:
         found.append(
             {

@@ -12,6 +12,9 @@ from typing import Any
 # In the folder of the embedded toys.
 TOY_PROMPTS = "prompts_64.txt"
 
+# Numbers of computed steps that methods are compared at, of 28.
+COUNTS = (14, 10, 8, 7, 6, 5)
+
 # Layout word -> flag of xDiT that takes the degree; cfg takes none.
 DEGREES = {
     "ulysses": "--ulysses_degree",

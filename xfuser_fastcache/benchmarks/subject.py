@@ -54,12 +54,15 @@ class Subject:
         transformer: what caches are put on.
         kept: what a method measured on this pipeline before its first run, such as ratios.
         free_s: seconds of the run that goes on which a method is not charged for.
+        computed: steps that the last run computed, the mean over its pictures' branches; None where
+            a method does not tell.
     """
 
     def __init__(self, pipe: Any, steps: int, call: dict[str, Any], calibration: str = ""):
         self.pipe, self.steps, self.call, self.calibration = pipe, steps, call, calibration
         self.kept: dict[str, Any] = {}
         self.free_s = 0.0
+        self.computed: float | None = None
         pipe.set_progress_bar_config(disable=True)
 
     @property

@@ -106,6 +106,7 @@ class Measurement:
         """Call the pipeline for these prompts, with a method's setting or without any."""
         prompts = [self.settings.prompts[i] for i in indices]
         seeds = [self.settings.seed + i for i in indices]
+        self.subject.computed = None if method else float(self.subject.steps)
         if method is None:
             return self.subject.generate(prompts, seeds, **changes)
         with method.prepare(self.subject, value) as own:
@@ -200,6 +201,7 @@ class Measurement:
             seconds=sample.seconds,
             baseline_seconds=baseline_seconds,
             peak_bytes=sample.peak_bytes,
+            computed_steps=self.subject.computed,
             **quality.compare(sample.images, uncached.images, converged.images),
             **quality.marks(prompts, sample.images),
         )

@@ -19,8 +19,9 @@ from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.options import CalibrationOptions
 from xfuser_fastcache.calibration.runs import Runs, saved
-from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
+from xfuser_fastcache.calibration.search import MaskSearch, step_impact
 from xfuser_fastcache.calibration.steering import FullRun, Observer, SteeringForecaster
+from xfuser_fastcache.clock.schedule import even_mask
 
 # Generations that the impact of steps is measured on, and that corrections are tried on.
 IMPACT, TRIED = 2, 6

@@ -12,27 +12,6 @@ from xfuser_fastcache.calibration.cells import basis, error_vector, extrapolatio
 from xfuser_fastcache.calibration.record import Trajectory
 
 
-def even_mask(steps: int, computed: int, last: bool = True) -> list[int]:
-    """Return a mask of evenly spaced computed steps, the first among them.
-
-    Args:
-        steps: of the plan.
-        computed: how many of them are computed.
-        last: whether the last step is computed, too; else a gap as long as the others ends the run.
-
-    Example:
-        >>> even_mask(7, 3), even_mask(6, 3, last=False), even_mask(3, 1)
-        ([1, 0, 0, 1, 0, 0, 1], [1, 0, 1, 0, 1, 0], [1, 0, 0])
-    """
-    if last and computed > 1:
-        return _mask(steps, [round(i * (steps - 1) / (computed - 1)) for i in range(computed)])
-    return _mask(steps, [i * steps // computed for i in range(computed)])
-
-
-def _mask(steps: int, chosen: list[int]) -> list[int]:
-    return [int(step in chosen) for step in range(steps)]
-
-
 def step_impact(
     moved: NDArray[np.float64], records: list[Trajectory], levels: NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -122,4 +101,4 @@ class MaskSearch:
                 f"{computed} of {self.steps} steps leave gaps of more than the {self.lags} steps "
                 "that were looked at; give a larger --max_lag or more steps"
             )
-        return _mask(self.steps, list(chosen))
+        return [int(step in chosen) for step in range(self.steps)]

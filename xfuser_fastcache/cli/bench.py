@@ -51,7 +51,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=["all"],
         metavar="NAME[:SETTING,...]",
         help="default all; backends: each of ours; forecasters, tokens: ours with each forecaster "
-        "or token plan under the gate of `fast`; an unknown name lists the known ones",
+        "or token plan under the gate of `fast`; budgets: with each forecaster at evenly spaced "
+        "steps; an unknown name lists the known ones",
     )
     flags.add_argument(
         "--prompts",
@@ -131,16 +132,21 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
 
 def print_summary(result: dict[str, Any], console: Console) -> None:
-    """Print speedups at the levels, and what could not run."""
-    levels = result["speedup_at_psnr"]
-    table = Table(title=f"{report.title_of(result)}: speedup at a PSNR against the uncached run")
-    table.add_column("method")
-    for level in levels:
-        table.add_column(f"{level} dB", justify="right")
-    for name in result["points"]:
-        row = [levels[level][name] for level in levels]
-        table.add_row(name, *("-" if x is None else f"{x:.2f}x" for x in row))
-    console.print(table)
+    """Print speedups at levels of quality, quality at numbers of steps, and what could not run."""
+    tables = [
+        ("speedup_at_psnr", "speedup at a PSNR against the uncached run", "{} dB", "{:.2f}x"),
+        ("psnr_at_computed_steps", "PSNR in dB at so many computed steps", "{}", "{:.1f}"),
+    ]
+    for key, title, head, cell in tables:
+        levels = result[key]
+        table = Table(title=f"{report.title_of(result)}: {title}")
+        table.add_column("method")
+        for level in levels:
+            table.add_column(head.format(level), justify="right")
+        for name in result["points"]:
+            row = [levels[level][name] for level in levels]
+            table.add_row(name, *("-" if x is None else cell.format(x) for x in row))
+        console.print(table)
     for name, error in result["errors"].items():
         console.print(f"{name} could not run: {error}", markup=False)
 

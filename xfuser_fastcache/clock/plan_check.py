@@ -1,22 +1,24 @@
-"""Whether a mask of steps and a calibration are for the steps that a generation plans."""
+"""Whether a schedule and a calibration are for the steps that a generation plans."""
 
 from __future__ import annotations
 
 from xfuser_fastcache.artifacts.calibration import Fitted
+from xfuser_fastcache.clock.schedule import Schedule
 from xfuser_fastcache.clock.timeline import Call, Timeline
 
 
 def refused_plan(
-    call: Call, timeline: Timeline, mask: list[int] | None, fitted: Fitted | None
+    call: Call, timeline: Timeline, schedule: Schedule | None, fitted: Fitted | None
 ) -> str | None:
     """Say why a generation cannot begin as it is planned; None where it can.
 
-    One that has begun is never refused: what a mask or a calibration does not cover is computed.
+    One that has begun is never refused: what a schedule or a calibration does not cover is
+    computed.
 
     Args:
         call: the forward pass that begins it, or a later one.
         timeline: knows its plan.
-        mask: of computed steps, or None.
+        schedule: of computed steps, or None.
         fitted: the calibration, or None.
     """
     if not call.starts_generation:
@@ -34,10 +36,4 @@ def refused_plan(
                 "the number of steps and the size of picture that it was made with, make "
                 "another with fastcache calibrate, or leave calibration out"
             )
-    planned = timeline.planned_steps
-    if mask is None or planned is None or planned == len(mask):
-        return None
-    return (
-        f"steps_mask has {len(mask)} entries, but this generation has {planned} steps; give one "
-        "entry a step of the scheduler's plan (num_inference_steps)"
-    )
+    return None if schedule is None else schedule.refuses(timeline.planned_steps, call.steps)

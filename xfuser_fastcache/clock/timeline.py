@@ -41,6 +41,7 @@ class Call:
         entered: the step at which this denoiser has entered the generation.
         name: of its branch, by `cache_context`; None without one.
         setup: what it is given, in words that are equal on all ranks.
+        steps: that the generation takes, from the one it began at; None if unknown.
     """
 
     generation: int
@@ -56,6 +57,7 @@ class Call:
     entered: int = 0
     name: str | None = None
     setup: str = ""
+    steps: int | None = None
 
     @property
     def place(self) -> str:
@@ -117,7 +119,7 @@ class Timeline:
             called = past.called if spot.step == "same" else {}
         entered = self._entered.setdefault(arrival.denoiser, step)
         branch = self._branch_of(arrival, called)
-        level, remaining = self._planned(arrival, spot.index, step)
+        level, remaining, steps = self._planned(arrival, spot.index, step)
         read = "timestep" in vars(arrival)
         self._past = Past(
             index=spot.index,
@@ -142,6 +144,7 @@ class Timeline:
             entered=entered,
             name=arrival.name,
             setup=arrival.setup,
+            steps=steps,
         )
         return self._call
 
@@ -217,11 +220,16 @@ class Timeline:
         """Let the next forward pass start a new generation."""
         self._past = None
 
-    def _planned(self, arrival: Arrival, index: int | None, step: int) -> tuple[float, int | None]:
-        """Return the noise level in the scheduler's precision, and the number of steps to come."""
+    def _planned(
+        self, arrival: Arrival, index: int | None, step: int
+    ) -> tuple[float, int | None, int | None]:
+        """Return the noise level in the scheduler's precision, the number of steps to come, and
+        that of all that the generation takes.
+        """
         if index is not None and arrival.plan is not None and index < len(arrival.plan.steps):
             steps = arrival.plan.steps
-            return steps[index].noise_level, len(steps) - 1 - index
+            remaining = len(steps) - 1 - index
+            return steps[index].noise_level, remaining, step + 1 + remaining
         if self.num_steps is None:
-            return arrival.noise_level, None
-        return arrival.noise_level, max(0, self.num_steps - 1 - step)
+            return arrival.noise_level, None, None
+        return arrival.noise_level, max(0, self.num_steps - 1 - step), self.num_steps

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xfuser_fastcache.config import composition, lightx2v, resolution
+from xfuser_fastcache.config.budget import QUALITIES
 from xfuser_fastcache.config.capabilities import refuse_contradictions
 from xfuser_fastcache.config.checks import (
     MOST,
@@ -151,7 +152,16 @@ class CacheConfig(CheckedOptions):
     computed_steps: int | None = option(
         None,
         integer(1),
-        "with a calibration: compute so many steps, those that its search has found",
+        "budget: compute so many steps; with a calibration those that its search has found, else "
+        "the first, the last and evenly spaced ones. Only what cannot be forecast adds to them",
+    )
+    speedup: float | None = option(
+        None, number(1), "budget: compute at most one step in so many (ratio)"
+    )
+    quality: str | None = option(
+        None,
+        choice(*QUALITIES),
+        "budget: compute 18, 15, 11 or 8 of 28 steps, and that share of other numbers",
     )
     linear_maps: str | None = option(
         None,

@@ -38,6 +38,11 @@ class Capability(Enum):
         "corrects them too",
         "give AdaCorrection once",
     )
+    SOLE_SCHEDULE = (
+        "to say alone which steps are computed",
+        "says so too",
+        "give one of steps_mask, computed_steps, speedup and quality",
+    )
     CALIBRATION = (
         "a calibration",
         "does without one",

@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from xfuser_fastcache.config.budget import budget_of
+from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.config.checks import Check, CheckedOptions, option, options_of, shown
 from xfuser_fastcache.config.composition import ONE, combination, single_gates, spec_of
 from xfuser_fastcache.plugins import FORECASTERS, GATES, TOKEN_PLANS
@@ -129,12 +131,15 @@ class Methods:
 
 def methods_of(config: CacheConfig) -> Methods:
     """Return the methods of a config."""
-    if config.gate is None:
-        gates = (made("gate", {"name": config.use_cache, **config.given_of("gate")}),)
-    else:
-        gates = tuple(made("gate", one) for one in single_gates(config.gate))
     plans = tuple(made("token_plan", one) for one in token_plans_of(config))
-    return Methods(gates, made("forecaster", forecaster_spec(config)), plans)
+    return Methods(gates_of(config), made("forecaster", forecaster_spec(config)), plans)
+
+
+def gates_of(config: CacheConfig) -> tuple[Any, ...]:
+    """Return each gate that decides, of however many."""
+    if config.gate is None:
+        return (made("gate", {"name": config.use_cache, **config.given_of("gate")}),)
+    return tuple(made("gate", one) for one in single_gates(config.gate))
 
 
 def token_plans_of(config: CacheConfig) -> list[Any]:
@@ -162,7 +167,17 @@ def uncorrected_spec(config: CacheConfig) -> Any:
         names = (spec_of("token_plan", plan).name for plan in token_plans_of(config))
         if not any(method_class("token_plan", name).takes_maps for name in names):
             return MAPPED
-    return method_class("gate", config.use_cache, "cache backend").companions.forecaster
+    companions = method_class("gate", config.use_cache, "cache backend").companions
+    budgeted = budget_of(config) is not None and not _needs_blocks(config)
+    return (budgeted and companions.budgeted) or companions.forecaster
+
+
+def _needs_blocks(config: CacheConfig) -> bool:
+    """Whether something that was chosen needs single blocks, beside the forecaster."""
+    cuts = config.granularity != "stack" or bool(config.enable_adacorrection)
+    gates = gates_of(config)
+    plans = [made("token_plan", one) for one in token_plans_of(config)]
+    return cuts or any(Capability.BLOCKS in method.needs for method in (*gates, *plans))
 
 
 def forecaster_spec(config: CacheConfig) -> Any:

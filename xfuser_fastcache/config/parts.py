@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from xfuser_fastcache.config.budget import BUDGETS
 from xfuser_fastcache.config.capabilities import Capability as C
 from xfuser_fastcache.config.capabilities import Part
 from xfuser_fastcache.config.checks import shown
@@ -59,6 +60,7 @@ def _options(config: CacheConfig) -> list[Part]:
     if not config.methods.plan_takes_maps:
         maps_need |= {C.ALL_TOKENS}
     calibrates = {C.GATE_TO_CALIBRATE, C.FORECASTER_TO_CALIBRATE}
+    schedule = {C.SOLE_SCHEDULE}
     cuts = config.granularity != "stack"
     asked = {
         "granularity": (cuts, Part("", needs={C.BLOCKS}, withholds={C.WHOLE_STACK})),
@@ -66,7 +68,10 @@ def _options(config: CacheConfig) -> list[Part]:
             config.calibration is not None,
             Part("", needs=calibrates, offers={C.CALIBRATION}),
         ),
-        "computed_steps": (config.computed_steps is not None, Part("", needs={C.CALIBRATION})),
+        **{
+            name: (getattr(config, name) is not None, Part("", needs=schedule, withholds=schedule))
+            for name in ("steps_mask", *BUDGETS)
+        },
         "linear_maps": (config.linear_maps is not None, Part("", needs=maps_need)),
         "shadow_audit": (config.shadow_audit > 0, Part("", needs={C.ERROR_BOUND, C.ALL_TOKENS})),
     }

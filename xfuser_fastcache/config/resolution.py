@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from xfuser_fastcache.config.budget import BUDGETS, budget_of, never_skips
 from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.config.flat import flat_names
 from xfuser_fastcache.config.methods import (
@@ -43,11 +44,16 @@ OF_CALIBRATION = ("cache_ratio_threshold", "test", "num_warmup_steps", "max_cons
 
 def resolved(config: CacheConfig, fitted: Calibrated | None) -> CacheConfig:
     """Return the config with its options filled; see `CacheConfig.resolved`."""
+    if never_skips(config):
+        config = _without_budget(config)
     companions = method_class("gate", config.use_cache, "cache backend").companions
     default: dict[str, Any] = {
         "num_warmup_steps": companions.num_warmup_steps,
         "max_consecutive_skips": companions.max_consecutive_skips,
     }
+    if budget_of(config) is not None:
+        # All that limits skips by default it spreads better.
+        default = {"num_warmup_steps": 1}
     if config.gate is None:
         (gate,) = config.methods.gates
         default |= {name: getattr(gate, name) for name in options_of(gate)}
@@ -71,16 +77,22 @@ def resolved(config: CacheConfig, fitted: Calibrated | None) -> CacheConfig:
     return found if fitted is None else _calibrated(found, fitted)
 
 
+def _without_budget(config: CacheConfig) -> CacheConfig:
+    nothing: dict[str, Any] = dict.fromkeys(BUDGETS)
+    return replace(config, **nothing)
+
+
 def _calibrated(config: CacheConfig, fitted: Calibrated) -> CacheConfig:
     """Return a filled config with the mask that it asks for, checked against the calibration."""
-    mask = config.steps_mask
-    if config.computed_steps is not None:
-        if config.computed_steps not in fitted.masks:
+    mask, budget = config.steps_mask, budget_of(config)
+    if budget is not None:
+        steps = len(next(iter(fitted.masks.values()), ()))
+        if budget.of(steps) not in fitted.masks:
             raise ValueError(
-                f"computed_steps={config.computed_steps}: the calibration has masks of "
+                f"{budget}: the calibration has masks of "
                 f"{', '.join(map(str, sorted(fitted.masks))) or 'no'} steps"
             )
-        mask = mask or fitted.masks[config.computed_steps]
+        mask, config = fitted.masks[budget.of(steps)], _without_budget(config)
     # With a mask the gate is not asked, and what it was made for does not matter.
     if config.test == "conformal" and mask is None:
         epsilon = fitted.options["cache_ratio_threshold"]

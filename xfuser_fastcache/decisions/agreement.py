@@ -17,7 +17,13 @@ from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
 from xfuser_fastcache.consensus.transfer import GatherTicket
 from xfuser_fastcache.decisions import policy
 from xfuser_fastcache.decisions.audits import audit_of, did_harm
-from xfuser_fastcache.decisions.log import NOT_FINITE, TOO_LARGE, Decision, DecisionLog
+from xfuser_fastcache.decisions.log import (
+    FIRST_BLOCK,
+    NOT_FINITE,
+    TOO_LARGE,
+    Decision,
+    DecisionLog,
+)
 from xfuser_fastcache.decisions.policy import Rules
 from xfuser_fastcache.measurements.moments import Moments
 from xfuser_fastcache.reports.statistics import Counters
@@ -127,9 +133,10 @@ class Agreement:
         if not ahead or shared.forced:
             return shared.step_plan
         if following is None:
-            # A last step that a mask computes on its own was computed in the step before.
-            mask = self.config.steps_mask if call.is_last_step and not shared.poisoned else None
-            done = mask is not None and not mask[call.planned_step - 1]
+            # A last step that a schedule computes on its own was computed in the step before.
+            last = call.is_last_step and not shared.poisoned
+            schedule = self.rules.schedule if last else None
+            done = schedule is not None and schedule.computes(call, before=1) is False
             return StepPlan([True] * len(shared.spans)) if done else shared.step_plan
         self._receive_due(shared)
         judgements, _ = policy.judge(self.rules, shared, following)
@@ -185,7 +192,7 @@ class Agreement:
             group.exponent = moments.next_exponent(sighting.exponent)
             # What is too large to be measured does not matter where nothing rests on it.
             nonfinite += moments.nonfinite
-            overflow += 0 if self._foregone else moments.overflow
+            overflow += 0 if self.rules.unasked else moments.overflow
         shared.poisoned = NOT_FINITE if nonfinite else TOO_LARGE if overflow else None
         if shared.poisoned:
             self.counters.nonfinite_steps += 1
@@ -205,6 +212,9 @@ class Agreement:
         all_tokens = rules.warms_up(call) or call.is_last_step or distrust
         shared.step_plan = StepPlan(skip, distrust, all_tokens, self._moving(shared, call))
         self.counters.record(call, skip)
+        computed = any(not j.skip and j.reason != FIRST_BLOCK for j in judgements)
+        if rules.schedule is not None and rules.schedule.exceeded(call, computed):
+            self.counters.forced_beyond_budget += 1
         self.decisions.record(Decision(call, judgements, shared.waited_s))
         shared.waited_s = 0.0
         shared.sightings = [

@@ -21,7 +21,6 @@ _ROW = 2048
 # Why a span was skipped, or computed; all but the first two leave the gate unasked.
 UNCHANGED, CHANGED = "unchanged", "changed"
 OFF, WARM_UP, LAST_STEP = "off", "warm-up", "last step"
-STEPS_MASK, BEYOND_MASK = "steps mask", "beyond the steps mask"
 NOT_FINITE = "not finite"
 TOO_LARGE = "too large to be measured"
 SYNCHRONOUS = "synchronous step of the pipeline"

@@ -9,17 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from xfuser_fastcache.clock.schedule import Schedule
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.decisions.log import (
-    BEYOND_MASK,
     CHANGED,
     FIRST_BLOCK,
     LAST_STEP,
     NO_ANCHOR,
     NOT_MEASURED,
     OFF,
-    STEPS_MASK,
     SYNCHRONOUS,
     TOO_OLD,
     UNCHANGED,
@@ -27,11 +26,9 @@ from xfuser_fastcache.decisions.log import (
     Judgement,
 )
 from xfuser_fastcache.gates.base import Evidence, Evidences, Rule
-from xfuser_fastcache.measurements.moments import Moments
+from xfuser_fastcache.measurements.moments import NOTHING, Moments
 from xfuser_fastcache.measurements.probes import MomentGroup, Probe
-from xfuser_fastcache.state.shared import Mark, SharedState, Sighting, rescaled
-
-_NOTHING = Moments(0.0, 0.0, 0.0, tokens=0, nonfinite=0, overflow=0)
+from xfuser_fastcache.state.shared import Mark, SharedState, Sighting, reference_of, rescaled
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,11 @@ class Rules:
     history: int = 1
 
     @cached_property
+    def schedule(self) -> Schedule | None:
+        """The steps that are computed by plan; None where the gate decides."""
+        return Schedule.of(self.config)
+
+    @cached_property
     def decides_at(self) -> int:
         """First span that is decided: 1 where the gate has to see the first block's output."""
         return int(Probe.FIRST_RESIDUAL in self.gate.probes)
@@ -71,10 +73,14 @@ class Rules:
         ]
 
     @cached_property
+    def unasked(self) -> bool:
+        """Whether no decision rests on what is measured."""
+        return self.schedule is not None or not self.config.enable_block_approx
+
+    @cached_property
     def foregone(self) -> bool:
-        """Whether no decision rests on what is measured, which is then read a step later."""
-        given = self.config.steps_mask is not None or not self.config.enable_block_approx
-        return given and not self.lag and not self.config.shadow_audit
+        """Whether what is measured is read a step later, since no decision rests on it."""
+        return self.unasked and not self.lag and not self.config.shadow_audit
 
     def weighed(self, span: int) -> list[int]:
         """Return the groups that the decision of a span rests on."""
@@ -98,30 +104,32 @@ class Rules:
 def judge(rules: Rules, shared: SharedState, call: Call) -> tuple[list[Judgement], bool]:
     """Return a judgement a span, and whether all ranks compute, come what may.
 
-    A step that a mask computes is not of that kind: stages may be a step ahead in the mask.
+    A step that a schedule computes is not of that kind: stages may be a step ahead in it.
     """
     forced = _reason_to_compute(rules, shared, call)
     if forced:
-        return [Judgement(False, forced)] * rules.spans, forced != STEPS_MASK
+        stays = forced != (rules.schedule and rules.schedule.reason)
+        return [Judgement(False, forced)] * rules.spans, stays
     return [_judge_span(rules, shared, index, call) for index in range(rules.spans)], False
 
 
 def _reason_to_compute(rules: Rules, shared: SharedState, call: Call) -> str | None:
     """Return why all spans are computed at this step, or None."""
-    mask = rules.config.steps_mask
     if not rules.config.enable_block_approx:
         return OFF
-    if mask is not None:
-        if call.planned_step >= len(mask):
-            return BEYOND_MASK
-        if mask[call.planned_step]:
-            return STEPS_MASK
+    schedule = rules.schedule
+    if schedule is not None:
+        computes = schedule.computes(call)
+        if computes is not False:
+            return schedule.reason if computes else schedule.beyond
     elif rules.warms_up(call):
         return WARM_UP
     elif call.is_last_step:
         return LAST_STEP
     if shared.poisoned:
         return shared.poisoned
+    if schedule is not None and schedule.budget is not None:
+        return None
     return SYNCHRONOUS if rules.lag and not call.position.patched else None
 
 
@@ -132,8 +140,8 @@ def _judge_span(rules: Rules, shared: SharedState, index: int, call: Call) -> Ju
         return Judgement(False, FIRST_BLOCK)
     if anchor is None:
         return Judgement(False, NO_ANCHOR)
-    if rules.config.steps_mask is not None:
-        return Judgement(True, STEPS_MASK)
+    if rules.schedule is not None:
+        return Judgement(True, rules.schedule.reason)
     # Steps that the branch was left out at make its anchor older as skipped ones do.
     limit = rules.config.max_consecutive_skips
     if limit is not None and call.step - anchor.step > limit:
@@ -162,7 +170,7 @@ def evidence(rules: Rules, shared: SharedState, index: int, call: Call, anchor: 
             gap=gap,
         )
 
-    found: dict[Probe | None, Evidence] = {None: weighed(_NOTHING, 1)}
+    found: dict[Probe | None, Evidence] = {None: weighed(NOTHING, 1)}
     for group in rules.weighed(index):
         found[rules.groups[group].probe] = weighed(*_brought(rules, shared, group, call))
     return found
@@ -172,7 +180,7 @@ def _brought(rules: Rules, shared: SharedState, index: int, call: Call) -> tuple
     """Return a group's moments, brought to a step, and the gap that they were measured over."""
     found, group = shared.groups[index].moments, rules.groups[index]
     if found is None or found[1].anchor_level is None:
-        return _NOTHING, 1
+        return NOTHING, 1
     moments, seen = found
     # What the middle block adds is known of computed steps alone, and tells their rate.
     reference = reference_of(shared, group)
@@ -189,10 +197,3 @@ def sighting(rules: Rules, shared: SharedState, index: int, call: Call) -> Sight
     if reference is None:
         return Sighting(exponent, call.noise_level, None)
     return Sighting(exponent, call.noise_level, reference.noise_level, call.step - reference.step)
-
-
-def reference_of(shared: SharedState, group: MomentGroup) -> Mark | None:
-    """Return the step that a group is measured against, as `Prober.renew` keeps it."""
-    if group.span is not None:
-        return shared.spans[group.span].anchor
-    return shared.computed if group.probe is Probe.FIRST_RESIDUAL else shared.previous

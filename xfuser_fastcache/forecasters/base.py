@@ -13,6 +13,7 @@ import torch
 from xfuser_fastcache.artifacts.linear_map import SpanMaps, online_slope
 from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.config.checks import CheckedOptions
+from xfuser_fastcache.models.noise import Mixture
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, Memory
 
@@ -56,6 +57,16 @@ class Forecaster(CheckedOptions, ABC):
     def with_maps(self, maps: SpanMaps) -> Forecaster:
         """Return the forecaster with fitted linear maps; only where it `takes_maps`."""
         raise NotImplementedError
+
+    def on_model(self, mixture: Callable[[float], Mixture], sees_latents: bool) -> Forecaster:
+        """Return the forecaster for a model and a rank's place.
+
+        Args:
+            mixture: of the family and its scheduler, at a noise level.
+            sees_latents: whether the rank's forward pass is given the latents and puts out the
+                noise prediction; not so in a pipeline's stages.
+        """
+        return self
 
     def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
         """Return what a forecast costs that is not negligible, the mean over all tokens.

@@ -11,6 +11,7 @@ import torch
 from xfuser_fastcache.artifacts.calibration import Fitted, TrajectoryCorrection
 from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
+from xfuser_fastcache.models.forward_layout import laid_out_as, noise_part
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
@@ -103,20 +104,20 @@ class OutputForecaster(Forecaster):
         image = memory.anchors[0].residual.hidden_states
         # A model that predicts its variance too puts out more channels than it is given.
         channels = inputs.hidden_states.shape[-1] if self.sees_latents else None
-        outputs = [_noise(a.residual.hidden_states, channels).float() for a in memory.anchors]
+        outputs = [noise_part(a.residual.hidden_states, channels).float() for a in memory.anchors]
         last = outputs[0]
         changes = [after - before for after, before in pairwise(outputs)]
         changes += [torch.zeros_like(last)] * (self.depth - 1 - len(changes))
         if not self.sees_latents:
             return [changes[0], last, *changes[1:]]
         given = inputs, memory.anchors[int(computed)].inputs
-        x, x0 = (_as(streams.hidden_states, image).float() for streams in given)
+        x, x0 = (laid_out_as(streams.hidden_states, image).float() for streams in given)
         return [changes[0], x - x0, last, x, *changes[1:]]
 
     def corrected(self, plain: Streams, terms: list[torch.Tensor], weights: Weights) -> Streams:
         """Return a forecast with the weighted terms added to its noise prediction."""
         image = plain.hidden_states.clone()
-        noise = _noise(image, terms[0].shape[2] if image.dim() == 4 else None)
+        noise = noise_part(image, terms[0].shape[2] if image.dim() == 4 else None)
         noise += sum(each(weight, term) * term for weight, term in zip(weights, terms, strict=True))
         return Streams(image, plain.encoder_hidden_states)
 
@@ -183,21 +184,3 @@ def halves_agree(latents: torch.Tensor) -> torch.Tensor | None:
 def each(weight: float | torch.Tensor, term: torch.Tensor) -> float | torch.Tensor:
     """Return a weight, or one a picture, as it multiplies a term."""
     return weight if isinstance(weight, float) else weight.view(-1, *[1] * (term.dim() - 1))
-
-
-def _noise(output: torch.Tensor, channels: int | None) -> torch.Tensor:
-    """Return the channels of an output that hold the noise prediction: the first ones.
-
-    Args:
-        output: `(batch, tokens, channels)`, or a picture with its rows in dimension 1.
-        channels: of the latents; None for all.
-    """
-    return output[:, :, :channels] if output.dim() == 4 and channels is not None else output
-
-
-def _as(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Return latents `(batch, tokens, channels)` in the layout of an output."""
-    if output.dim() == 3:
-        return latents
-    batch, _, channels = latents.shape
-    return latents.reshape(batch, output.shape[1], -1, channels).transpose(2, 3)

@@ -100,11 +100,14 @@ class Companions(NamedTuple):
         forecaster: by name.
         num_warmup_steps: first steps that are always computed.
         max_consecutive_skips: None for no limit.
+        budgeted: forecaster by name with a budget, where nothing needs single blocks; None for the
+            same.
     """
 
     forecaster: str = "reuse"
     num_warmup_steps: int = 1
     max_consecutive_skips: int | None = None
+    budgeted: str | None = None
 
 
 class Gate(CheckedOptions, Rule):

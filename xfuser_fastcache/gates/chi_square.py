@@ -47,8 +47,8 @@ class ChiSquareGate(Gate):
     knows no age of the anchor (docs/decisions/change-times-age.md compares statistics).
     """
 
-    # By measurement (docs/decisions/damped-taylor.md).
-    companions = Companions("damped_taylor", num_warmup_steps=2, max_consecutive_skips=4)
+    # By measurement (docs/decisions/damped-taylor.md and budgets.md).
+    companions = Companions("damped_taylor", 2, max_consecutive_skips=4, budgeted="data")
 
     cache_ratio_threshold: float = option(
         0.05,  # FastCache's.

@@ -110,6 +110,9 @@ class Moments:
         return math.ceil(math.log2(self.reference / self.tokens))
 
 
+NOTHING = Moments(0.0, 0.0, 0.0, tokens=0, nonfinite=0, overflow=0)
+
+
 def joined(slots: list[int], sum_of: int) -> int:
     """Return a sum from those of its limbs, as a Python integer, which has no width.
 

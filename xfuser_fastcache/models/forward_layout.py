@@ -209,3 +209,22 @@ def noise_tokens(image: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     if image.dim() == 4:
         image = image.transpose(2, 3).flatten(1, 2)
     return image[..., : latents.shape[-1]]
+
+
+def noise_part(output: torch.Tensor, channels: int | None) -> torch.Tensor:
+    """Return the channels of an output that hold the noise prediction: the first ones, as a view.
+
+    Args:
+        output: as a contract holds it: `(batch, tokens, channels)`, or a picture with its rows in
+            dimension 1.
+        channels: of the latents; None for all.
+    """
+    return output[:, :, :channels] if output.dim() == 4 and channels is not None else output
+
+
+def laid_out_as(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Return latents `(batch, tokens, channels)` in the layout of an output."""
+    if output.dim() == 3:
+        return latents
+    batch, _, channels = latents.shape
+    return latents.reshape(batch, output.shape[1], -1, channels).transpose(2, 3)

@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 # Timesteps of the schedules that all these families were trained with.
 TRAIN_TIMESTEPS = 1000
+# Below it rounding is all that would be brought up, of what is clean in a prediction.
+SMALLEST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,51 @@ class Step:
     noise_level: float
 
 
+class Mixture(NamedTuple):
+    """What latents and a prediction are made of, at a noise level.
+
+    `latents = alpha * clean + sigma * noise`, and `prediction = of_clean * clean + of_noise *
+    noise`.
+
+    Example:
+        >>> halfway = FlowSigma().mixture(0.5)
+        >>> clean, noise = 3.0, 1.0
+        >>> velocity = noise - clean
+        >>> halfway.clean(0.5 * clean + 0.5 * noise, velocity)
+        3.0
+        >>> halfway.prediction(0.5 * clean + 0.5 * noise, 3.0) == velocity
+        True
+    """
+
+    alpha: float
+    sigma: float
+    of_clean: float
+    of_noise: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether latents and a prediction tell what is clean, and what is clean a prediction."""
+        return abs(self._determinant) > SMALLEST_SHARE and self.sigma > 0
+
+    @property
+    def _determinant(self) -> float:
+        return self.alpha * self.of_noise - self.sigma * self.of_clean
+
+    def clean(self, latents: Any, prediction: Any) -> Any:
+        """Return the clean latents, from noisy ones and a prediction."""
+        return (self.of_noise * latents - self.sigma * prediction) / self._determinant
+
+    def prediction(self, latents: Any, clean: Any) -> Any:
+        """Return the prediction that would have been made, from noisy latents and clean ones."""
+        of_latents = self.of_noise / self.sigma
+        return of_latents * latents + (self.of_clean - of_latents * self.alpha) * clean
+
+
+def velocity(level: float) -> Mixture:
+    """Return that of flow matching: the prediction is noise less clean."""
+    return Mixture(1.0 - level, level, -1.0, 1.0)
+
+
 class NoiseLevels(ABC):
     """How a family's timesteps stand for noise."""
 
@@ -42,6 +89,15 @@ class NoiseLevels(ABC):
     @abstractmethod
     def plan(self, scheduler: Any) -> list[Step]:
         """Return the steps that `scheduler.timesteps` plans, in full precision."""
+
+    @abstractmethod
+    def mixture(self, level: float, predicts: str = "") -> Mixture:
+        """Return what latents and the model's prediction are made of.
+
+        Args:
+            level: of noise.
+            predicts: `prediction_type` of the scheduler's config; "" where it has none.
+        """
 
 
 @dataclass(frozen=True)
@@ -76,6 +132,13 @@ class FlowSigma(NoiseLevels):
             timesteps = [1.0 - timestep / TRAIN_TIMESTEPS for timestep in timesteps]
         return [Step(t, sigma) for t, sigma in zip(timesteps, sigmas, strict=True)]
 
+    def mixture(self, level: float, predicts: str = "") -> Mixture:
+        """Return that of a velocity, noise less clean; the other way round where time runs up."""
+        found = velocity(level)
+        if self.given == "time":
+            return found._replace(of_clean=1.0, of_noise=-1.0)
+        return found
+
 
 @dataclass(frozen=True)
 class NoiseAngle(NoiseLevels):
@@ -107,6 +170,12 @@ class NoiseAngle(NoiseLevels):
         """Return every planned step with the angle by the scheduler's own schedule."""
         alphas = scheduler.alphas_cumprod.tolist()
         return [Step(t, angle(alphas, t)) for t in scheduler.timesteps.tolist()]
+
+    def mixture(self, level: float, predicts: str = "") -> Mixture:
+        """Return that of `epsilon`, `v_prediction` or `sample`; the first where nothing is said."""
+        alpha, sigma = math.cos(level), math.sin(level)
+        made = {"v_prediction": (-sigma, alpha), "sample": (1.0, 0.0)}
+        return Mixture(alpha, sigma, *made.get(predicts, (0.0, 1.0)))
 
 
 def angle(alphas_cumprod: Sequence[float], timestep: float) -> float:

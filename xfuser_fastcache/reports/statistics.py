@@ -37,12 +37,15 @@ class Counters:
 
     Attributes:
         recomputed: forward passes that ran again, since a forecast had found no place in them.
+        forced_beyond_budget: decisions to compute where a budget skips, and forward passes that ran
+            again: nothing could be forecast.
         nonfinite_steps: decisions that found a statistic NaN, infinite or overflowing.
         peak_bytes: most bytes that this rank's anchors, and fitted maps, occupied.
     """
 
     def __init__(self, usage: Usage, spans: int):
         self._before = usage
+        self.forced_beyond_budget = 0
         self.nonfinite_steps = 0
         self.recomputed = 0
         self.peak_bytes = 0
@@ -153,6 +156,7 @@ class Counters:
             "consensus_wait_s": usage.wait_s - self._before.wait_s,
             "cache_bytes": self.peak_bytes,
             **self.audits(),
+            "forced_beyond_budget": self.forced_beyond_budget,
             "nonfinite_steps": self.nonfinite_steps,
             "recomputed": self.recomputed,
         }

@@ -19,6 +19,7 @@ import torch
 
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.artifacts.calibration import load_fitted
+from xfuser_fastcache.clock.schedule import Schedule
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.reports.measured import picture_of
 from xfuser_fastcache.serving.requests import Limits
@@ -146,19 +147,19 @@ class Painter:
 
     @contextmanager
     def _planned(self, config: CacheConfig | None) -> Iterator[None]:
-        """Refuse a plan of steps that a calibration or mask does not fit, as it is made.
+        """Refuse a plan of steps that a calibration or schedule does not fit, as it is made.
 
         The cache would refuse it at the first step. Then a later stage of a pipeline already waits
         for the first one; here every rank still refuses alike.
         """
-        if config is None or (config.calibration is None and config.steps_mask is None):
+        fitted = None if not config or not config.calibration else load_fitted(config.calibration)
+        schedule = None if config is None else Schedule.of(config.resolved(fitted))
+        if fitted is None and schedule is None:
             yield
             return
         # xDiT's wrapper hands what is set on it to the scheduler, but does not take it back.
         scheduler = getattr(self.pipe.scheduler, "module", self.pipe.scheduler)
         adapter = adapter_of(self.layout.model_of(self.pipe.transformer))
-        fitted = load_fitted(config.calibration) if config.calibration else None
-        mask = config.steps_mask if fitted is None else config.resolved(fitted).steps_mask
         plan = scheduler.set_timesteps
 
         @functools.wraps(plan)
@@ -172,11 +173,9 @@ class Painter:
                     "of steps and the size of picture that it was made with, or cache_config "
                     "without it"
                 )
-            if mask is not None and len(mask) != len(levels):
-                raise ValueError(
-                    f"steps_mask has {len(mask)} entries, but this request {len(levels)} steps; "
-                    "give one entry a step"
-                )
+            refused = schedule and schedule.refuses(len(levels), len(levels))
+            if refused:
+                raise ValueError(refused)
 
         scheduler.set_timesteps = checked
         try:

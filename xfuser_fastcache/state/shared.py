@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from xfuser_fastcache.consensus.transfer import Ticket
 from xfuser_fastcache.measurements.moments import INITIAL_EXPONENT, SLOTS, Moments
+from xfuser_fastcache.measurements.probes import MomentGroup, Probe
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,13 @@ class SharedState:
 def count_groups(ranks: int, edges: int) -> int:
     """Return how many groups of moments have room for every rank's token counts at every edge."""
     return -(-ranks * edges // SLOTS)
+
+
+def reference_of(shared: SharedState, group: MomentGroup) -> Mark | None:
+    """Return the step that a group is measured against, as `Prober.renew` keeps it."""
+    if group.span is not None:
+        return shared.spans[group.span].anchor
+    return shared.computed if group.probe is Probe.FIRST_RESIDUAL else shared.previous
 
 
 def rescaled(

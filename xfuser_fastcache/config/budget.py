@@ -1,0 +1,60 @@
+"""How many steps of a generation are computed, in the words in which users say it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xfuser_fastcache.config.checks import shown
+
+if TYPE_CHECKING:
+    from xfuser_fastcache.config.cache_config import CacheConfig
+
+# Share of steps that is computed. The names are those of cache-dit's masks of steps, and so are the
+# shares: its masks for 28 steps compute 18, 15, 11 and 8 of them.
+QUALITIES = {"slow": 18 / 28, "medium": 15 / 28, "fast": 11 / 28, "ultra": 8 / 28}
+BUDGETS = ("computed_steps", "speedup", "quality")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of computed steps, by one of the options of `BUDGETS`.
+
+    Attributes:
+        option: its name.
+        value: as it was given.
+
+    Example:
+        >>> [Budget(*given).of(28) for given in
+        ...     (("computed_steps", 7), ("speedup", 2.5), ("quality", "ultra"))]
+        [7, 11, 8]
+    """
+
+    option: str
+    value: int | float | str
+
+    def of(self, steps: int) -> int:
+        """Return how many of so many steps are computed, at least 1."""
+        if isinstance(self.value, str):
+            found = round(QUALITIES[self.value] * steps)
+        elif self.option == "speedup":
+            found = math.floor(steps / self.value)
+        else:
+            found = int(self.value)
+        return min(max(found, 1), steps)
+
+    def __str__(self) -> str:
+        return f"{self.option}={shown(self.value)}"
+
+
+def budget_of(config: CacheConfig) -> Budget | None:
+    """Return the budget that a config asks for, or None."""
+    given = {name: getattr(config, name) for name in BUDGETS}
+    return next((Budget(k, v) for k, v in given.items() if v is not None), None)
+
+
+def never_skips(config: CacheConfig) -> bool:
+    """Whether a threshold of 0 forbids every skip, whatever else is asked for."""
+    thresholds = [getattr(gate, "cache_ratio_threshold", None) for gate in config.methods.gates]
+    return all(threshold == 0 for threshold in thresholds)
