@@ -140,7 +140,7 @@ def test_a_loss_is_that_of_the_pipelines_own_text_however_much_padding(text, mon
     transformer = family.build().eval()
     pipe = family.pipeline(transformer, text, build_clip_vae())
     prompts = [CAPTION, ""]
-    latents, noise = torch.randn(2, 2, 16, 3, 8, 8)
+    latents, noise = torch.randn(2, 2, 16, 5, 8, 8)
     sigma = torch.tensor([0.2, 0.9])
     losses = []
     for length in (32, 512):
@@ -170,7 +170,7 @@ def test_an_untrained_vae_repeats_flat_colours():
     with torch.no_grad():
         latents = vae.encode(clips).latent_dist.mean
         decoded = vae.decode(latents).sample
-    assert latents.shape == (2, 16, 3, 4, 4)
+    assert latents.shape == (2, 16, 5, 4, 4)
     # The first latent frame stands for one frame, which the shortcuts average with nothing.
     assert (decoded[:, :, 5:] - clips[:, :, 5:]).abs().max() < 0.1
     assert (decoded - clips).abs().max() < 0.4

@@ -320,7 +320,7 @@ class CountedPadding(WanAttnProcessor):
 
 
 def wan_family():
-    """Wan 2.1 in small: 8 blocks, 4 heads x 24, 48 tokens a clip of 9 frames at 64 px."""
+    """Wan 2.1 in small: 8 blocks, 4 heads x 24, 80 tokens a clip of 9 frames at 64 px."""
     shown = 24  # tokens of text that are computed, whatever they are padded to
 
     def build():

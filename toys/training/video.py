@@ -13,32 +13,33 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 
 from toys.captions import PLACES
 from toys.clip_checker import check_clip
-from toys.clips import all_clip_captions, draw_clip, sample_clip_captions
+from toys.clips import FRAMES, all_clip_captions, draw_clip, sample_clip_captions
 from toys.training.stages import Stage, cosine, set_rate
 from toys.training.vae import LatentPool, picture_loss
 
 CLIP_PX = 64
 CLIP_CHANNELS = 16
+PATCH = 4
 
 
 def build_clip_vae():
-    """Side / 8 and (frames + 3) / 4, 16 latent channels; pixels enter in patches of 2 x 2."""
+    """Side / 8 and (frames + 1) / 2, 16 latent channels; pixels enter in patches of 4 x 4."""
     return AutoencoderKLWan(
-        base_dim=16,
-        decoder_base_dim=24,
+        base_dim=24,
+        decoder_base_dim=20,
         z_dim=CLIP_CHANNELS,
-        dim_mult=[1, 2, 2],
+        dim_mult=[2, 2],
         num_res_blocks=1,
         attn_scales=[],
-        temperal_downsample=[True, True],
+        temperal_downsample=[True],
         latents_mean=[0.0] * CLIP_CHANNELS,
         latents_std=[1.0] * CLIP_CHANNELS,
         is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_temporal=4,
-        scale_factor_spatial=8,
+        in_channels=3 * PATCH**2,
+        out_channels=3 * PATCH**2,
+        patch_size=PATCH,
+        scale_factor_temporal=2,
+        scale_factor_spatial=2 * PATCH,
     )
 
 
@@ -47,9 +48,10 @@ def start_linear(vae, level=6.0):
     """Set an untrained VAE so that it averages blocks of pixels and repeats them.
 
     As `vae.start_linear` does for pictures: channels 0-2 carry the colour and 5-7 its negative, 3
-    and 4 are +-level. The shortcuts around Wan's blocks average and repeat by themselves, so all
-    else in those blocks starts at zero. The encoder's last shortcut makes two channels of each, the
-    earlier and the later half of the frames; latents 0-2 are their mean, 3-5 their difference.
+    and 4 are +-level. The shortcuts around Wan's blocks average and repeat by themselves, so their
+    residual branches start at zero. The encoder's shortcut makes two channels of each, the earlier
+    and the later frame; latents 0-2 are their mean, 3-5 their difference, the others chance
+    mixtures of all that the encoder sees, for the decoder to make use of.
     """
     constant, carried = torch.tensor([3, 4]), torch.arange(8)
     for module in vae.modules():
@@ -60,7 +62,8 @@ def start_linear(vae, level=6.0):
                 module.conv_shortcut.weight[carried, carried] = 1.0
         elif isinstance(module, WanAttentionBlock):
             _zero(module.proj)
-        elif isinstance(module, WanResample):
+    for module in vae.decoder.modules():
+        if isinstance(module, WanResample):
             _zero(module.resample[1])
     for conv in (vae.quant_conv, vae.post_quant_conv):
         _zero(conv)
@@ -71,15 +74,17 @@ def start_linear(vae, level=6.0):
     _zero(vae.decoder.conv_out)
     _zero(vae.encoder.conv_out, slice(0, 6))
     _zero(vae.encoder.conv_out, slice(CLIP_CHANNELS, None))
+    vae.encoder.conv_out.weight[6:CLIP_CHANNELS] *= 20.0
+    vae.encoder.conv_out.weight[6:CLIP_CHANNELS, 6:10] = 0.0  # the constants
     vae.encoder.conv_out.bias[CLIP_CHANNELS:] = -6.0
-    vae.encoder.conv_out.weight[:, : 2 * len(carried)] = 0.0
     # What the last norms divide by.
     encoded = math.sqrt((4 * level**2 + 4.0) / vae.encoder.norm_out.gamma.numel())
     decoded = math.sqrt((2 * level**2 + 2.0) / vae.decoder.norm_out.gamma.numel())
+    pixels = PATCH**2
     for channel in range(3):
-        patch = slice(4 * channel, 4 * channel + 4)  # 2 x 2 pixels of one colour
+        patch = slice(pixels * channel, pixels * (channel + 1))
         for sign, target in ((1.0, channel), (-1.0, channel + 5)):
-            vae.encoder.conv_in.weight[target, patch, -1, 1, 1] = 0.25 * sign
+            vae.encoder.conv_in.weight[target, patch, -1, 1, 1] = sign / pixels
             out = vae.encoder.conv_out.weight[:, 2 * target : 2 * target + 2, -1, 1, 1]
             out[channel] = 0.5 * sign * encoded
             out[3 + channel] = 0.5 * sign * encoded * torch.tensor([-1.0, 1.0])
@@ -109,20 +114,23 @@ def clip_loss(decoded, clips, margin):
     return picture_loss(*pictures, margin=margin)
 
 
-def clip_crop(caption, rng):
-    """A window of half the side somewhere about the shape: what a clip's ground holds is simple."""
-    moment = rng.random()
+def clip_crop(caption, rng, frames):
+    """A window of half the side about the shape, over `frames` frames: ground alone is simple."""
     side = CLIP_PX // 2
+    first = rng.integers(FRAMES - frames + 1)
+    moment = (first + rng.random() * (frames - 1)) / (FRAMES - 1)
     centre = (1 - moment) * np.array(PLACES[caption.start]) + moment * np.array(PLACES[caption.end])
     corner = CLIP_PX * centre - side / 2 + rng.uniform(-14, 14, size=2)
     left, top = np.clip(np.rint(corner), 0, CLIP_PX - side).astype(int)
-    return draw_clip(caption, CLIP_PX, rng)[:, top : top + side, left : left + side]
+    clip = draw_clip(caption, CLIP_PX, rng)[first : first + frames]
+    return clip[:, top : top + side, left : left + side]
 
 
 def clip_crops(captions, rng, count):
-    """Windows of clips of `count` captions drawn at random."""
+    """Windows of clips of `count` captions drawn at random, a part of the time or all of it."""
+    frames = int(rng.choice([5, FRAMES], p=[0.6, 0.4]))
     chosen = rng.integers(len(captions), size=count)
-    return to_clips([clip_crop(captions[i], rng) for i in chosen])
+    return to_clips([clip_crop(captions[i], rng, frames) for i in chosen])
 
 
 def train_clip_vae(args):
@@ -143,7 +151,7 @@ def train_clip_vae(args):
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean.pow(2) + posterior.var - 1.0 - posterior.logvar).mean()
         loss = clip_loss(decoded, clips, margin=2) + 3e-4 * kl
-        set_rate(optimiser, cosine(iteration, args.clip_vae_iterations, 1.5e-3, 1e-4))
+        set_rate(optimiser, cosine(iteration, args.clip_vae_iterations, 2e-3, 1e-4))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -205,7 +213,7 @@ def train_clip_decoder(args, vae):
 
 @torch.no_grad()
 def encode_clips_raw(vae, frames):
-    """Latent means of uint8 clips, (batch, channels, 3, side / 8, side / 8)."""
+    """Latent means of uint8 clips, (batch, channels, 5, side / 8, side / 8)."""
     return vae.encode(to_clips(frames)).latent_dist.mean
 
 
