@@ -28,7 +28,8 @@ class Run:
     Attributes:
         seconds: of the denoising loop.
         peak_bytes: None where the system cannot tell.
-        images: pictures in [0, 1], `(height, width, 3)`; empty on a rank that holds none.
+        images: pictures in [0, 1], `(height, width, 3)`, or clips, `(frames, height, width, 3)`;
+            empty on a rank that holds none.
         statistics: of the cache; empty without one.
         trace: of the cache's decisions; likewise.
     """
@@ -41,8 +42,15 @@ class Run:
 
 
 def images_of(ranks: list[Run]) -> list[np.ndarray]:
-    """The pictures of all replicas, in order."""
+    """The pictures or clips of all replicas, in order."""
     return [image for run in ranks for image in run.images]
+
+
+def _drawn(output: Any) -> list[np.ndarray]:
+    """What a pipeline returned on this rank; video pipelines call it frames."""
+    if output is None:
+        return []
+    return list(output.frames if hasattr(output, "frames") else output.images)
 
 
 def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +113,7 @@ class Generator:
         try:
             with PeakMemory() as memory, DenoisingTimer(pipe) as timer:
                 output = pipe(**{**self.arguments, "generator": noise, **changes})
-            run = Run(timer.seconds, memory.bytes, [] if output is None else list(output.images))
+            run = Run(timer.seconds, memory.bytes, _drawn(output))
             if config is not None:
                 run.statistics = get_cache_statistics(pipe.transformer)
                 run.trace = get_cache_trace(pipe.transformer)
