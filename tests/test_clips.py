@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xfuser_fastcache.benchmarks import quality
 from xfuser_fastcache.reports import clips
 from xfuser_fastcache.reports.measured import psnr_db
 
@@ -93,3 +94,37 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, clip: np.ndarray) 
     with pytest.raises(ValueError, match="one shape"):
         clips.save_animation([clip, clip[:8]], tmp_path / "side.webp")
     assert not list(tmp_path.iterdir())
+
+
+def test_clips_of_the_toys_are_marked_and_have_features_of_three_frames() -> None:
+    from toys.captions import draw, sample_captions
+    from toys.clips import draw_clip, sample_clip_captions
+
+    prompts = sample_clip_captions(6, seed=3)
+    drawn = [draw_clip(prompt, 64, i) / 255.0 for i, prompt in enumerate(prompts)]
+    found = quality.marks(prompts, drawn)
+    assert all(found["passed"]) and np.shape(found["features"]) == (6, 96)
+    backwards = [clip[::-1] for clip in drawn]
+    turned = quality.marks(prompts, backwards)
+    assert not any(turned["passed"])
+    thirds = np.reshape(found["features"], (6, 3, 32))
+    assert np.allclose(thirds[:, ::-1], np.reshape(turned["features"], (6, 3, 32)), atol=1e-5)
+    truth = quality.drawn_features(prompts)
+    assert truth is not None and truth.shape == (6 * quality.DRAWINGS, 96)
+    same, other = (
+        quality.frechet_distance(np.array(each["features"]), truth) for each in (found, turned)
+    )
+    assert same < other
+    pictures = [draw(caption, 64, 0) / 255.0 for caption in sample_captions(2)]
+    assert np.shape(quality.marks(sample_captions(2), pictures)["features"]) == (2, 32)
+    assert quality.marks([prompts[0], sample_captions(1)[0]], drawn[:2]) == {}
+
+
+def test_a_clip_is_compared_frame_by_frame(clip: np.ndarray) -> None:
+    worse = clip.copy()
+    worse[4] += 0.1
+    found = quality.compare([worse], [clip], [worse])
+    assert found["mse"] == [pytest.approx(0.01 / 9)] and found["mse_converged"] == [0.0]
+    assert found["ssim"] == [pytest.approx(clips.compared_clips([worse], [clip])["ssim"])]
+    assert found["flicker"] == [pytest.approx(0.1 * np.sqrt(2 / 8))]
+    assert "flicker" not in quality.compare([clip[0]], [clip[0]], [clip[0]])

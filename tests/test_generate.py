@@ -201,10 +201,10 @@ def test_being_there_costs_little() -> None:
 
 def test_clips_become_moving_pictures(generate: Any, tmp_path: Path) -> None:
     """What a video pipeline returns is written as clips, beside what a cache made of it."""
-    from xfuser_fastcache.xdit.generator import _drawn
+    from xfuser_fastcache.reports.clips import drawn_by
 
     frames = np.random.default_rng(0).uniform(size=(1, 9, 16, 20, 3))
-    (clip,) = _drawn(SimpleNamespace(frames=frames))
+    (clip,) = drawn_by(SimpleNamespace(frames=frames))
     generate.save_pictures("cached", [clip], tmp_path)
     generate.save_comparison([clip], [0.9 * clip], ["a ring that moves"], tmp_path)
     names = {"cached_0.webp", "comparison_0.png", "comparison_0.webp"}

@@ -18,6 +18,16 @@ from xfuser_fastcache.reports.views import MAX_COLUMNS, comparison_sheet
 _FORMATS = {".webp": {"lossless": True}, ".png": {}, ".gif": {}}
 
 
+def drawn_by(output: Any) -> list[np.ndarray]:
+    """Return the pictures or clips of a pipeline's output; none where it is None.
+
+    Video pipelines of diffusers call them `frames`, others `images`.
+    """
+    if output is None:
+        return []
+    return list(output.frames if hasattr(output, "frames") else output.images)
+
+
 def are_clips(drawn: Sequence[np.ndarray]) -> bool:
     """Say whether a pipeline has drawn clips; an empty list is none."""
     return bool(drawn) and drawn[0].ndim == 4

@@ -18,6 +18,7 @@ from xfuser_fastcache.apply import (
     remove_cache,
 )
 from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.reports.clips import drawn_by
 from xfuser_fastcache.reports.measured import DenoisingTimer, PeakMemory
 
 
@@ -44,13 +45,6 @@ class Run:
 def images_of(ranks: list[Run]) -> list[np.ndarray]:
     """The pictures or clips of all replicas, in order."""
     return [image for run in ranks for image in run.images]
-
-
-def _drawn(output: Any) -> list[np.ndarray]:
-    """What a pipeline returned on this rank; video pipelines call it frames."""
-    if output is None:
-        return []
-    return list(output.frames if hasattr(output, "frames") else output.images)
 
 
 def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +107,7 @@ class Generator:
         try:
             with PeakMemory() as memory, DenoisingTimer(pipe) as timer:
                 output = pipe(**{**self.arguments, "generator": noise, **changes})
-            run = Run(timer.seconds, memory.bytes, _drawn(output))
+            run = Run(timer.seconds, memory.bytes, drawn_by(output))
             if config is not None:
                 run.statistics = get_cache_statistics(pipe.transformer)
                 run.trace = get_cache_trace(pipe.transformer)
