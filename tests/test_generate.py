@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.worlds import ROOT, launch
 
 CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
@@ -194,3 +197,19 @@ def test_being_there_costs_little() -> None:
     line = next(line for line in done.stdout.splitlines() if line.startswith("never-skip ratio"))
     lower = float(line.split("interval ")[1].split()[0])
     assert lower <= 1.05, line
+
+
+def test_clips_become_moving_pictures(generate: Any, tmp_path: Path) -> None:
+    """What a video pipeline returns is written as clips, beside what a cache made of it."""
+    from xfuser_fastcache.reports.clips import drawn_by
+
+    frames = np.random.default_rng(0).uniform(size=(1, 9, 16, 20, 3))
+    (clip,) = drawn_by(SimpleNamespace(frames=frames))
+    generate.save_pictures("cached", [clip], tmp_path)
+    generate.save_comparison([clip], [0.9 * clip], ["a ring that moves"], tmp_path)
+    names = {"cached_0.webp", "comparison_0.png", "comparison_0.webp"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    with Image.open(tmp_path / "cached_0.webp") as moving:
+        assert (moving.n_frames, moving.size) == (9, (20, 16))
+    with Image.open(tmp_path / "comparison_0.webp") as moving:
+        assert (moving.n_frames, moving.size) == (9, (60, 16))

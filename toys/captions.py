@@ -202,6 +202,29 @@ def signed_distance(shape, x, y):
     raise ValueError(f"shape={shape!r} is not in the grammar; use one of {list(SHAPES)}")
 
 
+def paint(shape, centre, half, colour, background, slope, size_px):
+    """One anti-aliased shape on a plain ground.
+
+    Args:
+        shape: a member of ``SHAPES``.
+        centre: (x, y) of its bounding box, as fractions of the side, y downwards.
+        half: half the side of its bounding box, as a fraction of the side.
+        colour, background: RGB, 0..255 each.
+        slope: (x, y) gradient of the background, in 1/255 a side.
+        size_px: side of the picture in pixels.
+
+    Returns:
+        uint8 array of shape (size_px, size_px, 3), RGB.
+    """
+    axis = (np.arange(size_px) + 0.5) / size_px
+    x, y = axis[None, :], axis[:, None]
+    distance = signed_distance(shape, (x - centre[0]) / half, (y - centre[1]) / half)
+    alpha = np.clip(0.5 - distance * half * size_px, 0.0, 1.0)[..., None]
+    ground = background + (slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[..., None]
+    picture = alpha * colour + (1.0 - alpha) * ground
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
 def draw(caption, size_px=128, generator=None):
     """Draw a caption's picture, anti-aliased, with a little freedom within the caption's truth.
 
@@ -235,10 +258,5 @@ def draw(caption, size_px=128, generator=None):
     colour = np.array(COLOURS[caption.colour]) + 8.0 * jitter[3:6]
     background = np.array(BACKGROUNDS[caption.background]) + 8.0 * jitter[6:9]
 
-    axis = (np.arange(size_px) + 0.5) / size_px
-    x, y = axis[None, :], axis[:, None]
-    distance = signed_distance(caption.shape, (x - centre[0]) / half, (y - centre[1]) / half)
-    alpha = np.clip(0.5 - distance * half * size_px, 0.0, 1.0)[..., None]
-    slope = 5.0 * (jitter[9] * (x - 0.5) + jitter[10] * (y - 0.5))[..., None]
-    picture = alpha * colour + (1.0 - alpha) * (background + slope)
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    slope = 5.0 * jitter[9:11]
+    return paint(caption.shape, centre, half, colour, background, slope, size_px)

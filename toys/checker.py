@@ -48,6 +48,7 @@ class Reading:
         shape: a member of ``SHAPES``.
         place: a key of ``PLACES``.
         background: a key of ``BACKGROUNDS``.
+        centre: (x, y) of what stands out, as fractions of the side, y downwards.
     """
 
     size: str | None
@@ -55,6 +56,7 @@ class Reading:
     shape: str | None
     place: str | None
     background: str | None
+    centre: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def read_picture(image):
     one_piece = region.area >= MIN_SHARE * mask.sum()
     if size is None or not one_piece or overlap[shape] < MIN_OVERLAP or not 0.75 < aspect < 1.33:
         shape = None
-    return Reading(size, colour, shape, place, background)
+    return Reading(size, colour, shape, place, background, centre)
 
 
 def check_caption(image, caption):

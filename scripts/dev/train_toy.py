@@ -5,22 +5,24 @@
     python scripts/train_toy.py --model flux --evaluate         # mark the saved pipeline
 
 Stages: ``text`` (both encoders learn to name a caption's attributes, then freeze), ``vae`` (both
-halves, then the decoder alone), ``transformer`` (flow matching, first at 64 px, then at 128 px).
-Each stage leaves a checkpoint under ``runs/toys/`` and goes on from there when the command is given
-again; a finished stage is not repeated. All models share text encoders and VAE. The pipeline goes
+halves, then the decoder alone), ``transformer`` (flow matching; pictures first at 64 px, then at
+128 px). Each stage leaves a checkpoint under ``runs/toys/`` and goes on from there when the command
+is given again; a finished stage is not repeated. All models of pictures share text encoders and
+VAE; ``wan``, which draws clips, has its own. The pipeline goes
 to ``toys/MODEL`` in half precision, its record to ``toys/MODEL/training``.
 """
 
 import json
 import shlex
 import sys
+from pathlib import Path
 
 from toys.training.evaluation import evaluate
 from toys.training.families import FAMILIES
 from toys.training.record import write_training_record
+from toys.training.stages import RUNS
 from toys.training.text import train_text
 from toys.training.transformer import train_transformer
-from toys.training.vae import measure_vae, train_decoder, train_vae
 from xfuser_fastcache.cli.flags import flags_of
 
 
@@ -37,13 +39,20 @@ def parse_args(arguments):
     parser.add_argument("--vae_iterations", type=int, default=600)
     parser.add_argument("--decoder_iterations", type=int, default=1500)
     parser.add_argument("--vae_batch", type=int, default=16)
+    parser.add_argument("--clip_vae_iterations", type=int, default=600)
+    parser.add_argument("--clip_decoder_iterations", type=int, default=600)
+    parser.add_argument("--clip_batch", type=int, default=8)
     parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the family's")
     parser.add_argument("--small_batch", type=int, default=32)
     parser.add_argument(
-        "--large_iterations", type=int, nargs="+", help="at 128 px, a cycle; default: the family's"
+        "--large_iterations",
+        type=int,
+        nargs="+",
+        help="at full size, a cycle; default: the family's",
     )
-    parser.add_argument("--large_batch", type=int, default=16)
+    parser.add_argument("--large_batch", type=int, help="at full size; default: the model's")
     parser.add_argument("--pool", type=int, default=4096, help="encoded pictures kept at 64 px")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the checkpoints")
     return parser.parse_args(arguments)
 
 
@@ -53,26 +62,20 @@ def main(arguments):
     family = FAMILIES[args.model]()
     args.small_iterations = args.small_iterations or family.small_iterations
     args.large_iterations = args.large_iterations or family.large_iterations
+    args.large_batch = args.large_batch or family.large_batch
+    subject = family.subject
     if not args.evaluate:
         print("$", shlex.join(["python", *sys.argv]), flush=True)
-        text, text_stage = train_text(args)
+        text, text_stage = train_text(args, subject.language)
         if args.stage == "text":
             return 0
-        vae, vae_stage = train_vae(args)
-        decoder_stage = train_decoder(args, vae)
-        print("vae", json.dumps(measure_vae(vae, args.seed)), flush=True)
+        vae, vae_stage = subject.train_vae(args)
+        decoder_stage = subject.train_decoder(args, vae)
+        print("vae", json.dumps(subject.measure_vae(vae, args.seed)), flush=True)
         if args.stage == "vae":
             return 0
         transformer_stages = train_transformer(args, family, text, vae)
-        write_training_record(
-            args,
-            {
-                "text": text_stage,
-                "vae": vae_stage,
-                "decoder": decoder_stage,
-                **transformer_stages,
-            },
-            vae,
-        )
+        stages = {"text": text_stage, "vae": vae_stage, "decoder": decoder_stage}
+        write_training_record(args, family, stages | transformer_stages, vae)
     evaluate(args, family)
     return 0

@@ -1,4 +1,4 @@
-"""Pictures of captions that the training has not seen, marked."""
+"""Pictures and clips of captions that the training has not seen, marked."""
 
 import json
 import math
@@ -10,36 +10,38 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from toys.captions import ATTRIBUTES, sample_captions
-from toys.checker import check_caption
 from toys.training.record import update_record
 from toys.training.stages import ROOT
 
 
 def generate(pipe, family, captions, steps, seed, batch):
-    """Pictures of captions, each with a seed of its own so that the batch size does not matter."""
-    pictures = []
+    """What captions say, each with a seed of its own so that the batch size does not matter."""
+    items = []
     for start in range(0, len(captions), batch):
         chosen = captions[start : start + batch]
-        pictures += pipe(
+        output = pipe(
             prompt=chosen,
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(chosen))],
             **family.call_kwargs,
-        ).images
-    return pictures
+        )
+        items += family.subject.taken(output)
+    return items
 
 
-def sample_sheet(path, pictures, captions, results, columns=8):
+def sample_sheet(path, subject, items, captions, results):
     """A table of pictures with their captions, wrong ones marked, as a PNG."""
+    pictures = [np.asarray(subject.shown(item)) for item in items]
+    height, width = pictures[0].shape[:2]
+    columns = max(1, 8 * height // width)
     rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(1.55 * columns, 2.25 * rows))
+    figure = Figure(figsize=(1.55 * columns * width / height, 2.25 * rows))
     axes = figure.subplots(rows, columns)
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, caption, result in zip(axes.flat, pictures, captions, results, strict=False):
         axis.imshow(picture)
-        wrong = [name for name in ATTRIBUTES if not getattr(result, name)]
+        wrong = [name for name in subject.marks if not getattr(result, name)]
         axis.set_title(
             str(caption).replace(", ", "\n") + (f"\nwrong: {', '.join(wrong)}" if wrong else ""),
             fontsize=6,
@@ -79,9 +81,10 @@ def evaluate(args, family):
         )
     pipe = family.pipeline_class.from_pretrained(folder)
     pipe.set_progress_bar_config(desc="evaluate")
-    captions = sample_captions(args.captions, seed=args.seed, split="unseen")
-    pictures = generate(pipe, family, captions, args.steps, args.seed, batch=16)
-    results = [check_caption(p, c) for p, c in zip(pictures, captions, strict=True)]
+    subject = family.subject
+    captions = subject.sample(args.captions, seed=args.seed, split="unseen")
+    items = generate(pipe, family, captions, args.steps, args.seed, batch=16)
+    results = [subject.check(item, c) for item, c in zip(items, captions, strict=True)]
     passed = sum(r.passed for r in results)
     pipe.set_progress_bar_config(disable=True)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -91,12 +94,12 @@ def evaluate(args, family):
         "captions": args.captions,
         "split": "unseen",
         "steps": args.steps,
-        "size_px": 128,
+        "size_px": subject.size_px,
         "passed": passed,
         "accuracy": round(passed / args.captions, 4),
         "interval_95": wilson(passed, args.captions),
         "attributes": {
-            a: round(sum(getattr(r, a) for r in results) / args.captions, 4) for a in ATTRIBUTES
+            a: round(sum(getattr(r, a) for r in results) / args.captions, 4) for a in subject.marks
         },
         "one_picture_s": {
             "seconds": time_one(pipe, family, captions[0], args.steps),
@@ -110,6 +113,6 @@ def evaluate(args, family):
     }
     print(json.dumps(summary, indent=2))
     (folder / "training").mkdir(exist_ok=True)
-    sample_sheet(folder / "training" / "samples.png", pictures[:32], captions, results)
+    sample_sheet(folder / "training" / "samples.png", subject, items[:32], captions, results)
     update_record(args, evaluation=summary | {"folder_bytes": size})
     return summary

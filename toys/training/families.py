@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,18 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from transformers import CLIPTextModelWithProjection
 
-from toys.training.text import TEXT_TOKENS, tokens_of
+from toys.clips import FRAMES
+from toys.training.subjects import CLIPS, PICTURES, Subject
+from toys.training.text import TEXT_TOKENS, masked_states, tokens_of
 from toys.training.vae import LATENT_CHANNELS, VAE_FACTOR
+from toys.training.video import CLIP_CHANNELS, CLIP_PX
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Batch:
     """What a family is asked to learn from.
 
     Attributes:
-        latents: (batch, channels, height, width), mean 0 and deviation 1.
+        latents: (batch, channels, [frames,] height, width), mean 0 and deviation 1.
         noise: of the same shape.
         sigma: (batch,) share of the noise, 0..1.
         prompts: one text an item; "" where the caption is dropped.
@@ -44,7 +51,7 @@ class Batch:
 
     def noisy(self):
         """Latents and noise mixed by sigma, as flow matching has them."""
-        mix = self.sigma[:, None, None, None]
+        mix = self.sigma.view(-1, *(1,) * (self.latents.ndim - 1))
         return (1 - mix) * self.latents + mix * self.noise
 
 
@@ -57,9 +64,12 @@ class Family:
         loss: (transformer, text, vae, batch) -> mean squared error of its prediction.
         pipeline: (transformer, text, vae) -> the diffusers pipeline.
         pipeline_class: what loads it again.
-        call_kwargs: arguments of a pipeline call at 128 px besides prompt and steps.
-        small_iterations: at 64 px.
-        large_iterations: at 128 px, one number a cycle of the learning rate.
+        call_kwargs: arguments of a pipeline call at full size besides prompt and steps.
+        small_iterations: of pictures at 64 px.
+        large_iterations: at full size, one number a cycle of the learning rate.
+        subject: what is drawn.
+        large_batch: items of an iteration at full size.
+        text_lengths: {tokens to which texts are padded: share of the iterations}.
     """
 
     build: Callable
@@ -69,6 +79,9 @@ class Family:
     call_kwargs: dict
     small_iterations: int
     large_iterations: list[int]
+    subject: Subject = PICTURES
+    large_batch: int = 16
+    text_lengths: dict = field(default_factory=lambda: {16: 0.6, 24: 0.1, 32: 0.3})
 
 
 def flux_family():
@@ -292,4 +305,85 @@ def pixart_family():
     return Family(build, loss, pipeline, PixArtAlphaPipeline, call, 1100, [500, 700, 1900, 2200])
 
 
-FAMILIES = {"flux": flux_family, "sd3": sd3_family, "pixart": pixart_family}
+class CountedPadding(WanAttnProcessor):
+    """Cross-attention where a few tokens of padding weigh as much as many.
+
+    Wan's pipelines pad to 512 tokens that are all alike, and attention to n of them is attention to
+    one whose score is larger by log(n).
+    """
+
+    weight = None  # (batch, 1, 1, tokens), what to add to the scores
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *ignored):
+        """As Wan's, with the weights for a mask; cross-attention has neither mask nor positions."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.weight)
+
+
+def wan_family():
+    """Wan 2.1 in small: 8 blocks, 4 heads x 24, 80 tokens a clip of 9 frames at 64 px."""
+    shown = 24  # tokens of text that are computed, whatever they are padded to
+
+    def build():
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=4,
+            attention_head_dim=24,
+            in_channels=CLIP_CHANNELS,
+            out_channels=CLIP_CHANNELS,
+            text_dim=64,
+            freq_dim=128,
+            ffn_dim=384,
+            num_layers=8,
+            cross_attn_norm=True,
+            rope_max_seq_len=64,
+        )
+
+    def loss(transformer, text, vae, batch):
+        with torch.no_grad():
+            states, said = masked_states(text, batch.prompts, shown)
+            words = said.sum(dim=1, keepdim=True)
+            padding = (batch.text_tokens - words) / (shown - words).clamp(min=1)
+            weight = torch.where(said, 0.0, padding.log())[:, None, None]
+        counted = CountedPadding()
+        counted.weight = weight
+        for block in transformer.blocks:
+            block.attn2.set_processor(counted)
+        velocity = transformer(
+            hidden_states=batch.noisy(),
+            timestep=1000 * batch.sigma,
+            encoder_hidden_states=states,
+            return_dict=False,
+        )[0]
+        return F.mse_loss(velocity, batch.noise - batch.latents)
+
+    def pipeline(transformer, text, vae):
+        return WanPipeline(
+            scheduler=UniPCMultistepScheduler(
+                num_train_timesteps=1000,
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=3.0,
+            ),
+            vae=vae,
+            text_encoder=text["t5"],
+            tokenizer=text["tokenizer"],
+            transformer=transformer,
+        )
+
+    call = {"height": CLIP_PX, "width": CLIP_PX, "num_frames": FRAMES}
+    call |= {"max_sequence_length": TEXT_TOKENS, "guidance_scale": 2.5}
+    return Family(
+        build,
+        loss,
+        pipeline,
+        WanPipeline,
+        call,
+        0,
+        [1500],
+        subject=CLIPS,
+        large_batch=32,
+        text_lengths={32: 0.7, 512: 0.3},
+    )
+
+
+FAMILIES = {"flux": flux_family, "sd3": sd3_family, "pixart": pixart_family, "wan": wan_family}

@@ -12,13 +12,12 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from toys.training.stages import ROOT, RUNS
-from toys.training.vae import measure_vae
+from toys.training.stages import ROOT
 
 
 def export(args, family, transformer, text, vae):
     """Save the pipeline in half precision and swap it in, keeping the training record."""
-    target, fresh = ROOT / "toys" / args.model, RUNS / f"{args.model}-export"
+    target, fresh = ROOT / "toys" / args.model, args.runs / f"{args.model}-export"
     shutil.rmtree(fresh, ignore_errors=True)
     pipe = family.pipeline(transformer, text, vae)
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
@@ -43,10 +42,10 @@ def export(args, family, transformer, text, vae):
     if (target / "training").exists():
         shutil.copytree(target / "training", fresh / "training")
     if target.exists():
-        former = RUNS / f"{args.model}-former"
+        former = args.runs / f"{args.model}-former"
         shutil.rmtree(former, ignore_errors=True)
-        os.rename(target, former)
-    os.rename(fresh, target)
+        shutil.move(target, former)
+    shutil.move(fresh, target)
 
 
 def update_record(args, **entries):
@@ -65,7 +64,7 @@ def versions():
     return {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}
 
 
-def write_training_record(args, stages, vae):
+def write_training_record(args, family, stages, vae):
     """Loss curves as JSON and PNG, and the record of the run."""
     folder = ROOT / "toys" / args.model / "training"
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +77,7 @@ def write_training_record(args, stages, vae):
         axis.set(title=name, xlabel="iteration", ylabel="loss")
         axis.grid(alpha=0.3)
     figure.savefig(folder / "losses.png", dpi=80)
+    scales = [k for k in ("scaling_factor", "shift_factor") if k in vae.config]
     settings = {k: v for k, v in vars(args).items() if k.endswith(("iterations", "batch", "pool"))}
     update_record(
         args,
@@ -94,6 +94,5 @@ def write_training_record(args, stages, vae):
             }
             for name, s in stages.items()
         },
-        vae=measure_vae(vae, args.seed)
-        | {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor},
+        vae=family.subject.measure_vae(vae, args.seed) | {k: vae.config[k] for k in scales},
     )

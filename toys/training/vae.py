@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from toys.captions import all_captions, draw, sample_captions
 from toys.checker import check_caption
-from toys.training.stages import RUNS, Stage, cosine, set_rate
+from toys.training.stages import Stage, cosine, set_rate
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 4
@@ -125,7 +125,7 @@ def train_vae(args):
     torch.manual_seed(args.seed)
     vae = start_linear(build_vae()).train().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0.0)
-    stage = Stage(RUNS / "vae.pt")
+    stage = Stage(args.runs / "vae.pt")
     stage.load(vae=vae, optimiser=optimiser)
     captions = all_captions("train")
 
@@ -165,7 +165,7 @@ def train_decoder(args, vae):
     torch.manual_seed(args.seed)
     decoder = vae.decoder.train().requires_grad_(True)
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=0.0)
-    stage = Stage(RUNS / "decoder.pt")
+    stage = Stage(args.runs / "decoder.pt")
     stage.load(decoder=decoder, optimiser=optimiser)
     captions = all_captions("train")
 
@@ -221,36 +221,45 @@ def measure_vae(vae, seed, count=128):
 
 
 class LatentPool:
-    """Encoded pictures of training captions, a few replaced at each draw.
+    """Encoded pictures or clips of training captions, a few replaced at each draw.
 
     Args:
-        vae: the trained VAE.
-        size_px: side of the pictures in pixels.
+        captions: all captions of the training.
+        encoded: (captions, rng) -> latents of what they say, the batch first.
         count: how many latents are kept.
         seed: any sequence of ints.
-        refresh: pictures drawn anew per batch.
+        refresh: how many are drawn anew per batch.
     """
 
-    def __init__(self, vae, size_px, count, seed, refresh=4):
-        self.vae, self.size_px, self.refresh = vae, size_px, refresh
-        self.train = all_captions("train")
+    def __init__(self, captions, encoded, count, seed, refresh=4):
+        self.train, self.encoded, self.refresh = captions, encoded, refresh
         rng = np.random.default_rng(seed)
         self.captions, latents = [], []
-        for _ in tqdm(range(count // 32), desc=f"pool {size_px} px"):
-            chosen, encoded = self._fresh(rng, 32)
+        for _ in tqdm(range(count // 32), desc="pool"):
+            chosen, fresh = self._fresh(rng, 32)
             self.captions += chosen
-            latents.append(encoded)
+            latents.append(fresh)
         self.latents = torch.cat(latents)
 
     def _fresh(self, rng, count):
         chosen = [self.train[i] for i in rng.integers(len(self.train), size=count)]
-        return chosen, encode(self.vae, [draw(c, self.size_px, rng) for c in chosen])
+        return chosen, self.encoded(chosen, rng)
 
     def batch(self, rng, count):
-        """`count` captions and their latents (count, channels, height, width)."""
+        """`count` captions and their latents, (count, channels, ...)."""
         where = rng.integers(len(self.captions), size=self.refresh)
-        chosen, encoded = self._fresh(rng, self.refresh)
-        for index, caption, latent in zip(where, chosen, encoded, strict=True):
+        chosen, fresh = self._fresh(rng, self.refresh)
+        for index, caption, latent in zip(where, chosen, fresh, strict=True):
             self.captions[index], self.latents[index] = caption, latent
         picked = rng.integers(len(self.captions), size=count)
         return [self.captions[i] for i in picked], self.latents[picked]
+
+
+def picture_pool(args, vae, size_px, iteration):
+    """A pool of pictures; as many pixels whatever their size."""
+
+    def encoded(captions, rng):
+        return encode(vae, [draw(c, size_px, rng) for c in captions])
+
+    seed = [args.seed, size_px, iteration]
+    return LatentPool(all_captions("train"), encoded, args.pool * 64 // size_px, seed)

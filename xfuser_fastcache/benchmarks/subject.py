@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from xfuser_fastcache.benchmarks.settings import Settings
+from xfuser_fastcache.reports.clips import drawn_by
 from xfuser_fastcache.reports.measured import DenoisingTimer, PeakMemory
 from xfuser_fastcache.xdit.groups import XDiTLayout
 from xfuser_fastcache.xdit.loaded import (
@@ -33,7 +34,8 @@ class Sample:
     Attributes:
         seconds: of the denoising loop; the slowest rank's.
         peak_bytes: the largest rank's; None where the system cannot tell.
-        images: pictures in [0, 1], `(height, width, 3)`; empty on ranks other than the first.
+        images: pictures in [0, 1], `(height, width, 3)`, or clips, `(frames, height, width, 3)`;
+            empty on ranks other than the first.
     """
 
     seconds: float
@@ -101,8 +103,8 @@ class Subject:
         self.free_s = 0.0
         with PeakMemory() as memory, DenoisingTimer(self.pipe) as timer:
             output = self.pipe(**arguments)
-        images = [] if output is None else list(output.images)
-        return self.collect(Sample(timer.seconds - self.free_s, memory.bytes, images))
+        seconds = timer.seconds - self.free_s
+        return self.collect(Sample(seconds, memory.bytes, drawn_by(output)))
 
     def collect(self, sample: Sample) -> Sample:
         """Bring the ranks' samples together; one process has only its own."""

@@ -24,6 +24,7 @@ from xfuser_fastcache.benchmarks import quality
 from xfuser_fastcache.benchmarks.methods import Method, all_methods
 from xfuser_fastcache.benchmarks.settings import Settings
 from xfuser_fastcache.benchmarks.subject import Sample, Subject, load_subject
+from xfuser_fastcache.reports.clips import are_clips, save_animation
 from xfuser_fastcache.reports.measured import environment, picture_of
 from xfuser_fastcache.xdit.loaded import finish
 
@@ -207,11 +208,15 @@ class Measurement:
         )
 
     def keep(self, number: int, name: str, value: str, sample: Sample) -> None:
-        """Keep the first round's first pictures as PNG."""
+        """Keep the first round's first pictures as PNG, and clips as moving ones."""
         if self.pictures is None or number:
             return
         for index, image in enumerate(sample.images[:KEPT]):
-            picture_of(image).save(self.pictures / picture_name(name, value, index))
+            path = self.pictures / picture_name(name, value, index)
+            if are_clips([image]):
+                save_animation([image], path)
+            else:
+                picture_of(image).save(path)
 
 
 def picture_name(name: str, value: str, index: int) -> str:

@@ -22,6 +22,13 @@ from rich.table import Table
 
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.config.mappings import read_mapping
+from xfuser_fastcache.reports.clips import (
+    are_clips,
+    clip_sheet,
+    compared_clips,
+    difference,
+    save_animation,
+)
 from xfuser_fastcache.reports.measured import compared, environment, picture_of
 from xfuser_fastcache.reports.views import (
     comparison_sheet,
@@ -150,6 +157,7 @@ def build_report(
     kinds = {"baseline": baseline, "cached": cached}
     latency = {kind: median_latency(runs) if runs else None for kind, runs in kinds.items()}
     both = bool(baseline and cached)
+    pairs = [images_of(runs[-1]) if both else [] for runs in (cached, baseline)]
     last = cached[-1] if cached else []
     stats = last[0].statistics if last else {}
 
@@ -177,7 +185,7 @@ def build_report(
         "cache_config": config.to_dict() if config else None,
         "latency_s": latency,
         "speedup": median_latency(baseline) / median_latency(cached) if both else None,
-        **compared(*(images_of(runs[-1]) if both else [] for runs in (cached, baseline))),
+        **(compared_clips(*pairs) if are_clips(pairs[0]) else compared(*pairs)),
         "statistics": stats,
         "decisions_digest": {
             str(rank): run.statistics["decisions_digest"] for rank, run in enumerate(last)
@@ -205,6 +213,7 @@ def print_table(report: dict[str, Any]) -> None:
         ("speedup", "", shown(report["speedup"], ".2f", "x")),
         ("PSNR", "", psnr),
         ("SSIM", "", shown(report["ssim"], ".4f")),
+        *([("flicker", "", shown(report["flicker"], ".4f"))] if "flicker" in report else []),
         ("hit ratio", "", shown(report["statistics"].get("block_approx_ratio"), ".1%")),
         ("collectives per step", "", shown(report["collectives_per_step"], ".2f")),
     )
@@ -220,9 +229,13 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def save_pictures(kind: str, images: list[np.ndarray], directory: Path) -> None:
-    """Write the pictures as PNG: one by one, and as a grid where there are several."""
+    """Write pictures as PNG, one by one and several as a grid too; clips as moving WebP."""
     from diffusers.utils import make_image_grid
 
+    if are_clips(images):
+        for index, clip in enumerate(images):
+            save_animation([clip], directory / f"{kind}_{index}.webp")
+        return
     pictures = [picture_of(image) for image in images]
     if len(pictures) > 1:
         for index, picture in enumerate(pictures):
@@ -230,6 +243,21 @@ def save_pictures(kind: str, images: list[np.ndarray], directory: Path) -> None:
         columns = next(c for c in range(int(len(pictures) ** 0.5), 0, -1) if len(pictures) % c == 0)
         pictures = [make_image_grid(pictures, columns, len(pictures) // columns)]
     pictures[0].save(directory / f"{kind}.png")
+
+
+def save_comparison(
+    baseline: list[np.ndarray], cached: list[np.ndarray], prompts: list[str], directory: Path
+) -> None:
+    """Write baseline, cached and difference: a sheet, for each clip one and a moving picture."""
+    if not are_clips(baseline):
+        # Replicas that share a single prompt draw a picture of it each.
+        captions = prompts * (len(baseline) // len(prompts))
+        comparison_sheet(baseline, cached, captions, directory / "comparison.png")
+        return
+    for index, (before, after) in enumerate(zip(baseline, cached, strict=True)):
+        path = directory / f"comparison_{index}"
+        clip_sheet(before, after, path.with_suffix(".png"))
+        save_animation([before, after, difference(before, after)], path.with_suffix(".webp"))
 
 
 def main(arguments: list[str]) -> int:
@@ -256,14 +284,8 @@ def main(arguments: list[str]) -> int:
             if runs:
                 save_pictures(kind, images_of(runs[-1]), directory)
         if baseline and cached:
-            pictures = images_of(baseline[-1])
-            comparison_sheet(
-                pictures,
-                images_of(cached[-1]),
-                # Replicas that share a single prompt draw a picture of it each.
-                options.prompt * (len(pictures) // len(options.prompt)),
-                directory / "comparison.png",
-            )
+            before, after = images_of(baseline[-1]), images_of(cached[-1])
+            save_comparison(before, after, options.prompt, directory)
         report = build_report(options, config, baseline, cached)
         path = Path(options.report or directory / "report.json")
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # From the palette of Okabe and Ito; they differ in lightness too, so they survive a grey print.
 COLOURS = {"computed": "#0072B2", "skipped": "#F0E442", "forced": "#999999"}
 
-_MAX_COLUMNS = 8
+MAX_COLUMNS = 8
 
 
 def statistics_table(statistics: dict[str, Any]) -> Table:
@@ -205,7 +205,7 @@ def comparison_sheet(
         )
     from matplotlib.figure import Figure
 
-    columns = min(len(baseline), _MAX_COLUMNS)
+    columns = min(len(baseline), MAX_COLUMNS)
     figure = Figure(figsize=(2.4 * columns + 0.6, 7.4))
     axes = figure.subplots(3, columns, squeeze=False)
     for column in range(columns):

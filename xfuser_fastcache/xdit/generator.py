@@ -18,6 +18,7 @@ from xfuser_fastcache.apply import (
     remove_cache,
 )
 from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.reports.clips import drawn_by
 from xfuser_fastcache.reports.measured import DenoisingTimer, PeakMemory
 
 
@@ -28,7 +29,8 @@ class Run:
     Attributes:
         seconds: of the denoising loop.
         peak_bytes: None where the system cannot tell.
-        images: pictures in [0, 1], `(height, width, 3)`; empty on a rank that holds none.
+        images: pictures in [0, 1], `(height, width, 3)`, or clips, `(frames, height, width, 3)`;
+            empty on a rank that holds none.
         statistics: of the cache; empty without one.
         trace: of the cache's decisions; likewise.
     """
@@ -41,7 +43,7 @@ class Run:
 
 
 def images_of(ranks: list[Run]) -> list[np.ndarray]:
-    """The pictures of all replicas, in order."""
+    """The pictures or clips of all replicas, in order."""
     return [image for run in ranks for image in run.images]
 
 
@@ -105,7 +107,7 @@ class Generator:
         try:
             with PeakMemory() as memory, DenoisingTimer(pipe) as timer:
                 output = pipe(**{**self.arguments, "generator": noise, **changes})
-            run = Run(timer.seconds, memory.bytes, [] if output is None else list(output.images))
+            run = Run(timer.seconds, memory.bytes, drawn_by(output))
             if config is not None:
                 run.statistics = get_cache_statistics(pipe.transformer)
                 run.trace = get_cache_trace(pipe.transformer)

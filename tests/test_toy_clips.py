@@ -1,0 +1,226 @@
+"""The clips' grammar, frames and checker, and what training on them rests on."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from toys.captions import PLACES
+from toys.clip_checker import check_clip, read_clip
+from toys.clips import (
+    ATTRIBUTES,
+    FRAMES,
+    VALUES,
+    ClipCaption,
+    all_clip_captions,
+    draw_clip,
+    sample_clip_captions,
+)
+
+
+@pytest.fixture(scope="module")
+def captions():
+    return all_clip_captions()
+
+
+def test_grammar_is_complete_and_round_trips(captions):
+    assert len(captions) == 3 * 8 * 6 * 9 * 8 * 6 == len(set(map(str, captions)))
+    for caption in captions[::997]:
+        assert ClipCaption.parse(str(caption)) == caption
+        assert ClipCaption.parse(f"  {str(caption).upper()} ") == caption
+
+
+def test_splits_are_disjoint_and_a_tenth_is_unseen(captions):
+    unseen = {c for c in captions if c.split == "unseen"}
+    assert 0.09 < len(unseen) / len(captions) < 0.11
+    train = set(captions) - unseen
+    for name, values in VALUES.items():
+        assert {getattr(c, name) for c in train} == set(values)
+    drawn = sample_clip_captions(50, seed=1)
+    assert drawn == sample_clip_captions(50, seed=1) != sample_clip_captions(50, seed=2)
+    assert len(set(drawn)) == 50
+    assert {ClipCaption.parse(c) for c in drawn} <= unseen
+
+
+def test_checker_passes_drawn_clips(captions):
+    chosen = captions[::311]
+    passed = [check_clip(draw_clip(c, 64, i), c).passed for i, c in enumerate(chosen)]
+    assert np.mean(passed) >= 0.98
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_checker_fails_the_wrong_attribute_only(captions, attribute):
+    for index, caption in enumerate(captions[::9001]):
+        taken = {getattr(caption, n) for n in (attribute, "start", "end")}
+        values = [v for v in VALUES[attribute] if v not in taken]
+        wrong = dataclasses.replace(caption, **{attribute: values[index % len(values)]})
+        result = check_clip(draw_clip(caption, 128, index), wrong)
+        assert not result.passed
+        assert not getattr(result, attribute)
+        assert getattr(result.reading, attribute) == getattr(caption, attribute)
+        assert all(getattr(result, a) for a in ATTRIBUTES if a != attribute)
+
+
+def test_a_clip_backwards_that_jumps_or_changes_is_no_such_clip():
+    caption = "a medium red square moves from left to right, on black"
+    clip = draw_clip(caption, 64, 0)
+    assert check_clip(clip, caption).passed
+    assert not check_clip(clip[::-1], caption).motion
+    jumping = np.concatenate([clip[:1]] * 8 + [clip[-1:]])
+    result = check_clip(jumping, caption)
+    assert result.start and result.end and not result.motion
+    other = draw_clip("a medium red circle moves from left to right, on black", 64, 0)
+    assert not check_clip(np.concatenate([clip[:4], other[4:5], clip[5:]]), caption).shape
+    empty = np.full((FRAMES, 64, 64, 3), 20, dtype=np.uint8)
+    assert read_clip(empty).centres is None and not check_clip(empty, caption).motion
+
+
+def test_the_shape_goes_straight_at_a_constant_speed():
+    caption = "a small cyan circle moves from bottom left to top, on white"
+    clip = draw_clip(caption, 128)
+    centres = np.array([np.argwhere(f[..., 0] < 200).mean(axis=0)[::-1] / 128 for f in clip])
+    assert np.allclose(centres[0], PLACES["bottom left"], atol=0.01)
+    assert np.allclose(centres[-1], PLACES["top"], atol=0.01)
+    steps = np.diff(centres, axis=0)
+    assert np.allclose(steps, steps.mean(axis=0), atol=0.005)
+
+
+def test_errors_say_what_is_allowed():
+    with pytest.raises(ValueError, match="red.*orange"):
+        ClipCaption("large", "mauve", "ring", "top", "left", "black")
+    with pytest.raises(ValueError, match="start and end are both 'top'"):
+        ClipCaption("large", "red", "ring", "top", "top", "black")
+    with pytest.raises(ValueError, match="moves from START to END"):
+        ClipCaption.parse("a large red ring, top left, on dark blue")
+    with pytest.raises(ValueError, match="train.*unseen.*all"):
+        all_clip_captions("test")
+    with pytest.raises(ValueError, match="0 or more"):
+        sample_clip_captions(-1)
+    with pytest.raises(ValueError, match="16 or more"):
+        draw_clip("a small red ring moves from top to left, on black", 8)
+    with pytest.raises(ValueError, match="3 or more"):
+        read_clip(np.zeros((2, 64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def text():
+    from toys.training.text import CLIPS, build_text_encoders, build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(CLIPS)
+    clip, t5 = build_text_encoders(len(tokenizer))
+    return {"tokenizer": tokenizer, "clip": clip.eval(), "t5": t5.eval()}
+
+
+CAPTION = "a small red ring moves from top left to center, on dark blue"
+
+
+def test_a_clips_words_have_tokens_and_a_pictures_are_as_they_were(text):
+    from toys.training.text import PICTURES, build_tokenizer
+
+    tokenizer = text["tokenizer"]
+    assert tokenizer.unk_token_id not in tokenizer(CAPTION).input_ids
+    pictures = build_tokenizer(PICTURES)
+    assert pictures.unk_token_id in pictures(CAPTION).input_ids
+    shipped = pictures.from_pretrained("toys/flux/tokenizer", local_files_only=True)
+    assert pictures.get_vocab() == shipped.get_vocab()
+
+
+@torch.no_grad()
+def test_a_loss_is_that_of_the_pipelines_own_text_however_much_padding(text, monkeypatch):
+    """A model that is trained on 24 tokens sees what Wan's pipeline shows it at 32 and at 512."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    from toys.training.families import Batch, wan_family
+    from toys.training.video import build_clip_vae
+
+    torch.manual_seed(0)
+    family = wan_family()
+    transformer = family.build().eval()
+    pipe = family.pipeline(transformer, text, build_clip_vae())
+    prompts = [CAPTION, ""]
+    latents, noise = torch.randn(2, 2, 16, 5, 8, 8)
+    sigma = torch.tensor([0.2, 0.9])
+    losses = []
+    for length in (32, 512):
+        loss = family.loss(
+            transformer, text, None, Batch(latents, noise, sigma, prompts, length, 64)
+        )
+        for block in transformer.blocks:
+            block.attn2.set_processor(WanAttnProcessor())
+        states = pipe.encode_prompt(prompts, None, False, max_sequence_length=length)[0]
+        mixed = (1 - sigma)[:, None, None, None, None] * latents
+        mixed = mixed + sigma[:, None, None, None, None] * noise
+        velocity = transformer(mixed, 1000 * sigma, states, return_dict=False)[0]
+        expected = (velocity - (noise - latents)).square().mean()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        losses.append(float(loss))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_untrained_vae_knows_colours():
+    """The start from which training adds edges: blocks of pixels are averaged and repeated."""
+    from toys.training.video import build_clip_vae, start_linear
+
+    colours = torch.tensor([[0.6, -0.4, 0.1], [-0.8, 0.2, 0.5]])
+    clips = colours[:, :, None, None, None].expand(2, 3, FRAMES, 32, 32)
+
+    def error(vae):
+        latents = vae.eval().encode(clips).latent_dist.mean
+        assert latents.shape == (2, 16, 5, 4, 4)
+        return (vae.decode(latents).sample - clips).abs().mean()
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert error(start_linear(build_clip_vae())) < 0.3 < 0.4 < error(build_clip_vae())
+
+
+def test_muon_turns_updates_into_rotations_of_a_known_size():
+    from toys.training.transformer import Muon, orthogonal
+
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (3, 12, 40), (3, 40, 12)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert values.min() > 0.5 and values.max() < 1.3
+    ours = torch.nn.Parameter(torch.randn(24, 32))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    start = ours.detach().clone()
+    optimisers = (
+        Muon([ours], lr=1e-2),
+        torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        gradient = torch.randn(24, 32)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    moved = (theirs - start).norm()
+    assert moved > 0.1
+    assert (ours - theirs).norm() < 0.02 * moved  # theirs is in bfloat16
+
+
+@torch.no_grad()
+def test_the_loss_and_the_pipeline_mean_the_same_velocity(text, monkeypatch):
+    """A model that knows the answer has no loss, and the pipeline's scheduler arrives there."""
+    from toys.training.families import Batch, wan_family
+    from toys.training.video import build_clip_vae
+
+    torch.manual_seed(0)
+    family = wan_family()
+    transformer = family.build()
+    answer, noise = torch.randn(2, 2, 16, 5, 8, 8)
+
+    def knowing(hidden_states, timestep, encoder_hidden_states, **_):
+        level = (timestep / 1000).view(-1, 1, 1, 1, 1)
+        return ((hidden_states - answer) / level,)
+
+    monkeypatch.setattr(transformer, "forward", knowing)
+    batch = Batch(answer, noise, torch.tensor([0.3, 0.8]), [CAPTION, ""], 32, 64)
+    assert family.loss(transformer, text, None, batch) < 1e-8
+    pipe = family.pipeline(transformer, text, build_clip_vae())
+    pipe.set_progress_bar_config(disable=True)
+    call = family.call_kwargs | {"output_type": "latent", "num_inference_steps": 6}
+    drawn = pipe(prompt=[CAPTION, CAPTION], generator=torch.Generator().manual_seed(1), **call)
+    # Its timesteps are whole numbers, the scheduler's own levels are not.
+    assert (drawn.frames - answer).abs().max() < 0.05

@@ -1,0 +1,195 @@
+"""Captions of clips in which one shape moves, and the clips.
+
+    a small red ring moves from top left to center, on dark blue
+
+3 sizes x 8 colours x 6 shapes x 9 starts x 8 other ends x 6 backgrounds = 62208 captions; a tenth
+of them, chosen by hash, is held out from training.
+"""
+
+import hashlib
+import itertools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from toys.captions import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, SPLITS, paint
+
+FRAMES = 9
+VALUES = {
+    "size": tuple(SIZES),
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "start": tuple(PLACES),
+    "end": tuple(PLACES),
+    "background": tuple(BACKGROUNDS),
+}
+ATTRIBUTES = tuple(VALUES)
+
+_PATTERN = re.compile(
+    "an? ({size}) ({colour}) ({shape}) moves from ({start}) to ({end}), on ({background})".format(
+        # Longest first, so that "top left" is not read as "top".
+        **{name: "|".join(sorted(v, key=len, reverse=True)) for name, v in VALUES.items()}
+    )
+)
+
+
+@dataclass(frozen=True)
+class ClipCaption:
+    """The six attributes of a clip's caption; ``str()`` gives the text.
+
+    Args:
+        size: a key of ``SIZES``.
+        colour: a key of ``COLOURS``.
+        shape: a member of ``SHAPES``.
+        start: a key of ``PLACES``, where the shape is in the first frame.
+        end: another key of ``PLACES``, where it is in the last frame.
+        background: a key of ``BACKGROUNDS``.
+
+    Example:
+        >>> str(ClipCaption("small", "red", "ring", "top left", "center", "dark blue"))
+        'a small red ring moves from top left to center, on dark blue'
+    """
+
+    size: str
+    colour: str
+    shape: str
+    start: str
+    end: str
+    background: str
+
+    def __post_init__(self):
+        for name, values in VALUES.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise ValueError(f"{name}={value!r} is not in the grammar; use one of {values}")
+        if self.start == self.end:
+            raise ValueError(f"start and end are both {self.start!r}; a shape moves to elsewhere")
+
+    def __str__(self):
+        return (
+            f"a {self.size} {self.colour} {self.shape} moves from {self.start} to {self.end},"
+            f" on {self.background}"
+        )
+
+    @classmethod
+    def parse(cls, text):
+        """Read the text form.
+
+        Args:
+            text: a caption as ``str()`` writes it, in any case; a `ClipCaption` is returned as is.
+
+        Returns:
+            The `ClipCaption`.
+
+        Raises:
+            ValueError: the text is not in the grammar.
+
+        Example:
+            >>> ClipCaption.parse("a small pink cross moves from top to left, on white").end
+            'left'
+        """
+        if isinstance(text, cls):
+            return text
+        match = _PATTERN.fullmatch(text.strip().lower())
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not a clip's caption; write 'a SIZE COLOUR SHAPE moves from START to"
+                " END, on BACKGROUND' with "
+                + "; ".join(f"{name} from {list(values)}" for name, values in VALUES.items())
+            )
+        return cls(*match.groups())
+
+    @property
+    def split(self):
+        """``"unseen"`` for the tenth held out from training, else ``"train"``."""
+        digest = hashlib.sha256(str(self).encode()).digest()
+        return "unseen" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
+
+
+def all_clip_captions(split="all"):
+    """Every caption of a split, in a fixed order.
+
+    Args:
+        split: ``"train"``, ``"unseen"`` or ``"all"``.
+
+    Returns:
+        A list of `ClipCaption`.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not known; use one of {list(SPLITS)}")
+    rows = itertools.product(*VALUES.values())
+    captions = [ClipCaption(*row) for row in rows if row[3] != row[4]]
+    return [c for c in captions if split in ("all", c.split)]
+
+
+def sample_clip_captions(n, seed=0, split="unseen"):
+    """Draw captions at random, none twice unless `n` exceeds the split.
+
+    Args:
+        n: how many, at least 0.
+        seed: seed of the choice; the same seed gives the same captions.
+        split: ``"train"``, ``"unseen"`` or ``"all"``.
+
+    Returns:
+        A list of `n` strings.
+
+    Raises:
+        ValueError: a negative `n` or an unknown split.
+    """
+    if n < 0:
+        raise ValueError(f"n={n} is negative; ask for 0 or more captions")
+    captions = all_clip_captions(split)
+    order = np.random.default_rng(seed).permutation(len(captions))
+    return [str(captions[order[i % len(order)]]) for i in range(n)]
+
+
+def draw_clip(caption, size_px=64, generator=None):
+    """Draw a caption's clip: the shape moves on a straight line at a constant speed.
+
+    The freedom within the caption's truth is that of `toys.captions.draw`, one draw for the clip.
+
+    Args:
+        caption: a `ClipCaption` or its text.
+        size_px: side of the square frames in pixels, at least 16.
+        generator: a `numpy.random.Generator`, or an int seed; None gives the middle of every range.
+
+    Returns:
+        uint8 array of shape (``FRAMES``, size_px, size_px, 3), RGB.
+
+    Raises:
+        ValueError: not a caption, or too small a frame.
+
+    Example:
+        >>> draw_clip("a small pink cross moves from top to left, on white", 32, 0).shape
+        (9, 32, 32, 3)
+    """
+    caption = ClipCaption.parse(caption)
+    if size_px < 16:
+        raise ValueError(f"size_px={size_px} is too small to show a shape; use 16 or more")
+    if generator is None:
+        jitter = np.zeros(13)
+    else:
+        jitter = np.random.default_rng(generator).uniform(-1.0, 1.0, size=13)
+    start = np.array(PLACES[caption.start]) + 0.012 * jitter[0:2]
+    end = np.array(PLACES[caption.end]) + 0.012 * jitter[11:13]
+    half = SIZES[caption.size] * (1.0 + 0.04 * jitter[2])
+    colour = np.array(COLOURS[caption.colour]) + 8.0 * jitter[3:6]
+    background = np.array(BACKGROUNDS[caption.background]) + 8.0 * jitter[6:9]
+    return np.stack(
+        [
+            paint(
+                caption.shape,
+                start + (end - start) * moment,
+                half,
+                colour,
+                background,
+                5.0 * jitter[9:11],
+                size_px,
+            )
+            for moment in np.linspace(0.0, 1.0, FRAMES)
+        ]
+    )
