@@ -11,7 +11,13 @@ import torch
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract, Table
 from xfuser_fastcache.models.noise import FlowSigma
-from xfuser_fastcache.models.streams import HIDDEN
+
+# TeaCache's code for Wan 2.1 T2V (TeaCache4Wan2.1, `use_ret_steps`), by the width of the 1.3B model
+# and of the 14B one; LightX2V's files for TeaCache have the same, first of two.
+_TEA_T2V = {
+    1536: (-5.21862437e4, 9.23041404e3, -5.28275948e2, 13.6987616, -4.99875664e-2),
+    5120: (-3.03318725e5, 4.90537029e4, -2.65530556e3, 58.7365115, -0.315583525),
+}
 
 
 class WanAdapter(ModelAdapter):
@@ -49,17 +55,23 @@ class WanAdapter(ModelAdapter):
         return range(int(noisiest.int().argmax()), tokens)
 
     @classmethod
-    def modulated_input(
-        cls, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    def tea_input(
+        cls, contract: BlockContract, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
-        """The block's first norm, shifted and scaled by its own table and the timestep's."""
-        contract = cls.first_contract(block)
-        x, temb = (contract.argument(name, args, kwargs) for name in (HIDDEN, "temb"))
-        # A timestep a token makes `(batch, tokens, 6, dim)`, else it is `(batch, 6, dim)`.
-        shift, scale = (block.scale_shift_table + temb.float())[..., :2, :].unbind(-2)
-        if temb.dim() == 3:
-            shift, scale = shift[:, None], scale[:, None]
-        return (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+        """The timestep's projection, `(batch, 6, dim)`: of Wan, TeaCache measures nothing else.
+
+        So it decides alike for all videos of a schedule. With a timestep a token it is that of the
+        first token of noise, in `(batch, 1, 6 dim)`.
+        """
+        temb = contract.argument("temb", args, kwargs)
+        return temb if temb.dim() == 3 else contract.image_of(temb.flatten(2))[:, :1]
+
+    @classmethod
+    def tea_polynomial_of(cls, model: Any) -> tuple[float, ...] | None:
+        """That of 2.1 T2V by its width; those for I2V go by the size of the video."""
+        config = model.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return None if config.in_channels > config.out_channels else _TEA_T2V.get(width)
 
 
 class WanVACEAdapter(WanAdapter):

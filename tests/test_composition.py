@@ -141,7 +141,9 @@ def test_a_file_of_lightx2v_is_read_for_its_cache(
     assert "no options of the cache: seed, target_height" in caplog.text
     path.write_text(json.dumps({**given, "use_ret_steps": False}))
     found = CacheConfig.from_file(path)
-    assert (found.coefficients, found.num_warmup_steps) == ([2.0, 0.5], 1)
+    assert (found.coefficients, found.num_warmup_steps) == ([5.0, 1.0], 1)
+    path.write_text(json.dumps({**given, "coefficients": [[], [2.0, 0.5]]}))
+    assert CacheConfig.from_file(path).coefficients == [2.0, 0.5]
 
 
 @pytest.mark.parametrize(

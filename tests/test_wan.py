@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from xfuser_fastcache.apply import (
     denoisers_of,
     remove_cache_from_pipeline,
 )
+from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.hooks import hook_on
@@ -36,11 +39,11 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def made(name: str, **sizes: Any) -> tuple[Any, Any]:
+def made(name: str, steps: int = STEPS) -> tuple[Any, Any]:
     """Return a tiny pipeline, and what draws with it."""
-    pipe, call = TINY_PIPELINES[name](**sizes)
+    pipe, call = TINY_PIPELINES[name]()
     pipe.set_progress_bar_config(disable=True)
-    call["num_inference_steps"] = STEPS
+    call["num_inference_steps"] = steps
 
     def generate() -> torch.Tensor:
         return pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).frames
@@ -139,6 +142,66 @@ def test_timesteps_of_tokens_are_looked_at_once_a_generation(
     generate()
     generate()
     assert len(asked) == 2
+
+
+# LightX2V's files for Wan, but for what is no option of a cache: target sizes, attention, seed.
+_T2V = {"infer_steps": 50, "target_height": 480, "sample_shift": 8, "text_len": 512}
+_POLYNOMIALS = [
+    [-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02],
+    [2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01],
+]
+_TEA = {"coefficients": _POLYNOMIALS, "teacache_thresh": 0.26}
+LIGHTX2V: dict[str, dict[str, Any]] = {
+    "wan_t2v_1_3b_tea_480p": {**_T2V, **_TEA, "feature_caching": "Tea", "use_ret_steps": True},
+    "wan_t2v_taylorseer": {**_T2V, "feature_caching": "TaylorSeer"},
+    "wan_i2v_ada": {**_T2V, "infer_steps": 40, "feature_caching": "Ada"},
+    "wan_t2v_custom_1_3b": {
+        **_T2V, **_TEA, "feature_caching": "Custom", "use_ret_steps": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIGHTX2V)
+def test_lightx2v_s_files_for_wan_load_and_skip(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(LIGHTX2V[name]))
+    config = CacheConfig.from_file(path)
+    assert config.use_cache == LIGHTX2V[name]["feature_caching"]
+    model = "wan-i2v" if "i2v" in name else "wan"
+    pipe, generate = made(model, steps=config.num_steps)
+    apply_cache_on_pipeline(pipe, config=config)
+    video = generate()
+    found = get_cache_statistics(pipe.transformer)
+    assert video.isfinite().all() and found["steps"] == config.num_steps
+    assert 0.1 < found["block_approx_ratio"] < 1
+
+
+def test_tea_measures_the_timesteps_projection_and_knows_the_published_polynomials() -> None:
+    pipe, generate = made("wan")
+    apply_cache_on_pipeline(pipe, use_cache="Tea", cache_ratio_threshold=0.26)
+    generate()
+    judged = {row["step"]: row["statistic"] for row in get_cache_trace(pipe.transformer)}
+    remove_cache_from_pipeline(pipe)
+    projections: list[torch.Tensor] = []
+    handle = pipe.transformer.condition_embedder.register_forward_hook(
+        lambda module, args, output: projections.append(output[1])
+    )
+    generate()
+    handle.remove()
+    before, after = projections[0], projections[2]  # two calls a step
+    change = (after - before).abs().sum() / before.abs().sum()
+    assert judged[1] == pytest.approx(float(change), rel=1e-5)
+    assert WanAdapter.tea_polynomial_of(_width(40))[0] == -3.03318725e5
+    assert WanAdapter.tea_polynomial_of(_width(24)) is None
+    assert WanAdapter.tea_polynomial_of(_width(40, channels=36)) is None
+    assert list(WanAdapter.tea_polynomial_of(_width(12)) or ()) == _POLYNOMIALS[0]
+
+
+def _width(heads: int, channels: int = 16) -> Any:
+    """Return a model of so many heads and input channels."""
+    sizes = {"in_channels": channels, "out_channels": 16}
+    config = {"num_attention_heads": heads, "attention_head_dim": 128, **sizes}
+    return SimpleNamespace(config=SimpleNamespace(**config))
 
 
 def decided(transformer: nn.Module, branch: int) -> dict[int, str]:

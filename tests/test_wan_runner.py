@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import schedule_worker
 from PIL import Image
 from support.tiny_models import tiny_wan, tiny_wan_vae
-from support.worlds import ROOT, launch
+from support.worlds import ROOT, launch, run_world
 from transformers import AutoTokenizer, T5EncoderModel
 
 STEPS, FRAMES = 14, 9
@@ -77,3 +78,12 @@ def test_the_runner_draws_cached_with_every_denoiser(
         assert (one["use_cache"], one["collectives_per_step"]) == ("Fast", 1)
         assert 0 < one["block_approx_ratio"] < 1
         assert one["clock"] == "scheduler"
+
+
+@pytest.mark.gloo
+def test_schedules_of_attention_count_skipped_forward_passes() -> None:
+    found = run_world("schedule_worker.py", 1)[0]["found"]
+    computed = [bool(step) for step in 2 * schedule_worker.MASK for _ in ("cond", "uncond")]
+    assert len(found["uncached"]) == len(computed)
+    wanted = [name for name, runs in zip(found["uncached"], computed, strict=True) if runs]
+    assert found["cached"] == wanted and len(set(wanted)) == 2

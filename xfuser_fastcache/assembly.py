@@ -176,7 +176,7 @@ def drawn(
     held = blocks_held(model, adapter)
     blocks = [block for listed in held.values() for block in listed]
     of_blocks = adapter.contracts(model, counts)
-    gate = gate_of(config, request.fitted, adapter.tea_polynomial)
+    gate = gate_of(config, request.fitted, adapter.tea_polynomial_of(model))
     apart = Probe.FIRST_RESIDUAL in gate.probes
     infos = _block_infos(tuple(held), consensus, config.granularity, apart)
     with gathered(transformer):
@@ -198,7 +198,7 @@ def drawn(
 
     def modulated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         with gathered(blocks[0]):
-            return of_blocks[0].image_of(adapter.modulated_input(blocks[0], args, kwargs))
+            return adapter.tea_input(of_blocks[0], blocks[0], args, kwargs)
 
     def mixture(level: float) -> Mixture:
         found = getattr(scheduler(), "config", {})

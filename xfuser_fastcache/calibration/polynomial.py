@@ -53,9 +53,9 @@ class ChangeRecorder:
         """Return the generation that was just recorded, and forget it.
 
         Returns:
-            (change of the first block's modulated input, change of the output), one a step and
-            branch. The first step has nothing before it; the last one, whose output may change
-            more than in all others, is left out, since it is always computed.
+            (change of what TeaCache's rule measures at the first block, change of the output), one
+            a step and branch. The first step has nothing before it; the last one, whose output may
+            change more than in all others, is left out, since it is always computed.
         """
         pairs = [pair for step in self._steps[:-1] for pair in step]
         self._steps, self._last = [], {}
@@ -63,7 +63,8 @@ class ChangeRecorder:
         return pairs
 
     def _see_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._modulated = self.adapter.modulated_input(block, args, kwargs)
+        contract = self.adapter.first_contract(block)
+        self._modulated = self.adapter.tea_input(contract, block, args, kwargs)
 
     def _see_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

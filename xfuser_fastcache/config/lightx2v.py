@@ -47,8 +47,9 @@ def read(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         if name is None:
             continue
         if key == "coefficients" and _several(value):
-            # One polynomial for runs with retention, one for runs without.
-            value = value[0 if given.get("use_ret_steps") else -1]
+            # For runs with retention, and for runs without, which measure the timestep's embedding
+            # before its projection; blocks are given the projection, so the first one fits here.
+            value = next((one for one in value if one), value[0])
         if key == "use_ret_steps":
             if not isinstance(value, bool):
                 raise TypeError(f"{key}={shown(value)} is not allowed; give true | false")

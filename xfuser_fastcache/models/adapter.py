@@ -135,6 +135,28 @@ class ModelAdapter:
         return block.norm1(hidden_states, emb=contract.argument("temb", args, kwargs))[0]
 
     @classmethod
+    def tea_input(
+        cls, contract: BlockContract, block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Return what TeaCache's rule for the family measures from step to step.
+
+        Args:
+            contract: of the block, in the forward pass in work.
+            block: the first of the model's blocks.
+            args: that the block is called with.
+            kwargs: likewise.
+
+        Returns:
+            The modulated input of image tokens, `(batch, tokens, dim)`; a family may say else.
+        """
+        return contract.image_of(cls.modulated_input(block, args, kwargs))
+
+    @classmethod
+    def tea_polynomial_of(cls, model: Any) -> tuple[float, ...] | None:
+        """Return the polynomial that TeaCache publishes for a model; None where none is."""
+        return cls.tea_polynomial
+
+    @classmethod
     def first_contract(cls, block: nn.Module) -> BlockContract:
         """Return the contract of the first of the model's blocks."""
         return next(iter(cls.block_lists.values())).of(block)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import sys
+import weakref
 from datetime import timedelta
 from types import CodeType
 from typing import Any
@@ -94,6 +95,25 @@ def deciding_ranks(rank: int, replica: int, sharded: int) -> tuple[int, ...]:
     return tuple(range(first, first + size))
 
 
+# xfuser's runtime state -> its counter of forward passes, when the last one began.
+_counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _count_skipped() -> None:
+    """Let xfuser count the last forward pass where that was skipped and has not counted itself.
+
+    Its schedules of attention backends and of GEMM precision go by the number of passes.
+    """
+    from xfuser.core.distributed import get_runtime_state
+
+    state = get_runtime_state()
+    if state.step_counter is None:
+        return
+    if _counted.get(state) == int(state.step_counter):
+        state.increment_step_counter()
+    _counted[state] = int(state.step_counter)
+
+
 class XDiTLayout:
     """The layout that xfuser has set up in this process: SP x PP x CFG x TP decide together.
 
@@ -102,6 +122,7 @@ class XDiTLayout:
     """
 
     _stages = 1
+    _counts_steps = False
 
     @classmethod
     def recognises(cls, transformer: nn.Module) -> bool:
@@ -148,6 +169,9 @@ class XDiTLayout:
         rank = dist.get_rank()
         ranks = deciding_ranks(rank, replica.world_size, sharded.world_size)
         self._stages = parallel_state.get_pipeline_parallel_world_size()
+        if transformer is not None:
+            names = names_in(unwrapped(transformer).forward)
+            self._counts_steps = "increment_step_counter" in names
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
         branch = parallel_state.get_classifier_free_guidance_rank()
         shard, counts = 0, parallel_state.get_tensor_model_parallel_rank() == 0
@@ -176,6 +200,8 @@ class XDiTLayout:
 
     def position(self) -> Position:
         """Return the PipeFusion patch of the current forward pass."""
+        if self._counts_steps:
+            _count_skipped()
         if self._stages == 1:
             return Position()
         from xfuser.core.distributed import get_runtime_state
