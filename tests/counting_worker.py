@@ -36,6 +36,9 @@ OF_WAN: dict[str, dict[str, Any]] = {
     "output": {},
     "taylor": {"forecaster": "damped_taylor"},
     "split": {"motion_threshold": 0.3},
+    # Attention exchanges tokens: ranks that do not hold equally many would not meet.
+    "dropped": {"motion_threshold": 0.3, "static_kv": "drop"},
+    "merged": {"enable_token_merge": True},
 }
 
 

@@ -18,7 +18,7 @@ from support.worlds import run_world
 
 from diffusers_adapters.flux import FluxAdapter
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
-from xfuser_fastcache.consensus.topology import PlainLayout, _context_parallel_rank
+from xfuser_fastcache.consensus.topology import PlainLayout, _context_parallel
 from xfuser_fastcache.models import token_layout
 from xfuser_fastcache.models.token_layout import TokenCounts, leading_zeros
 
@@ -178,16 +178,19 @@ class Mesh:
     def get_local_rank(self) -> int:
         return self.rank
 
+    def size(self) -> int:
+        return 2
+
 
 @pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False)])
 def test_context_parallelism_of_diffusers_is_seen(rank: int, counts: bool) -> None:
     """Its hooks cut what the transformer is given, so every rank is given all of it."""
     pipe, _ = TINY_PIPELINES["flux"]()
-    assert _context_parallel_rank(pipe.transformer) == 0
+    assert _context_parallel(pipe.transformer) == (0, 1)
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
     config.context_parallel_config._flattened_mesh = Mesh(rank)
     pipe.transformer._parallel_config = config
-    assert _context_parallel_rank(pipe.transformer) == rank
+    assert _context_parallel(pipe.transformer) == (rank, 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         whole = PlainLayout().decision_group(pipe.transformer, whole_forward=True)
@@ -195,4 +198,4 @@ def test_context_parallelism_of_diffusers_is_seen(rank: int, counts: bool) -> No
     finally:
         dist.destroy_process_group()
     assert (whole.counts_tokens, whole.shard) == (counts, 0)
-    assert (blocks.counts_tokens, blocks.shard) == (True, rank)
+    assert (blocks.counts_tokens, blocks.shard, blocks.shards) == (True, rank, 2)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import schedule_worker
 from PIL import Image
-from support.tiny_models import tiny_wan, tiny_wan_vae
+from support.tiny_models import tiny_wan, tiny_wan_i2v, tiny_wan_vae
 from support.worlds import ROOT, launch, run_world
 from transformers import AutoTokenizer, T5EncoderModel
+
+from xfuser_fastcache.xdit.runner_classes import refuse
 
 STEPS, FRAMES = 14, 9
 CALL = (
@@ -87,3 +91,45 @@ def test_schedules_of_attention_count_skipped_forward_passes() -> None:
     assert len(found["uncached"]) == len(computed)
     wanted = [name for name, runs in zip(found["uncached"], computed, strict=True) if runs]
     assert found["cached"] == wanted and len(set(wanted)) == 2
+
+
+@pytest.mark.gloo
+def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_path: Path) -> None:
+    """As `fastcache generate` does; weights are taken over, and the video stays the same."""
+    script = tmp_path / "layout.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+            import torch
+            from support.tiny_models import tiny_wan
+            from support.worlds import report
+            from xfuser_fastcache.xdit import cpu_platform
+            cpu_platform.enable_cpu_platform()
+            from xfuser_fastcache.xdit.loaded import put_in_layout
+            import torch.distributed as dist
+            pipe, call = tiny_wan(experts=2)
+            pipe.set_progress_bar_config(disable=True)
+            def draw():
+                return pipe(**{{**call, "generator": torch.Generator().manual_seed(1)}}).frames
+            alone, weight = draw(), pipe.transformer.proj_out.weight.data_ptr()
+            assert put_in_layout(pipe, ulysses_degree=2) is pipe
+            kept = pipe.transformer.proj_out.weight.data_ptr() == weight
+            classes = [type(t).__name__ for t in (pipe.transformer, pipe.transformer_2)]
+            close = torch.allclose(draw(), alone, rtol=1e-4, atol=1e-4)
+            report(dist.get_rank(), classes=classes, close=close, kept=kept)
+            cpu_platform.finish()
+            """
+        )
+    )
+    for found in run_world(script, 2).values():
+        assert found["classes"] == ["xFuserWanTransformer3DWrapper"] * 2
+        assert found["close"] and found["kept"]
+    parallel = SimpleNamespace(pp_degree=1, cfg_degree=2)
+    with pytest.raises(ValueError, match="WanPipeline does not support use_cfg_parallel in xDiT"):
+        refuse(tiny_wan()[0], parallel)
+    refuse(tiny_wan_i2v()[0], parallel)
+    parallel.pp_degree = 2
+    with pytest.raises(ValueError, match="does not support pipefusion_parallel_degree"):
+        refuse(tiny_wan_i2v()[0], parallel)

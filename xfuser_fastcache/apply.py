@@ -120,7 +120,7 @@ def apply_cache_on_transformer(
     group = layout.decision_group(transformer, request.whole_forward)
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
     count = functools.partial(adapter.image_tokens, model) if group.stages == 1 else None
-    counts = TokenCounts(count, group.shard)
+    counts = TokenCounts(count, group.shard, group.shards)
     held = blocks_held(model, adapter)
     blocks = [block for listed in held.values() for block in listed]
     refuse_compiled(transformer, blocks, request.whole_forward)

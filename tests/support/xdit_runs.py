@@ -6,9 +6,8 @@ import hashlib
 import importlib
 from typing import Any
 
-from diffusers import WanImageToVideoPipeline
-
 from xfuser_fastcache.xdit import cpu_platform
+from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_runner
 
 _PER_SAMPLE = (
     "prompt_embeds",
@@ -21,12 +20,6 @@ _PER_SAMPLE = (
     "mask_image",
 )
 _MODELS = "xfuser.model_executor.models"
-# The transformers of xfuser's runner, which cut latents by themselves.
-_WRAPPERS = {
-    "FluxTransformer2DModel": ("transformer_flux", "xFuserFlux1Transformer2DWrapper"),
-    "WanTransformer3DModel": ("transformer_wan", "xFuserWanTransformer3DWrapper"),
-    "WanVACETransformer3DModel": ("transformer_wan_vace", "xFuserWanVACETransformer3DWrapper"),
-}
 # What its runner calls pipelines that it says itself what they cannot do.
 _RUNNER_MODELS = {
     "WanPipeline": "xFuserWan21T2VModel",
@@ -76,30 +69,25 @@ def as_the_runner_does(pipeline: Any, engine_config: Any, call: dict[str, Any]) 
 
     The pipeline stays diffusers' own, and every rank is given all latents.
     """
+    if is_of_runner(pipeline):
+        return as_the_runner_has_it(pipeline, engine_config)
     from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
+    from xfuser.model_executor.models.transformers.transformer_flux import (
+        xFuserFlux1Transformer2DWrapper,
+    )
 
-    for name in ("transformer", "transformer_2"):
-        held = getattr(pipeline, name, None)
-        if held is None:
-            continue
-        module, wrapper = _WRAPPERS[type(held).__name__]
-        made = getattr(importlib.import_module(f"{_MODELS}.transformers.{module}"), wrapper)
-        config = {k: v for k, v in held.config.items() if not k.startswith("_")}
-        transformer = made(**config).eval()
-        transformer.load_state_dict(held.state_dict())
-        setattr(pipeline, name, transformer)
-    if isinstance(pipeline, WanImageToVideoPipeline):
-        # Which shares guidance out, and is diffusers' in all other respects.
-        made = importlib.import_module("xfuser.model_executor.pipelines.pipeline_wan_i2v")
-        pipeline.__class__ = made.xFuserWanImageToVideoPipeline
+    transformer = xFuserFlux1Transformer2DWrapper(
+        **{k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+    ).eval()
+    transformer.load_state_dict(pipeline.transformer.state_dict())
+    pipeline.transformer = transformer
     initialize_runtime_state(pipeline, engine_config)
-    if "max_sequence_length" in call:  # of FLUX; the runner says nothing of the text of videos
-        get_runtime_state().set_input_parameters(
-            batch_size=call["prompt_embeds"].shape[0],
-            num_inference_steps=call["num_inference_steps"],
-            max_condition_sequence_length=call["max_sequence_length"],
-            split_text_embed_in_sp=True,
-        )
+    get_runtime_state().set_input_parameters(
+        batch_size=call["prompt_embeds"].shape[0],
+        num_inference_steps=call["num_inference_steps"],
+        max_condition_sequence_length=call["max_sequence_length"],
+        split_text_embed_in_sp=True,
+    )
     return pipeline
 
 

@@ -27,6 +27,7 @@ class DecisionGroup:
             tensor-parallel replicas, and in front of a forward pass that cuts its inputs by itself.
         shard: place of this rank's tokens among those that the forward pass is given, where it cuts
             them by itself and they are measured within; else 0.
+        shards: how many ranks share them then; else 1.
         branch: where guidance is parallel, 0 on ranks that run the batch without guidance, 1 on
             those that run it with; None where a forward pass carries all there is.
         device_group: process group to use with `sync_backend="nccl"`; None without one.
@@ -42,6 +43,7 @@ class DecisionGroup:
     stages: int = 1
     counts_tokens: bool = True
     shard: int = 0
+    shards: int = 1
     branch: int | None = None
     device_group: Any = None
     whole_inputs: bool = True
@@ -151,12 +153,13 @@ class PlainLayout:
                 f"rank {dist.get_rank()} is not in the given process group {list(ranks)}. Pass the "
                 "group of the ranks that run this forward pass together."
             )
-        place = _context_parallel_rank(transformer)
+        place, places = _context_parallel(transformer)
         return DecisionGroup(
             ranks,
             dist.get_rank(),
             counts_tokens=not whole_forward or place == 0,
             shard=0 if whole_forward else place,
+            shards=1 if whole_forward else places,
             device_group=self.process_group or dist.group.WORLD,
         )
 
@@ -168,12 +171,13 @@ class PlainLayout:
         """Nothing to do: this layout knows no communication of the model's own."""
 
 
-def _context_parallel_rank(transformer: nn.Module | None) -> int:
-    """Return this rank's place where diffusers' context parallelism cuts the tokens; else 0.
+def _context_parallel(transformer: nn.Module | None) -> tuple[int, int]:
+    """Return this rank's place, and of how many, where diffusers' context parallelism cuts the
+    tokens; else 0 of 1.
 
     Its hooks cut what the transformer is given, beneath those of the cache.
     """
     config = getattr(transformer, "_parallel_config", None)
     parallel = getattr(config, "context_parallel_config", None)
     mesh = getattr(parallel, "_flattened_mesh", None)
-    return 0 if mesh is None else mesh.get_local_rank()
+    return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())

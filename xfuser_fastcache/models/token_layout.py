@@ -129,14 +129,18 @@ class TokenCounts:
             of all that this forward pass carries; None for all.
         shard: place of this rank's tokens among those of the forward pass, where that cuts them
             itself; else 0.
+        shards: how many ranks share them then; else 1.
         image: what `count` says of the forward pass in work.
         text: text tokens of this rank, where a block has been given them apart; None before.
+        rows: of this rank, the image's among them, as a block was given them last.
     """
 
     count: Callable[[tuple[Any, ...], Mapping[str, Any]], range | None] | None = None
     shard: int = 0
+    shards: int = 1
     image: range | None = None
     text: int | None = None
+    rows: int = 0
     _counted: object = None
 
     def open(
@@ -154,6 +158,7 @@ class TokenCounts:
 
     def image_of(self, rows: int) -> range:
         """Return which of this rank's rows are image tokens."""
+        self.rows = rows
         if self.image is None:
             return range(rows)
         first = self.shard * rows
@@ -161,6 +166,12 @@ class TokenCounts:
             min(max(end - first, 0), rows) for end in (self.image.start, self.image.stop)
         )
         return range(start, stop)
+
+    @property
+    def are_uneven(self) -> bool:
+        """Whether ranks that share a forward pass may hold different numbers of image tokens."""
+        whole = range(self.rows * self.shards)
+        return self.shards > 1 and self.image not in (None, whole)
 
     def pixels_of(self, rows: int) -> range:
         """Return which pixels of a video's latents are noise; all ranks are given all of them.

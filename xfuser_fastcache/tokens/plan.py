@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from xfuser_fastcache.measurements.moments import Reference
 from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.streams import Streams
+from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.local import Anchor, Memory
 from xfuser_fastcache.state.shared import StepPlan
@@ -27,6 +30,17 @@ from xfuser_fastcache.tokens.saliency import (
     counts_above,
     token_saliency,
 )
+
+logger = logging.getLogger("xfuser_fastcache")
+
+
+@cache
+def _say_uneven() -> None:
+    logger.warning(
+        "Token plans do nothing here: ranks that share the tokens hold different numbers of them, "
+        "since tokens of a condition or padding are among them, and attention needs equally many. "
+        "motion_static with static_kv='reuse' works, by itself. (Said once.)"
+    )
 
 
 class ChosenTokens(TokenPlan):
@@ -58,6 +72,7 @@ class ChosenTokens(TokenPlan):
         self.motion = next((m for m in methods if isinstance(m, MotionStatic)), None)
         self._methods = methods
         self._blocks = len(contracts)
+        self._counts = contracts[0].counts or TokenCounts()
         self._attention_costs = attention_costs
         self._maps = maps
         keeps = self.motion is not None and self.motion.static_kv == "reuse"
@@ -110,6 +125,10 @@ class ChosenTokens(TokenPlan):
         # A span whose output was not seen has nothing that static tokens could take.
         known = self._saliency is not None and bool(memory.anchors)
         self._narrows = known and not step_plan.all_tokens
+        if self._narrows and self._static is None and self._counts.are_uneven:
+            # In attention the ranks exchange their tokens, and have to run equally many.
+            self._narrows = False
+            _say_uneven()
         if self._narrows and self.motion is not None:
             assert self._saliency is not None
             tokens = self._saliency.shape[1]

@@ -174,12 +174,13 @@ class XDiTLayout:
             self._counts_steps = "increment_step_counter" in names
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
         branch = parallel_state.get_classifier_free_guidance_rank()
-        shard, counts = 0, parallel_state.get_tensor_model_parallel_rank() == 0
+        shard, shards, counts = 0, 1, parallel_state.get_tensor_model_parallel_rank() == 0
         cuts_tokens, cuts_guidance = (
             (False, False) if transformer is None else cuts(unwrapped(transformer))
         )
         if cuts_tokens and not whole_forward:
             shard = parallel_state.get_sequence_parallel_rank()
+            shards = parallel_state.get_sequence_parallel_world_size()
         if whole_forward:
             counts = counts and not (cuts_tokens and parallel_state.get_sequence_parallel_rank())
             counts = counts and not (cuts_guidance and branch)
@@ -190,6 +191,7 @@ class XDiTLayout:
             stages=self._stages,
             counts_tokens=counts,
             shard=shard,
+            shards=shards,
             branch=branch if guidance_is_parallel else None,
             device_group=next(
                 (c.device_group for c in (replica, sharded) if c.world_size == len(ranks)), None

@@ -1,0 +1,98 @@
+"""Pipelines that xDiT has no class for: diffusers' own, with the transformers of xDiT's runner.
+
+Those are given all latents on every rank, cut them by themselves and gather in the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+
+_MODELS = "xfuser.model_executor.models.transformers"
+# Class of a diffusers transformer -> the runner's subclass of it.
+TRANSFORMERS = {
+    "WanTransformer3DModel": (f"{_MODELS}.transformer_wan", "xFuserWanTransformer3DWrapper"),
+    "WanVACETransformer3DModel": (
+        f"{_MODELS}.transformer_wan_vace",
+        "xFuserWanVACETransformer3DWrapper",
+    ),
+}
+# Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
+PIPELINES = {
+    "WanImageToVideoPipeline": (
+        "xfuser.model_executor.pipelines.pipeline_wan_i2v",
+        "xFuserWanImageToVideoPipeline",
+    ),
+}
+
+
+def is_of_runner(pipeline: Any) -> bool:
+    """Say whether it is the runner that knows a pipeline's transformer."""
+    return type(getattr(pipeline, "transformer", None)).__name__ in TRANSFORMERS
+
+
+def as_the_runner_has_it(pipeline: Any, engine_config: Any) -> Any:
+    """Put the runner's classes in a pipeline, in place; weights are taken over, not copied.
+
+    Args:
+        pipeline: diffusers' own, of those that `is_of_runner` knows.
+        engine_config: of xfuser.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ValueError: a layout that the runner refuses too.
+    """
+    from xfuser.core.distributed import initialize_runtime_state
+
+    refuse(pipeline, engine_config.parallel_config)
+    for part in ("transformer", "transformer_2"):
+        held = getattr(pipeline, part, None)
+        if held is not None:
+            made = _class_of(TRANSFORMERS[type(held).__name__])
+            setattr(pipeline, part, _converted(held, made))
+    own = PIPELINES.get(type(pipeline).__name__)
+    if own is not None:
+        pipeline.__class__ = _class_of(own)  # its call alone differs
+    initialize_runtime_state(pipeline, engine_config)
+    return pipeline
+
+
+def refuse(pipeline: Any, parallel: Any) -> None:
+    """Refuse what xDiT's runner refuses for a pipeline.
+
+    Args:
+        pipeline: diffusers' own.
+        parallel: of xfuser's engine config: its degrees.
+
+    Raises:
+        ValueError: it says which flag.
+    """
+    name = type(pipeline).__name__
+    refused = {
+        "pipefusion_parallel_degree": parallel.pp_degree > 1,
+        "use_cfg_parallel": parallel.cfg_degree > 1 and name not in PIPELINES,
+    }
+    for flag, asked in refused.items():
+        if asked:
+            raise ValueError(
+                f"{name} does not support {flag} in xDiT, which has no pipeline class for it; give "
+                "ulysses_degree, ring_degree or data_parallel_degree"
+            )
+
+
+def _class_of(place: tuple[str, str]) -> Any:
+    module, name = place
+    return getattr(importlib.import_module(module), name)
+
+
+def _converted(model: Any, kind: Any) -> nn.Module:
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    with init_empty_weights(include_buffers=False):
+        made = kind(**config)
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.requires_grad_(False).train(model.training)
