@@ -141,7 +141,7 @@ def test_one_mask_for_the_whole_schedule_is_followed_across_the_switch(together:
             apply_cache_on_transformer(expert, steps_mask=MASK)
     first = pipe()
     one, two = experts(pipe)
-    words = {step: "forced" if computed else "skipped" for step, computed in enumerate(MASK)}
+    words = {step: "scheduled" if computed else "skipped" for step, computed in enumerate(MASK)}
     for branch in (0, 1):
         assert decided(one, branch) == {step: words[step] for step in range(SWITCH)}
         # Forecasts do not cross the switch: the second one's first step has no anchor.
@@ -210,7 +210,7 @@ def test_at_the_switch_the_first_experts_anchors_are_freed_and_its_watchdog_rest
 def test_denoisers_that_take_turns_at_each_step_both_keep_their_anchors() -> None:
     pipe = apply_cache_on_pipeline(pipeline(Alternating), steps_mask=MASK)
     first = pipe()
-    words = ["forced" if computed else "skipped" for computed in MASK]
+    words = ["scheduled" if computed else "skipped" for computed in MASK]
     for expert in experts(pipe):
         for branch in (0, 1):
             assert list(decided(expert, branch).values()) == words
@@ -233,7 +233,7 @@ def test_a_cache_on_one_expert_alone_counts_the_whole_schedules_steps() -> None:
     pipe = pipeline()
     apply_cache_on_transformer(pipe.transformer_2, steps_mask=MASK)
     pipe(names=("cond",))
-    words = {step: "forced" if MASK[step] else "skipped" for step in range(SWITCH, STEPS)}
+    words = {step: "scheduled" if MASK[step] else "skipped" for step in range(SWITCH, STEPS)}
     found = decided(pipe.transformer_2)
     assert [*found.values()] == ["forced", *list(words.values())[1:]]
     remove_cache(pipe.transformer_2)

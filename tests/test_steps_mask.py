@@ -50,7 +50,7 @@ def test_a_mask_wins_over_gate_warm_up_last_step_and_longest_run(
     trace = get_cache_trace(flux.transformer)
     assert [row["reason"] for row in trace] == ["steps mask"] * STEPS
     assert [row["decision"] for row in trace] == [
-        "forced" if computed else "skipped" for computed in MASK
+        "scheduled" if computed else "skipped" for computed in MASK
     ]
     assert all(row["statistic"] is row["threshold"] is None for row in trace)
 

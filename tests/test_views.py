@@ -257,7 +257,10 @@ def test_colours_differ_in_lightness() -> None:
     ("trace", "message"),
     [
         ([], "run a generation"),
-        ([entry(0, "guessed")], "unknown decision 'guessed'; known: computed, skipped, forced"),
+        (
+            [entry(0, "guessed")],
+            "unknown decision 'guessed'; known: computed, scheduled, skipped, forced",
+        ),
         ([entry(0, "skipped", first="blocks.7")], "'blocks.7' of the trace is not among the 5"),
         ([entry(0, "skipped", last="blocks.9")], "'blocks.9' of the trace is not among the 5"),
         ([entry(0, "skipped"), entry(0, "skipped", generation=3)], r"generations \[0, 3\]"),

@@ -258,7 +258,8 @@ def get_cache_trace(transformer: nn.Module) -> list[dict[str, Any]]:
     """Return what was decided in the last generation, and why: an entry a step, branch and span.
 
     Keys: `generation, step, branch, noise_level, span, first_block, last_block`; `decision`:
-    "skipped", "computed" where the gate refused, or "forced" where it was not asked; `reason`;
+    "skipped", "computed" where the gate refused, "scheduled" where a mask or budget says so, or
+    "forced" where nobody was asked; `reason`;
     `statistic` (what the gate weighed: `Fast` the squared relative change, others as their
     docstrings say) and the `threshold` that it has to stay below, both None where the gate was not
     asked (the statistic also where there is nothing to compare with);

@@ -97,7 +97,8 @@ def point_of(
             "median": float(np.median(seconds)),
             "quartiles": [float(q) for q in np.percentile(seconds, (25, 75))],
         },
-        "computed_steps": float(np.mean(computed)) if computed else None,
+        # Ratios of decisions are no exact numbers of steps.
+        "computed_steps": round(float(np.mean(computed)), 6) if computed else None,
         "peak_memory_bytes": int(np.median(peaks)) if peaks else None,
         "identical": not mse.any(),
         "psnr_db": _mean(psnr) | {"worst": float(psnr.min())},

@@ -9,6 +9,8 @@ from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.config.budget import Budget, budget_of
 
+STEPS_MASK, BUDGET = "steps mask", "budget"
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -29,7 +31,7 @@ class Schedule:
     @property
     def reason(self) -> str:
         """What it is, as the reason of a decision."""
-        return "steps mask" if self.budget is None else "budget"
+        return STEPS_MASK if self.budget is None else BUDGET
 
     @property
     def beyond(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from xfuser_fastcache.clock.schedule import BUDGET, STEPS_MASK
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.errors import ConsensusError
 from xfuser_fastcache.reports.statistics import BlockInfo
@@ -18,7 +19,8 @@ _WORD = 62
 _ROW = 2048
 
 
-# Why a span was skipped, or computed; all but the first two leave the gate unasked.
+# Why a span was skipped, or computed, beside a schedule's reasons; all but the first two leave the
+# gate unasked.
 UNCHANGED, CHANGED = "unchanged", "changed"
 OFF, WARM_UP, LAST_STEP = "off", "warm-up", "last step"
 NOT_FINITE = "not finite"
@@ -26,6 +28,7 @@ TOO_LARGE = "too large to be measured"
 SYNCHRONOUS = "synchronous step of the pipeline"
 FIRST_BLOCK = "the gate's first block"
 NO_ANCHOR, TOO_OLD, NOT_MEASURED = "no anchor", "anchor too old", "not measured"
+_OUTCOMES = {CHANGED: "computed", STEPS_MASK: "scheduled", BUDGET: "scheduled"}
 
 
 class Judgement(NamedTuple):
@@ -45,10 +48,12 @@ class Judgement(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """One of "skipped", "computed" (the gate refused) and "forced" (it was not asked)."""
+        """One of "skipped", "computed" (the gate refused), "scheduled" (by a mask or budget) and
+        "forced" (nobody was asked).
+        """
         if self.skip:
             return "skipped"
-        return "computed" if self.reason == CHANGED else "forced"
+        return _OUTCOMES.get(self.reason, "forced")
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class DataForecaster(Forecaster):
         return Streams(image, plain.encoder_hidden_states)
 
     def _clean(self, anchor: Anchor) -> torch.Tensor:
-        """Return the clean latents at a computed step, laid out as the output, in float32."""
+        """Return the clean latents at a computed step, in the output's layout, float32 or wider."""
         image, latents = anchor.residual.hidden_states, anchor.inputs.hidden_states
         noise = _wide(noise_part(image, latents.shape[-1]))
         x = laid_out_as(_wide(latents), image)

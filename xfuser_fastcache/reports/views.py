@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-# From the palette of Okabe and Ito; they differ in lightness too, so they survive a grey print.
-COLOURS = {"computed": "#0072B2", "skipped": "#F0E442", "forced": "#999999"}
+# From the palettes of Okabe and Ito, and of Tol. They differ in lightness too, for grey prints.
+COLOURS = {
+    "computed": "#0072B2",
+    "scheduled": "#332288",
+    "skipped": "#F0E442",
+    "forced": "#999999",
+}
 
 MAX_COLUMNS = 8
 
