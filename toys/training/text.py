@@ -33,6 +33,7 @@ class Language:
         verbs: words of captions that are no value.
         captions: split -> all captions.
         say: (caption, named attributes, rng) -> a text that names those alone.
+        iterations: of the encoders' training.
         masked: whether the pipelines hide padding from T5 and set its states to zero, as Wan's do.
     """
 
@@ -41,6 +42,7 @@ class Language:
     verbs: tuple
     captions: Callable
     say: Callable
+    iterations: int
     masked: bool
 
 
