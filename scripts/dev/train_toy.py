@@ -35,12 +35,12 @@ def parse_args(arguments):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--captions", type=int, default=128, help="unseen captions to evaluate")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps of the evaluation")
-    parser.add_argument("--text_iterations", type=int, default=1200)
+    parser.add_argument("--text_iterations", type=int, help="default: the language's")
     parser.add_argument("--vae_iterations", type=int, default=600)
     parser.add_argument("--decoder_iterations", type=int, default=1500)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--clip_vae_iterations", type=int, default=600)
-    parser.add_argument("--clip_decoder_iterations", type=int, default=600)
+    parser.add_argument("--clip_vae_iterations", type=int, default=450)
+    parser.add_argument("--clip_decoder_iterations", type=int, default=1500)
     parser.add_argument("--clip_batch", type=int, default=8)
     parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the family's")
     parser.add_argument("--small_batch", type=int, default=32)
@@ -52,8 +52,14 @@ def parse_args(arguments):
     )
     parser.add_argument("--large_batch", type=int, help="at full size; default: the model's")
     parser.add_argument("--pool", type=int, default=4096, help="encoded pictures kept at 64 px")
+    parser.add_argument(
+        "--device", default="cpu", help="of the clips' VAE and of wan's transformer"
+    )
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the checkpoints")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.device != "cpu" and args.model != "wan":
+        parser.error(f"--device {args.device} is for --model wan; {args.model} trains on the CPU")
+    return args
 
 
 def main(arguments):
@@ -64,6 +70,7 @@ def main(arguments):
     args.large_iterations = args.large_iterations or family.large_iterations
     args.large_batch = args.large_batch or family.large_batch
     subject = family.subject
+    args.text_iterations = args.text_iterations or subject.language.iterations
     if not args.evaluate:
         print("$", shlex.join(["python", *sys.argv]), flush=True)
         text, text_stage = train_text(args, subject.language)

@@ -79,7 +79,7 @@ def evaluate(args, family):
             f"toys/{args.model} holds no pipeline; train one first: "
             f"python scripts/train_toy.py --model {args.model}"
         )
-    pipe = family.pipeline_class.from_pretrained(folder)
+    pipe = family.pipeline_class.from_pretrained(folder).to(args.device)
     pipe.set_progress_bar_config(desc="evaluate")
     subject = family.subject
     captions = subject.sample(args.captions, seed=args.seed, split="unseen")

@@ -345,13 +345,13 @@ def wan_family():
             padding = (batch.text_tokens - words) / (shown - words).clamp(min=1)
             weight = torch.where(said, 0.0, padding.log())[:, None, None]
         counted = CountedPadding()
-        counted.weight = weight
+        counted.weight = weight.to(batch.latents.device)
         for block in transformer.blocks:
             block.attn2.set_processor(counted)
         velocity = transformer(
             hidden_states=batch.noisy(),
             timestep=1000 * batch.sigma,
-            encoder_hidden_states=states,
+            encoder_hidden_states=states.to(batch.latents.device),
             return_dict=False,
         )[0]
         return F.mse_loss(velocity, batch.noise - batch.latents)
@@ -379,7 +379,7 @@ def wan_family():
         WanPipeline,
         call,
         0,
-        [1500],
+        [2500, 1500],
         subject=CLIPS,
         large_batch=32,
         text_lengths={32: 0.7, 512: 0.3},

@@ -33,7 +33,7 @@ class Stage:
         """Fill the modules and counters from the checkpoint, if there is one."""
         self.losses = []
         if self.path.exists():
-            saved = torch.load(self.path, weights_only=True)
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
             self.iteration, self.seconds = saved["iteration"], saved["seconds"]
             self.losses = [tuple(pair) for pair in saved["losses"]]
             for name, module in modules.items():

@@ -33,6 +33,7 @@ class Language:
         verbs: words of captions that are no value.
         captions: split -> all captions.
         say: (caption, named attributes, rng) -> a text that names those alone.
+        iterations: of the encoders' training.
         masked: whether the pipelines hide padding from T5 and set its states to zero, as Wan's do.
     """
 
@@ -41,6 +42,7 @@ class Language:
     verbs: tuple
     captions: Callable
     say: Callable
+    iterations: int
     masked: bool
 
 
@@ -73,9 +75,23 @@ def _ground(caption, named, rng):
     return rng.choice([", on ", " on ", " on a "]) + caption.background
 
 
-PICTURES = Language("text", captions.VALUES, (), captions.all_captions, say_picture, masked=False)
+PICTURES = Language(
+    name="text",
+    values=captions.VALUES,
+    verbs=(),
+    captions=captions.all_captions,
+    say=say_picture,
+    iterations=1200,
+    masked=False,
+)
 CLIPS = Language(
-    "clip_text", clips.VALUES, ("moves", "from"), clips.all_clip_captions, say_clip, masked=True
+    name="clip_text",
+    values=clips.VALUES,
+    verbs=("moves", "from"),
+    captions=clips.all_clip_captions,
+    say=say_clip,
+    iterations=700,
+    masked=True,
 )
 
 

@@ -138,7 +138,7 @@ def train_transformer(args, family, text, vae):
     """
     torch.manual_seed(args.seed)
     subject = family.subject
-    transformer = family.build().train()
+    transformer = family.build().train().to(args.device)
     ema = Ema(transformer)
     modules = {"transformer": transformer, "ema": ema}
 
@@ -154,15 +154,16 @@ def train_transformer(args, family, text, vae):
             rng = np.random.default_rng([args.seed, size_px, iteration])
             noise_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
             captions, latents = pool.batch(rng, batch)
+            latents = latents.to(args.device)
             prompts = [
                 ""
                 if rng.random() < CAPTION_DROPOUT
                 else reword(subject.language, c, rng, CAPTION_PARTIAL)[0]
                 for c in captions
             ]
-            noise = torch.randn(latents.shape, generator=noise_rng)
+            noise = torch.randn(latents.shape, generator=noise_rng).to(args.device)
             # Mean 0.4: what is where is decided at high noise, and that is what captions ask for.
-            sigma = torch.sigmoid(torch.randn(batch, generator=noise_rng) + 0.4)
+            sigma = torch.sigmoid(torch.randn(batch, generator=noise_rng) + 0.4).to(args.device)
             # A caption is 12 to 17 tokens long; the rest is padding, whose amount must not matter.
             lengths, shares = zip(*family.text_lengths.items(), strict=True)
             text_tokens = int(rng.choice(lengths, p=shares))

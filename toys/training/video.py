@@ -105,7 +105,8 @@ def to_clips(frames):
 
 def to_frames(clips):
     """float (batch, 3, frames, height, width) in -1..1 to uint8, the channels last."""
-    return (clips * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).numpy()
+    levels = (clips.cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
+    return levels.permute(0, 2, 3, 4, 1).numpy()
 
 
 def clip_loss(decoded, clips, margin):
@@ -136,7 +137,7 @@ def clip_crops(captions, rng, count):
 def train_clip_vae(args):
     """Reconstruction with a light KL term; then the latents' mean and deviation are measured."""
     torch.manual_seed(args.seed)
-    vae = start_linear(build_clip_vae()).train()
+    vae = start_linear(build_clip_vae()).train().to(args.device)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     stage = Stage(args.runs / "clip_vae.pt")
     stage.load(vae=vae, optimiser=optimiser)
@@ -144,11 +145,11 @@ def train_clip_vae(args):
 
     def step(iteration):
         rng = np.random.default_rng([args.seed, 12, iteration])
-        clips = clip_crops(captions, rng, args.clip_batch)
+        clips = clip_crops(captions, rng, args.clip_batch).to(args.device)
         posterior = vae.encode(clips).latent_dist
         noise_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = torch.randn(posterior.mean.shape, generator=noise_rng)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        decoded = vae.decode(posterior.mean + posterior.std * noise.to(args.device)).sample
         kl = 0.5 * (posterior.mean.pow(2) + posterior.var - 1.0 - posterior.logvar).mean()
         loss = clip_loss(decoded, clips, margin=2) + 3e-4 * kl
         set_rate(optimiser, cosine(iteration, args.clip_vae_iterations, 2e-3, 1e-4))
@@ -192,11 +193,12 @@ def train_clip_decoder(args, vae):
 
     def step(iteration):
         rng = np.random.default_rng([args.seed, 16, iteration])
-        clips = clip_crops(captions, rng, args.clip_batch)
+        clips = clip_crops(captions, rng, args.clip_batch).to(args.device)
         noise_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
         with torch.no_grad():
             latents = vae.encode(clips).latent_dist.mean
-            latents = latents + 0.05 * torch.randn(latents.shape, generator=noise_rng)
+            noise = torch.randn(latents.shape, generator=noise_rng).to(args.device)
+            latents = latents + 0.05 * noise
         loss = clip_loss(vae.decode(latents).sample, clips, margin=2)
         set_rate(optimiser, cosine(iteration, args.clip_decoder_iterations, 1e-3, 1e-5))
         optimiser.zero_grad()
@@ -214,14 +216,12 @@ def train_clip_decoder(args, vae):
 @torch.no_grad()
 def encode_clips_raw(vae, frames):
     """Latent means of uint8 clips, (batch, channels, 5, side / 8, side / 8)."""
-    return vae.encode(to_clips(frames)).latent_dist.mean
+    return vae.encode(to_clips(frames).to(vae.device)).latent_dist.mean
 
 
 def _scale(vae):
-    shape = (1, -1, 1, 1, 1)
-    return tuple(
-        torch.tensor(v).view(shape) for v in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
+    return values.view(2, 1, -1, 1, 1, 1)
 
 
 def encode_clips(vae, frames):
