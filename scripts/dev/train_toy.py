@@ -39,16 +39,16 @@ def parse_args(arguments):
     parser.add_argument("--vae_iterations", type=int, default=600)
     parser.add_argument("--decoder_iterations", type=int, default=1500)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--clip_vae_iterations", type=int, default=450)
-    parser.add_argument("--clip_decoder_iterations", type=int, default=1500)
+    parser.add_argument("--clip_vae_iterations", type=int, default=2000)
+    parser.add_argument("--clip_decoder_iterations", type=int, default=600)
     parser.add_argument("--clip_batch", type=int, default=8)
-    parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the family's")
+    parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the model's")
     parser.add_argument("--small_batch", type=int, default=32)
     parser.add_argument(
         "--large_iterations",
         type=int,
         nargs="+",
-        help="at full size, a cycle; default: the family's",
+        help="at full size, a cycle; default: the model's",
     )
     parser.add_argument("--large_batch", type=int, help="at full size; default: the model's")
     parser.add_argument("--pool", type=int, default=4096, help="encoded pictures kept at 64 px")
