@@ -18,6 +18,7 @@ from xfuser_fastcache import CacheConfig, get_cache_statistics, get_cache_trace
 from xfuser_fastcache.clock.schedule import Schedule, even_mask
 from xfuser_fastcache.config.budget import QUALITIES
 from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.tokens.base import CannotForecast
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +242,22 @@ def test_another_size_within_a_picture_is_computed() -> None:
         stack(ones().expand(batch, -1, -1), level)
     assert stack.flags == [0, 0, 1, 0]
     assert stack.engine.statistics()["forced_beyond_budget"] == 1
+
+
+def test_a_forward_pass_that_runs_again_is_counted_and_the_next_has_no_anchor() -> None:
+    stack = Stack(computed_steps=2, num_steps=5, granularity=2)
+    stack(ones(), 1.0)
+    with pytest.raises(CannotForecast):
+        stack(ones(), 0.9, left_out=3)
+    stack.engine.recompute()
+    for index in (0, 1, 2):
+        stack.run(index, ones())
+    stack.engine.close()
+    for level, ran in ((0.8, 4), (0.7, 0), (0.6, 4)):
+        stack(ones(), level)
+        assert len(stack.ran) == ran
+    assert stack.flags == [0, 3, 3, 3, 0]
+    assert stack.engine.statistics()["forced_beyond_budget"] == 2
 
 
 def test_synchronous_steps_of_a_pipeline_add_nothing() -> None:

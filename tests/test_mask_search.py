@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support.calibrations import even_levels, smooth, trajectory
 
-from xfuser_fastcache.calibration.search import MaskSearch, even_mask, step_impact
+from xfuser_fastcache.calibration.search import MaskSearch, step_impact
+from xfuser_fastcache.clock.schedule import even_mask
 
 T = 7
 LEVELS = even_levels(T) ** 1.3

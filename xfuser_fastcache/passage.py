@@ -102,6 +102,14 @@ class Passage:
         assert self.call is not None
         self._local.forget(self.call.position)
         self.agreement.counters.record_recomputed()
+        self._exceed()
+
+    def _exceed(self) -> None:
+        """Count what is computed all the same where a budget has it skipped."""
+        call, _ = self._here()
+        schedule = self.agreement.rules.schedule
+        if schedule is not None and schedule.exceeded(call, computed=True):
+            self.agreement.counters.forced_beyond_budget += 1
 
     def abandon(self) -> None:
         """Leave a forward pass that has failed."""
@@ -185,6 +193,8 @@ class Passage:
             # Who decides without measuring knows no better; every rank finds the same.
             skips = False
             self.agreement.counters.record_forecast(self.plan.share_of(span))
+            if call.opens_step and span == rules.decides_at:
+                self._exceed()
         audits = skips and shared.audit is not None and shared.audit.span == span
         # A pipeline stage reads from a receive buffer that the next patch overwrites, and a
         # callback may write into the latents; nobody writes into what a block was given.

@@ -37,8 +37,8 @@ class Counters:
 
     Attributes:
         recomputed: forward passes that ran again, since a forecast had found no place in them.
-        forced_beyond_budget: decisions to compute where a budget skips, and forward passes that ran
-            again: nothing could be forecast.
+        forced_beyond_budget: steps of a branch that were computed where a budget skips them, since
+            nothing could be forecast.
         nonfinite_steps: decisions that found a statistic NaN, infinite or overflowing.
         peak_bytes: most bytes that this rank's anchors, and fitted maps, occupied.
     """
