@@ -212,10 +212,10 @@ def test_every_registered_backend_is_a_method(monkeypatch: pytest.MonkeyPatch) -
     from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 
     known = methods.all_methods()
-    ours = {name.lower() for name in BACKENDS} | {"budget", "fast-calibrated"}
+    ours = {name.lower() for name in BACKENDS} | {"fast-budget", "fast-calibrated"}
     variants = {f"fast-{name}" for name in FORECASTERS}
     plans = {f"fast-{name}" for name in ("split-reuse", "split-drop", "merge", "split-merge")}
-    budgets = {f"budget-{name}" for name in FORECASTERS}
+    budgets = {f"fast-budget-{name}" for name in FORECASTERS}
     assert ours | variants | budgets | plans | {"oracle"} | set(ISSUE) == set(known)
     assert set(methods.choose(["budgets"], 28)) == budgets
     assert set(methods.choose(["all"], 28)) == ours | set(ISSUE)
@@ -248,19 +248,24 @@ def test_every_backend_of_ours_runs_at_its_last_setting(subject: Subject) -> Non
 
 
 def test_computed_steps_are_known_of_caches_and_of_fewer_steps(subject: Subject) -> None:
-    chosen = {"budget": ["3", "6"], "budget-output": ["6"], "fast": ["0.0"], "fewer-steps": ["4"]}
+    chosen = {
+        "fast-budget": ["3", "6"],
+        "fast-budget-output": ["6"],
+        "fast": ["0.0"],
+        "fewer-steps": ["4"],
+    }
     records, _ = measured(subject, settings_of(subject, 1, **chosen), methods.all_methods())
     points = curves.points_of(records, None)
     found = {(n, v): p["computed_steps"] for n, rows in points.items() for v, p in rows.items()}
     assert found == {
         ("baseline", ""): 12.0,
-        ("budget", "3"): 3.0,
-        ("budget", "6"): 6.0,
-        ("budget-output", "6"): 6.0,
+        ("fast-budget", "3"): 3.0,
+        ("fast-budget", "6"): 6.0,
+        ("fast-budget-output", "6"): 6.0,
         ("fast", "0.0"): 12.0,
         ("fewer-steps", "4"): 4.0,
     }
-    assert points["budget"]["6"]["psnr_db"] != points["budget-output"]["6"]["psnr_db"]
+    assert points["fast-budget"]["6"]["psnr_db"] != points["fast-budget-output"]["6"]["psnr_db"]
 
 
 def test_quality_is_read_off_between_numbers_of_computed_steps() -> None:
@@ -296,7 +301,9 @@ def test_settings_can_be_given() -> None:
     assert methods.choose(["fast:0.1,0.2", "fewer-steps"], 4) == {
         "fast": ["0.1", "0.2"], "fewer-steps": ["3", "2", "1"],
     }  # fmt: skip
-    with pytest.raises(ValueError, match="unknown method 'quick'; known: all, forecasters, tokens"):
+    with pytest.raises(
+        ValueError, match="unknown method 'quick'; known: all, forecasters, budgets, tokens"
+    ):
         methods.choose(["quick"], 4)
 
 

@@ -187,7 +187,7 @@ def test_options_left_at_their_default_take_the_files_values() -> None:
         {"num_warmup_steps": 2, "max_consecutive_skips": 4},
         {"test": "chi2", "cache_ratio_threshold": 0.05},
         {"significance_level": 0.1},
-        {"steps_mask": [1] * STEPS, "computed_steps": 3},
+        {"steps_mask": [1] * STEPS},
     ],
     ids=lambda given: next(iter(given)),
 )

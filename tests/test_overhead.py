@@ -146,7 +146,7 @@ def test_only_forecasters_that_stand_in_for_the_same_are_timed(
     tokens = (Streams(torch.rand(1, 8, 4)) for _ in range(3))
     boundary, config = _parts.Boundary(*tokens), overhead.CacheConfig(forecaster=chosen)
     parts = _parts.time_parts(boundary, config, _parts.Calls(), round_us=1.0, spans=1)
-    wanted = SPANS if chosen == "taylor" else ["output"]
+    wanted = SPANS if chosen == "taylor" else ["output", "data"]
     assert [part.forecaster for part in parts if part.forecaster] == sorted(
         2 * wanted, key=wanted.index
     )

@@ -29,7 +29,8 @@ def flux() -> Flux:
 KEYS = [
     "use_cache", "steps", "generations", "block_approx_ratio", "spatial_approx_ratio", "blocks",
     "estimated_flops_saved_ratio", "collectives", "collectives_per_step", "consensus_wait_s",
-    "cache_bytes", "audits", "false_skip_rate", "false_skip_interval", "nonfinite_steps",
+    "cache_bytes", "audits", "false_skip_rate", "false_skip_interval", "forced_beyond_budget",
+    "nonfinite_steps",
     "recomputed", "decisions_digest", "clock",
 ]  # fmt: skip
 NAMES = [

@@ -140,7 +140,7 @@ def budget_method(forecaster: str = "") -> Method:
     def prepare(subject: Subject, value: str) -> AbstractContextManager[Changes]:
         return _cached(subject, computed_steps=int(value), **chosen)
 
-    name = "-".join(filter(None, ("budget", forecaster)))
+    name = "-".join(filter(None, ("fast-budget", forecaster)))
     steps, group = fixed(*COUNTS), "budgets" if forecaster else ""
     return Method(name, "xfuser-fastcache", "computed steps, evenly spaced", steps, prepare, group)
 
