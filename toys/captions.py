@@ -55,16 +55,77 @@ VALUES = {
 ATTRIBUTES = tuple(VALUES)
 SPLITS = ("train", "unseen", "all")
 
-_PATTERN = re.compile(
-    "an? ({size}) ({colour}) ({shape}), ({place}), on ({background})".format(
-        # Longest first, so that "top left" is not read as "top".
-        **{name: "|".join(sorted(v, key=len, reverse=True)) for name, v in VALUES.items()}
-    )
-)
+
+def pattern_of(form, values):
+    """Return what matches captions, where `{name}` stands in `form` for the words in `values`."""
+    # Longest first, so that "top left" is not read as "top".
+    longest = {name: "|".join(sorted(v, key=len, reverse=True)) for name, v in values.items()}
+    return re.compile(form.format(**longest))
+
+
+class Worded:
+    """What captions of every grammar do; a frozen dataclass of their attributes adds its grammar.
+
+    Attributes:
+        noun: what it is, in errors.
+        form: of its text, in errors.
+        values: attribute -> its words.
+        pattern: of its text.
+    """
+
+    def __post_init__(self):
+        for name, values in self.values.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise ValueError(f"{name}={value!r} is not in the grammar; use one of {values}")
+
+    @classmethod
+    def parse(cls, text):
+        """Read the text form.
+
+        Args:
+            text: a caption as ``str()`` writes it, in any case; an instance is returned as is.
+
+        Returns:
+            An instance of this class.
+
+        Raises:
+            ValueError: the text is not in the grammar.
+        """
+        if isinstance(text, cls):
+            return text
+        match = cls.pattern.fullmatch(text.strip().lower())
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not {cls.noun}; write '{cls.form}' with "
+                + "; ".join(f"{name} from {list(words)}" for name, words in cls.values.items())
+            )
+        return cls(*match.groups())
+
+    @property
+    def split(self):
+        """``"unseen"`` for the tenth held out from training, else ``"train"``."""
+        digest = hashlib.sha256(str(self).encode()).digest()
+        return "unseen" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
+
+
+def of_split(captions, split):
+    """Return those of some captions that belong to a split, as `all_captions` does."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not known; use one of {list(SPLITS)}")
+    return [c for c in captions if split in ("all", c.split)]
+
+
+def sampled(captions, n, seed):
+    """Return the text of `n` captions drawn at random, as `sample_captions` does."""
+    if n < 0:
+        raise ValueError(f"n={n} is negative; ask for 0 or more captions")
+    order = np.random.default_rng(seed).permutation(len(captions))
+    return [str(captions[order[i % len(order)]]) for i in range(n)]
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Worded):
     """The five attributes of a caption; ``str()`` gives the text.
 
     Args:
@@ -77,7 +138,14 @@ class Caption:
     Example:
         >>> str(Caption("large", "red", "ring", "top left", "dark blue"))
         'a large red ring, top left, on dark blue'
+        >>> Caption.parse("a small pink cross, center, on white").place
+        'center'
     """
+
+    noun = "a caption"
+    form = "a SIZE COLOUR SHAPE, PLACE, on BACKGROUND"
+    values = VALUES
+    pattern = pattern_of("an? ({size}) ({colour}) ({shape}), ({place}), on ({background})", VALUES)
 
     size: str
     colour: str
@@ -85,48 +153,8 @@ class Caption:
     place: str
     background: str
 
-    def __post_init__(self):
-        for name, values in VALUES.items():
-            value = getattr(self, name)
-            if value not in values:
-                raise ValueError(f"{name}={value!r} is not in the grammar; use one of {values}")
-
     def __str__(self):
         return f"a {self.size} {self.colour} {self.shape}, {self.place}, on {self.background}"
-
-    @classmethod
-    def parse(cls, text):
-        """Read the text form.
-
-        Args:
-            text: a caption as ``str()`` writes it, in any case; a `Caption` is returned as it is.
-
-        Returns:
-            The `Caption`.
-
-        Raises:
-            ValueError: the text is not in the grammar.
-
-        Example:
-            >>> Caption.parse("a small pink cross, center, on white").place
-            'center'
-        """
-        if isinstance(text, cls):
-            return text
-        match = _PATTERN.fullmatch(text.strip().lower())
-        if match is None:
-            raise ValueError(
-                f"{text!r} is not a caption; write 'a SIZE COLOUR SHAPE, PLACE, on BACKGROUND'"
-                " with "
-                + "; ".join(f"{name} from {list(values)}" for name, values in VALUES.items())
-            )
-        return cls(*match.groups())
-
-    @property
-    def split(self):
-        """``"unseen"`` for the tenth held out from training, else ``"train"``."""
-        digest = hashlib.sha256(str(self).encode()).digest()
-        return "unseen" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
 
 
 def all_captions(split="all"):
@@ -141,10 +169,7 @@ def all_captions(split="all"):
     Raises:
         ValueError: an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not known; use one of {list(SPLITS)}")
-    captions = [Caption(*values) for values in itertools.product(*VALUES.values())]
-    return [c for c in captions if split in ("all", c.split)]
+    return of_split([Caption(*values) for values in itertools.product(*VALUES.values())], split)
 
 
 def sample_captions(n, seed=0, split="unseen"):
@@ -165,11 +190,7 @@ def sample_captions(n, seed=0, split="unseen"):
         >>> sample_captions(1, seed=3) == sample_captions(1, seed=3)
         True
     """
-    if n < 0:
-        raise ValueError(f"n={n} is negative; ask for 0 or more captions")
-    captions = all_captions(split)
-    order = np.random.default_rng(seed).permutation(len(captions))
-    return [str(captions[order[i % len(order)]]) for i in range(n)]
+    return sampled(all_captions(split), n, seed)
 
 
 def signed_distance(shape, x, y):

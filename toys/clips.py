@@ -6,14 +6,23 @@
 of them, chosen by hash, is held out from training.
 """
 
-import hashlib
 import itertools
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from toys.captions import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, SPLITS, paint
+from toys.captions import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Worded,
+    of_split,
+    paint,
+    pattern_of,
+    sampled,
+)
 
 FRAMES = 9
 VALUES = {
@@ -26,16 +35,9 @@ VALUES = {
 }
 ATTRIBUTES = tuple(VALUES)
 
-_PATTERN = re.compile(
-    "an? ({size}) ({colour}) ({shape}) moves from ({start}) to ({end}), on ({background})".format(
-        # Longest first, so that "top left" is not read as "top".
-        **{name: "|".join(sorted(v, key=len, reverse=True)) for name, v in VALUES.items()}
-    )
-)
-
 
 @dataclass(frozen=True)
-class ClipCaption:
+class ClipCaption(Worded):
     """The six attributes of a clip's caption; ``str()`` gives the text.
 
     Args:
@@ -49,7 +51,17 @@ class ClipCaption:
     Example:
         >>> str(ClipCaption("small", "red", "ring", "top left", "center", "dark blue"))
         'a small red ring moves from top left to center, on dark blue'
+        >>> ClipCaption.parse("a small pink cross moves from top to left, on white").end
+        'left'
     """
+
+    noun = "a clip's caption"
+    form = "a SIZE COLOUR SHAPE moves from START to END, on BACKGROUND"
+    values = VALUES
+    pattern = pattern_of(
+        "an? ({size}) ({colour}) ({shape}) moves from ({start}) to ({end}), on ({background})",
+        VALUES,
+    )
 
     size: str
     colour: str
@@ -59,10 +71,7 @@ class ClipCaption:
     background: str
 
     def __post_init__(self):
-        for name, values in VALUES.items():
-            value = getattr(self, name)
-            if value not in values:
-                raise ValueError(f"{name}={value!r} is not in the grammar; use one of {values}")
+        super().__post_init__()
         if self.start == self.end:
             raise ValueError(f"start and end are both {self.start!r}; a shape moves to elsewhere")
 
@@ -71,40 +80,6 @@ class ClipCaption:
             f"a {self.size} {self.colour} {self.shape} moves from {self.start} to {self.end},"
             f" on {self.background}"
         )
-
-    @classmethod
-    def parse(cls, text):
-        """Read the text form.
-
-        Args:
-            text: a caption as ``str()`` writes it, in any case; a `ClipCaption` is returned as is.
-
-        Returns:
-            The `ClipCaption`.
-
-        Raises:
-            ValueError: the text is not in the grammar.
-
-        Example:
-            >>> ClipCaption.parse("a small pink cross moves from top to left, on white").end
-            'left'
-        """
-        if isinstance(text, cls):
-            return text
-        match = _PATTERN.fullmatch(text.strip().lower())
-        if match is None:
-            raise ValueError(
-                f"{text!r} is not a clip's caption; write 'a SIZE COLOUR SHAPE moves from START to"
-                " END, on BACKGROUND' with "
-                + "; ".join(f"{name} from {list(values)}" for name, values in VALUES.items())
-            )
-        return cls(*match.groups())
-
-    @property
-    def split(self):
-        """``"unseen"`` for the tenth held out from training, else ``"train"``."""
-        digest = hashlib.sha256(str(self).encode()).digest()
-        return "unseen" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
 
 
 def all_clip_captions(split="all"):
@@ -119,11 +94,8 @@ def all_clip_captions(split="all"):
     Raises:
         ValueError: an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not known; use one of {list(SPLITS)}")
     rows = itertools.product(*VALUES.values())
-    captions = [ClipCaption(*row) for row in rows if row[3] != row[4]]
-    return [c for c in captions if split in ("all", c.split)]
+    return of_split([ClipCaption(*row) for row in rows if row[3] != row[4]], split)
 
 
 def sample_clip_captions(n, seed=0, split="unseen"):
@@ -140,11 +112,7 @@ def sample_clip_captions(n, seed=0, split="unseen"):
     Raises:
         ValueError: a negative `n` or an unknown split.
     """
-    if n < 0:
-        raise ValueError(f"n={n} is negative; ask for 0 or more captions")
-    captions = all_clip_captions(split)
-    order = np.random.default_rng(seed).permutation(len(captions))
-    return [str(captions[order[i % len(order)]]) for i in range(n)]
+    return sampled(all_clip_captions(split), n, seed)
 
 
 def draw_clip(caption, size_px=64, generator=None):
