@@ -73,6 +73,7 @@ setup(
             "pixart = diffusers_adapters.pixart:PixArtAdapter",
             "wan = diffusers_adapters.wan:WanAdapter",
             "wan_vace = diffusers_adapters.wan:WanVACEAdapter",
+            "qwen_image = diffusers_adapters.qwen_image:QwenImageAdapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

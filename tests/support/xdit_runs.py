@@ -11,9 +11,11 @@ from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_run
 
 _PER_SAMPLE = (
     "prompt_embeds",
+    "prompt_embeds_mask",
     "pooled_prompt_embeds",
     "prompt_attention_mask",
     "negative_prompt_embeds",
+    "negative_prompt_embeds_mask",
     "negative_pooled_prompt_embeds",
     "negative_prompt_attention_mask",
     "image",
@@ -22,9 +24,11 @@ _PER_SAMPLE = (
 _MODELS = "xfuser.model_executor.models"
 # What its runner calls pipelines that it says itself what they cannot do.
 _RUNNER_MODELS = {
-    "WanPipeline": "xFuserWan21T2VModel",
-    "WanImageToVideoPipeline": "xFuserWan21I2VModel",
-    "WanVACEPipeline": "xFuserWan21VACEModel",
+    "WanPipeline": ("wan", "xFuserWan21T2VModel"),
+    "WanImageToVideoPipeline": ("wan", "xFuserWan21I2VModel"),
+    "WanVACEPipeline": ("wan", "xFuserWan21VACEModel"),
+    "QwenImagePipeline": ("qwen", "xFuserQwenImageModel"),
+    "QwenImageEditPipeline": ("qwen", "xFuserQwenImageEditModel"),
 }
 
 
@@ -53,8 +57,8 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     pipeline.set_progress_bar_config(disable=True)
     runner_model = _RUNNER_MODELS.get(type(pipeline).__name__)
     if runner_model is not None:
-        runner_models = importlib.import_module(f"{_MODELS}.runner_models.wan")
-        getattr(runner_models, runner_model)(arguments)
+        module, name = runner_model
+        getattr(importlib.import_module(f"{_MODELS}.runner_models.{module}"), name)(arguments)
     try:
         wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
     except ValueError:

@@ -76,6 +76,15 @@ EXCLUDED = (
             (CFG, "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone"),
         )
     ),
+    *(
+        Exclusion(
+            "qwen_image", flag, reason, f"does not support {flag.strip('-').split('=')[0]}"
+        )
+        for flag, reason in (
+            (f"{PIPEFUSION}=2", "xDiT's runner takes it with a transformer that is no pipeline"),
+            (CFG, "xDiT gives CFG parallelism to Qwen-Image-Edit alone"),
+        )
+    ),
 )
 
 # What a cell has to reach.

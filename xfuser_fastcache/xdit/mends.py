@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from xfuser_fastcache.xdit import qwen_mends
 from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -354,5 +355,19 @@ MENDS = (
             ("Wan", _WAN, "xFuserWanTransformer3DWrapper"),
             ("Wan VACE", f"{_WAN}_vace", "xFuserWanVACETransformer3DWrapper"),
         )
+    ),
+    Mend(
+        "Qwen-Image under Ulysses: the padding of text and tokens that do not divide is seen",
+        qwen_mends.MODULE,
+        f"{qwen_mends.TRANSFORMER}.forward",
+        _attends_to_padding,
+        qwen_mends.attend_to_real_tokens,
+    ),
+    Mend(
+        "Qwen-Image-Edit-2511 under sequence parallelism: the index of conditions is not cut",
+        qwen_mends.MODULE,
+        f"{qwen_mends.TRANSFORMER}.forward",
+        qwen_mends.leaves_index_whole,
+        qwen_mends.cut_index,
     ),
 )

@@ -19,12 +19,20 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_wan_vace",
         "xFuserWanVACETransformer3DWrapper",
     ),
+    "QwenImageTransformer2DModel": (
+        f"{_MODELS}.transformer_qwen",
+        "xFuserQwenImageTransformerWrapper",
+    ),
 }
 # Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
 PIPELINES = {
     "WanImageToVideoPipeline": (
         "xfuser.model_executor.pipelines.pipeline_wan_i2v",
         "xFuserWanImageToVideoPipeline",
+    ),
+    "QwenImageEditPipeline": (
+        "xfuser.model_executor.pipelines.pipeline_qwen_image_edit",
+        "xFuserQwenImageEditPipeline",
     ),
 }
 
