@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
 from support.counted import counted_tokens  # noqa: E402
-from support.tiny_models import TINY_PIPELINES  # noqa: E402
+from support.tiny import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import as_the_runner_does, latents_of, own_share, wrap  # noqa: E402
 

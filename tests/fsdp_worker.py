@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.flux import STEPS, Flux  # noqa: E402
-from support.tiny_models import tiny_sd3  # noqa: E402
+from support.tiny.sd3 import tiny_sd3  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import own_share, wrap  # noqa: E402
 

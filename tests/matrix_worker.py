@@ -22,7 +22,7 @@ import torch.distributed as dist  # noqa: E402
 from support.backend_options import NEVER, OFTEN  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.matrix import STEPS, build, same, variants  # noqa: E402
-from support.tiny_models import ALONE  # noqa: E402
+from support.tiny import TINY_MODELS  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import describe, latents_of, own_share  # noqa: E402
 
@@ -133,7 +133,7 @@ def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) ->
 def references(model: str, batches: list[int]) -> dict[str, Any]:
     """Describe what one rank computes of each batch size: what the layouts are compared with."""
     found = {}
-    for batch in batches[:1] if model in ALONE else batches:
+    for batch in batches[:1] if TINY_MODELS[model].alone else batches:
         pipe, call = build(model, batch)
 
         def generate(pipe: Any = pipe, call: dict[str, Any] = call, batch: int = batch) -> Any:

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from support.tiny_models import tiny_flux  # noqa: E402
+from support.tiny.flux import tiny_flux  # noqa: E402
 from support.worlds import report  # noqa: E402
 
 from xfuser_fastcache import (  # noqa: E402

@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.tiny_models import tiny_wan  # noqa: E402
+from support.tiny.wan import tiny_wan  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import own_share, wrap  # noqa: E402
 

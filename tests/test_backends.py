@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.backend_options import NEVER, OFTEN
 from support.stack import TOKENS, Stack, ones
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 
 from xfuser_fastcache import (
     CacheConfig,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig
 from support.counted import counted_tokens
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 from support.worlds import run_world
 
 from diffusers_adapters.flux import FluxAdapter

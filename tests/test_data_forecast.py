@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 
 from diffusers_adapters.pixart import PixArtAdapter
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from support.flux import Flux
 from support.stack import EVER
-from support.tiny_models import tiny_flux
+from support.tiny.flux import tiny_flux
 from torch import nn
 
 from xfuser_fastcache import (

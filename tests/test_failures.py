@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import cached
-from support.tiny_models import tiny_flux
+from support.tiny.flux import tiny_flux
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import remove_cache_from_pipeline

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.calibrations import fitted_for
 from support.flux import STEPS, Flux
-from support.tiny_models import tiny_flux
+from support.tiny.flux import tiny_flux
 from support.toy import MASK, PROMPTS
 from support.toy import STEPS as TOY_STEPS
 from support.worlds import ROOT, run_world

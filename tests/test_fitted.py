@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from support.calibrations import fitted_for, fitted_on
 from support.flux import STEPS, Flux
 from support.loops import Branch, alone, denoise
-from support.tiny_models import TINY_PIPELINES, tiny_flux
+from support.tiny import TINY_PIPELINES
+from support.tiny.flux import tiny_flux
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.artifacts.calibration import CALIBRATION, VERSION, Fitted, load_fitted

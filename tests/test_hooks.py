@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
-from support.tiny_models import tiny_flux
+from support.tiny.flux import tiny_flux
 from torch import nn
 
 import diffusers_adapters

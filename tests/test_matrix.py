@@ -14,43 +14,26 @@ from typing import Any
 
 import pytest
 from support.matrix import STEPS, VARIANTS, is_first_of_family, variants
-from support.tiny_models import (
-    ADAPTER_OF,
-    ALONE,
-    BEYOND,
-    LIMITS,
-    OF_RUNNER,
-    OF_WAN,
-    TINY_PIPELINES,
-    Limit,
-)
+from support.tiny import TINY_MODELS
 from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
 from xfuser_fastcache.backends import BACKENDS
-from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK, Exclusion
+from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK
 
 
 def excluded(model: str, layout: str) -> bool:
     """Whether xDiT itself cannot run the model, or its family, there."""
-    flags = {flag.split("=")[0] for flag in LAYOUTS[layout][1]}
-    if model in ALONE and "data" in layout:
+    tiny, flags = TINY_MODELS[model], {flag.split("=")[0] for flag in LAYOUTS[layout][1]}
+    if tiny.alone and "data" in layout:
         return True
-    known = [(e.model, e.flag.split("=")[0]) for e in (*EXCLUDED, *LIMITS)]
-    return any(
-        of in (model, ADAPTER_OF[model]) and flag in flags and (model, flag) not in BEYOND
-        for of, flag in known
-    )
+    known = {e.flag for e in EXCLUDED if e.model == tiny.adapter} - set(tiny.beyond)
+    return bool(flags & {flag.split("=")[0] for flag in (*known, *(e.flag for e in tiny.limits))})
 
 
-CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_PIPELINES if not excluded(m, layout)]
-OF_WAN_IN_CI = {
-    "wan-i2v": (ONE_RANK, "cfg 2"),
-    "wan-ti2v": (ONE_RANK, "ulysses 2"),
-    "wan22": (ONE_RANK, "ring 2"),
-    "wan-vace": (ONE_RANK, "ulysses 2"),
-}
+CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_MODELS if not excluded(m, layout)]
 OTHERS = [name for name in BACKENDS if name != "Fast"]
+EVERYWHERE = [name for name, tiny in TINY_MODELS.items() if tiny.in_ci is None]
 
 
 def is_slow(model: str, layout: str, backend: str) -> bool:
@@ -58,14 +41,15 @@ def is_slow(model: str, layout: str, backend: str) -> bool:
 
     Second versions of a family on four ranks are, and in each cell all backends but `Fast` and one
     other: the next model has the next one, and so has the next layout. A model that few layouts
-    run meets all backends on one rank. Of Wan's versions, whose blocks are Wan's, `Fast` runs on
-    one rank and in one other layout.
+    run meets all backends on one rank. Of models that CI does not run everywhere, all backends run
+    on one rank if they are the first of their family; `Fast` does, and in the layouts they name.
     """
-    if model in OF_WAN:
-        return backend != "Fast" or layout not in OF_WAN_IN_CI[model]
-    if layout == ONE_RANK and model in OF_RUNNER:
+    tiny = TINY_MODELS[model]
+    if layout == ONE_RANK and tiny.of_runner and (tiny.in_ci is None or is_first_of_family(model)):
         return False
-    turn = list(TINY_PIPELINES).index(model) + list(LAYOUTS).index(layout)
+    if tiny.in_ci is not None:
+        return backend != "Fast" or layout not in (ONE_RANK, *tiny.in_ci)
+    turn = EVERYWHERE.index(model) + list(LAYOUTS).index(layout)
     in_turn = backend in ("Fast", OTHERS[turn % len(OTHERS)])
     return not in_turn or (LAYOUTS[layout][0] > 2 and not is_first_of_family(model))
 
@@ -141,32 +125,32 @@ def case(request: pytest.FixtureRequest) -> Case:
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
-        of_runner=model in OF_RUNNER,
+        of_runner=TINY_MODELS[model].of_runner,
         in_stages=in_stages,
-        same_corrections=not in_stages and not (model in OF_WAN and "cfg" in layout),
+        same_corrections=not in_stages and not (TINY_MODELS[model].of_runner and "cfg" in layout),
         least_hits=least if backend == "Fast" else least / 2,
         references=reports("1 rank", slow=False)[0]["models"][model]["references"],
     )
 
 
 def test_every_registered_adapter_is_in_the_matrix() -> None:
-    assert set(ADAPTER_OF) == set(TINY_PIPELINES) == {model for model, _ in CELLS}
-    assert set(ADAPTER_OF.values()) == set(adapters())
-    for model, adapter in ADAPTER_OF.items():
-        pipeline, _ = TINY_PIPELINES[model]()
-        assert adapters()[adapter].supports(pipeline.transformer)
+    assert set(TINY_MODELS) == {model for model, _ in CELLS}
+    assert {tiny.adapter for tiny in TINY_MODELS.values()} == set(adapters())
+    for tiny in TINY_MODELS.values():
+        pipeline, _ = tiny.make()
+        assert adapters()[tiny.adapter].supports(pipeline.transformer)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_registered_backend_is_in_every_layout_and_several_of_them_in_ci(layout: str) -> None:
     quick = {b for m, at, b in CASES if at == layout and not is_slow(m, at, b)}
     assert {b for _, at, b in CASES if at == layout} == set(BACKENDS)
-    models = sum(at == layout and model not in OF_WAN for model, at in CELLS)
+    models = sum((model, layout) in CELLS for model in EVERYWHERE)
     assert len(quick) >= min(len(BACKENDS), 1 + models // 2)
 
 
-def test_every_registered_backend_meets_every_model_in_ci() -> None:
-    for model in (name for name in TINY_PIPELINES if name not in OF_WAN):
+def test_every_registered_backend_meets_every_family_in_ci() -> None:
+    for model in (m for m in TINY_MODELS if m in EVERYWHERE or is_first_of_family(m)):
         met = {b for m, at, b in CASES if m == model and not is_slow(m, at, b)}
         assert met == set(BACKENDS), model
 
@@ -217,11 +201,15 @@ def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
         assert all(len(digests) == 1 for digests in by_group.values())
 
 
+FIRST_OF = {tiny.adapter: name for name, tiny in reversed(TINY_MODELS.items())}
+FAILING = {(FIRST_OF[e.model], e.flag): e.error for e in EXCLUDED} | {
+    (name, limit.flag): limit.error for name, tiny in TINY_MODELS.items() for limit in tiny.limits
+}
+
+
 @pytest.mark.gloo
-@pytest.mark.parametrize("exclusion", (*EXCLUDED, *LIMITS), ids=lambda e: f"{e.model} {e.flag}")
-def test_what_is_excluded_fails_in_xdit_itself(exclusion: Exclusion | Limit) -> None:
-    model = next(n for n, adapter in ADAPTER_OF.items() if exclusion.model in (n, adapter))
-    flags = ("--model", model, exclusion.flag)
+@pytest.mark.parametrize(("model", "flag"), FAILING)
+def test_what_is_excluded_fails_in_xdit_itself(model: str, flag: str) -> None:
     with pytest.raises(WorldFailed) as failed:
-        launch("xdit_control.py", 2, *flags, timeout_s=120)
-    assert exclusion.error in failed.value.output
+        launch("xdit_control.py", 2, "--model", model, flag, timeout_s=120)
+    assert FAILING[model, flag] in failed.value.output

@@ -16,7 +16,8 @@ import torch
 from support.calibrations import even_levels, fitted_on
 from support.loops import SCHEDULER
 from support.stack import WholeForward, config_of
-from support.tiny_models import TINY_PIPELINES, tiny_flux
+from support.tiny import TINY_PIPELINES
+from support.tiny.flux import tiny_flux
 from torch import nn
 
 from xfuser_fastcache import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_trace
 from xfuser_fastcache.hooks import hook_on

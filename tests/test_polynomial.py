@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 from support.worlds import python
 
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache

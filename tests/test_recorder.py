@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.calibrations import fitted_for
 from support.flux import GUIDED, STEPS
-from support.tiny_models import TINY_PIPELINES, tiny_flux
+from support.tiny import TINY_PIPELINES
+from support.tiny.flux import tiny_flux
 from torch import nn
 
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache

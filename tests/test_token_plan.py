@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.stack import BARE, DIM, ones
 from support.stack import Stack as PlainStack
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 from torch._dynamo.testing import CompileCounter
 
 from xfuser_fastcache import (

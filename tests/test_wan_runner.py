@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import schedule_worker
 from PIL import Image
-from support.tiny_models import tiny_wan, tiny_wan_i2v, tiny_wan_vae
+from support.tiny.wan import tiny_wan, tiny_wan_i2v, tiny_wan_vae
 from support.worlds import ROOT, launch, run_world
 from transformers import AutoTokenizer, T5EncoderModel
 
@@ -103,7 +103,7 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
             import torch
-            from support.tiny_models import tiny_wan
+            from support.tiny.wan import tiny_wan
             from support.worlds import report
             from xfuser_fastcache.xdit import cpu_platform
             cpu_platform.enable_cpu_platform()

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
 from support.stack import EVER
-from support.tiny_models import tiny_flux
+from support.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import hook_on

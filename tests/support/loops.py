@@ -15,7 +15,7 @@ from torch import nn
 
 from support.flux import STEPS
 from support.stack import EVER
-from support.tiny_models import tiny_flux
+from support.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer
 from xfuser_fastcache.hooks import hook_on
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from support.tiny_models import ADAPTER_OF, TINY_PIPELINES
+from support.tiny import TINY_MODELS
 from support.xdit_runs import wrap
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
@@ -34,7 +34,8 @@ FORECASTS_ALL = ("Fast", "TaylorSeer")
 
 def is_first_of_family(model: str) -> bool:
     """Whether no other tiny pipeline of the model's adapter comes before it."""
-    return next(m for m, adapter in ADAPTER_OF.items() if adapter == ADAPTER_OF[model]) == model
+    adapter = TINY_MODELS[model].adapter
+    return next(name for name, tiny in TINY_MODELS.items() if tiny.adapter == adapter) == model
 
 
 def variants(model: str, backend: str, slow: bool) -> dict[str, dict[str, Any]]:
@@ -48,8 +49,8 @@ def variants(model: str, backend: str, slow: bool) -> dict[str, dict[str, Any]]:
 # Eight blocks: a stage of PipeFusion 4 must not be empty.
 SIZES = {
     model: {"num_layers": 4, "num_single_layers": 4}
-    for model, adapter in ADAPTER_OF.items()
-    if adapter == "flux"
+    for model, tiny in TINY_MODELS.items()
+    if tiny.adapter == "flux"
 }
 
 
@@ -60,7 +61,7 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def build(model: str, batch: int, **flags: Any) -> tuple[Any, dict[str, Any]]:
     """Return a model's pipeline in xfuser's class, and the arguments of one call."""
-    pipeline, call = TINY_PIPELINES[model](batch=batch, **SIZES.get(model, {}))
+    pipeline, call = TINY_MODELS[model].make(batch=batch, **SIZES.get(model, {}))
     call["num_inference_steps"] = STEPS
     pipe, _ = wrap(pipeline, call, warmup_steps=1, **flags)
     return pipe, call

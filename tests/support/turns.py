@@ -11,7 +11,7 @@ import torch
 
 from support.flux import STEPS
 from support.stack import EVER
-from support.tiny_models import TINY_PIPELINES
+from support.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer
 
 
