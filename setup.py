@@ -74,6 +74,7 @@ setup(
             "wan = diffusers_adapters.wan:WanAdapter",
             "wan_vace = diffusers_adapters.wan:WanVACEAdapter",
             "qwen_image = diffusers_adapters.qwen_image:QwenImageAdapter",
+            "z_image = diffusers_adapters.z_image:ZImageAdapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

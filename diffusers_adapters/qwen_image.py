@@ -45,7 +45,7 @@ class QwenImageAdapter(ModelAdapter):
     def image_tokens(
         cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> range | None:
-        """Those of the first shape; with layers (Qwen-Image-Layered), of all shapes but the last."""
+        """Those of the first shape; of all but the last with layers (Qwen-Image-Layered)."""
         shapes = cls.forward_layout().argument("img_shapes", args, kwargs)
         if not shapes or len(shapes[0]) == 1:
             return None

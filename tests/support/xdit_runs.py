@@ -29,6 +29,8 @@ _RUNNER_MODELS = {
     "WanVACEPipeline": ("wan", "xFuserWan21VACEModel"),
     "QwenImagePipeline": ("qwen", "xFuserQwenImageModel"),
     "QwenImageEditPipeline": ("qwen", "xFuserQwenImageEditModel"),
+    "ZImagePipeline": ("z_image", "xFuserZImageModel"),
+    "ZImageTurboPipeline": ("z_image", "xFuserZImageTurboModel"),
 }
 
 
@@ -110,10 +112,13 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     import torch
     from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
 
+    held = (torch.Tensor, list)
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
     own = {
-        name: value[share] if name in _PER_SAMPLE and isinstance(value, torch.Tensor) else value
+        name: value[share]
+        if name in _PER_SAMPLE and isinstance(value, torch.Tensor | list)
+        else value
         for name, value in call.items()
     }
     generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]

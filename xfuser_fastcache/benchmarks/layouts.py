@@ -77,12 +77,11 @@ EXCLUDED = (
         )
     ),
     *(
-        Exclusion(
-            "qwen_image", flag, reason, f"does not support {flag.strip('-').split('=')[0]}"
-        )
-        for flag, reason in (
-            (f"{PIPEFUSION}=2", "xDiT's runner takes it with a transformer that is no pipeline"),
-            (CFG, "xDiT gives CFG parallelism to Qwen-Image-Edit alone"),
+        Exclusion(model, flag, reason, f"does not support {flag.strip('-').split('=')[0]}")
+        for model, flag, reason in (
+            ("qwen_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
+            ("qwen_image", CFG, "xDiT gives CFG parallelism to Qwen-Image-Edit alone"),
+            ("z_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
         )
     ),
 )

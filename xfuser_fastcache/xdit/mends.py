@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from xfuser_fastcache.xdit import qwen_mends
+from xfuser_fastcache.xdit import qwen_mends, z_image_mends
 from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -369,5 +369,12 @@ MENDS = (
         f"{qwen_mends.TRANSFORMER}.forward",
         qwen_mends.leaves_index_whole,
         qwen_mends.cut_index,
+    ),
+    Mend(
+        "Z-Image: diffusers' pipeline gives an argument that xDiT's transformer does not take",
+        z_image_mends.MODULE,
+        z_image_mends.FORWARD,
+        lambda source: "joint_attention_kwargs" not in source,
+        z_image_mends.take_attention_kwargs,
     ),
 )

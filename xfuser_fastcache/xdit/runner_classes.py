@@ -23,6 +23,10 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_qwen",
         "xFuserQwenImageTransformerWrapper",
     ),
+    "ZImageTransformer2DModel": (
+        f"{_MODELS}.transformer_z_image",
+        "xFuserZImageTransformer2DWrapper",
+    ),
 }
 # Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
 PIPELINES = {
@@ -35,6 +39,9 @@ PIPELINES = {
         "xFuserQwenImageEditPipeline",
     ),
 }
+
+# Those whose transformer shares guidance out by itself: both branches come in one batch.
+GUIDED_IN_A_BATCH = ("ZImagePipeline",)
 
 
 def is_of_runner(pipeline: Any) -> bool:
@@ -83,7 +90,8 @@ def refuse(pipeline: Any, parallel: Any) -> None:
     name = type(pipeline).__name__
     refused = {
         "pipefusion_parallel_degree": parallel.pp_degree > 1,
-        "use_cfg_parallel": parallel.cfg_degree > 1 and name not in PIPELINES,
+        "use_cfg_parallel": parallel.cfg_degree > 1
+        and name not in (*PIPELINES, *GUIDED_IN_A_BATCH),
     }
     for flag, asked in refused.items():
         if asked:
