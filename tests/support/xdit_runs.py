@@ -116,9 +116,7 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
     own = {
-        name: value[share]
-        if name in _PER_SAMPLE and isinstance(value, torch.Tensor | list)
-        else value
+        name: value[share] if name in _PER_SAMPLE and isinstance(value, held) else value
         for name, value in call.items()
     }
     generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]

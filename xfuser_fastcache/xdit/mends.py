@@ -377,4 +377,11 @@ MENDS = (
         lambda source: "joint_attention_kwargs" not in source,
         z_image_mends.take_attention_kwargs,
     ),
+    Mend(
+        "Z-Image: sizes in a checkpoint's config are dropped, the default ones are taken",
+        z_image_mends.MODULE,
+        z_image_mends.INIT,
+        lambda source: "**kwargs" in source,
+        z_image_mends.name_sizes,
+    ),
 )
