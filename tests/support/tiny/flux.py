@@ -99,6 +99,8 @@ _LIMITS = (
 )
 MODELS = {
     "flux": TinyModel(tiny_flux, "flux"),
-    "flux-kontext": TinyModel(tiny_kontext, "flux", of_runner=True, limits=_LIMITS),
-    "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_LIMITS),
+    "flux-kontext": TinyModel(
+        tiny_kontext, "flux", of_runner=True, limits=_LIMITS, in_ci=("ulysses 2",)
+    ),
+    "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_LIMITS, in_ci=("ring 2",)),
 }
