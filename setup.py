@@ -69,6 +69,7 @@ setup(
         ],
         "xfuser_fastcache.adapters": [
             "flux = diffusers_adapters.flux:FluxAdapter",
+            "flux2 = diffusers_adapters.flux2:Flux2Adapter",
             "sd3 = diffusers_adapters.sd3:SD3Adapter",
             "pixart = diffusers_adapters.pixart:PixArtAdapter",
             "wan = diffusers_adapters.wan:WanAdapter",

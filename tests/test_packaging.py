@@ -199,6 +199,7 @@ DECLARED = {
     ("console_scripts", "fastcache"): "xfuser_fastcache.cli:main",
     ("console_scripts", "xdit-fastcache"): "xfuser_fastcache.xdit.runner:launch",
     ("xfuser_fastcache.adapters", "flux"): "diffusers_adapters.flux:FluxAdapter",
+    ("xfuser_fastcache.adapters", "flux2"): "diffusers_adapters.flux2:Flux2Adapter",
     ("xfuser_fastcache.adapters", "sd3"): "diffusers_adapters.sd3:SD3Adapter",
     ("xfuser_fastcache.adapters", "pixart"): "diffusers_adapters.pixart:PixArtAdapter",
     ("xfuser_fastcache.adapters", "wan"): "diffusers_adapters.wan:WanAdapter",
