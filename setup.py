@@ -74,6 +74,8 @@ setup(
             "pixart = diffusers_adapters.pixart:PixArtAdapter",
             "wan = diffusers_adapters.wan:WanAdapter",
             "wan_vace = diffusers_adapters.wan:WanVACEAdapter",
+            "qwen_image = diffusers_adapters.qwen_image:QwenImageAdapter",
+            "z_image = diffusers_adapters.z_image:ZImageAdapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

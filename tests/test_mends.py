@@ -15,6 +15,7 @@ from support.worlds import ROOT, WorldFailed, launch, run_world
 
 from xfuser_fastcache.xdit import flux_mends, mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+from xfuser_fastcache.xdit.qwen_mends import real_keys
 
 PIPEFUSION, ULYSSES = ("--pipefusion_parallel_degree", "2"), ("--ulysses_degree", "2")
 # Text that two ranks cannot share.
@@ -291,9 +292,10 @@ def test_text_of_another_length_than_before_equals_one_rank_mended(
 
 
 @pytest.mark.gloo
-def test_wan_attends_to_padding_unmended_and_equals_one_rank_mended(mended: Path) -> None:
-    """27 tokens on two ranks. Under ring attention the padding stays; docs/limits.md says so."""
-    arguments = ("--model", "wan", "wan-vace", "--size", "48")
+def test_padding_is_attended_to_unmended_and_one_rank_is_equalled_mended(mended: Path) -> None:
+    """27 tokens, or 9 with 5 of text, on two ranks. Under ring attention the padding stays."""
+    models = ("wan", "wan-vace", "qwen")
+    arguments = ("--model", *models, "--size", "48", "--text_tokens", "5")
     one = {line["model"]: line for line in lines(launch("xdit_control.py", 1, *arguments))}
     for script, flags, wrong in (
         ("xdit_control.py", ULYSSES, True),
@@ -301,12 +303,49 @@ def test_wan_attends_to_padding_unmended_and_equals_one_rank_mended(mended: Path
         (mended, ("--ring_degree", "2"), True),
     ):
         found = lines(launch(script, 2, *arguments, *flags))
-        assert len(found) == 4
+        assert len(found) == 2 * len(models)
         for line in found:
             if wrong:
                 assert line["norm"] != pytest.approx(one[line["model"]]["norm"], rel=1e-5)
             else:
                 assert_close(line, one[line["model"]])
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("model", "flags", "error"),
+    [
+        ("qwen-edit-2511", ULYSSES, "The size of tensor a (12) must match the size of tensor b"),
+        ("z-image", (), "unexpected keyword argument 'joint_attention_kwargs'"),
+    ],
+)
+def test_what_crashes_unmended_equals_one_rank_mended(
+    mended: Path, model: str, flags: tuple[str, ...], error: str
+) -> None:
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, "--model", model, *(flags or ("--use_cfg_parallel",)))
+    assert error in failed.value.output
+    (one,) = lines(launch(mended, 1, "--model", model))
+    for flag in ("--ulysses_degree", "--ring_degree"):
+        for line in lines(launch(mended, 2, "--model", model, flag, "2")):
+            assert_close(line, one)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text", "image", "padded"),
+    [(2, 8, 16, []), (2, 7, 16, [7 + 8]), (2, 7, 15, [15, 23]), (4, 5, 8, [9, 12, 13])],
+)
+def test_real_keys_are_those_of_tokens_wherever_their_rank_stands(
+    ranks: int, text: int, image: int, padded: list[int]
+) -> None:
+    """Ranks give their text and behind it their image; padding may reach over several ranks."""
+    pieces = -(-text // ranks), -(-image // ranks)
+    found = real_keys(ranks, text, image)
+    if not padded:
+        assert found is None
+        return
+    assert sorted({*range(ranks * sum(pieces))} - {*(found or ())}) == padded
 
 
 class MendedJoint:
@@ -377,6 +416,20 @@ class MendedPipeline:
         group.pipeline_recv()
 
 
+class MendedQwen:
+    """How xfuser could mend its Qwen-Image itself."""
+
+    def forward(self, hidden_states: Any, pad_amount: int, modulate_index: Any, chunk: Any) -> None:
+        modulate_index = chunk(modulate_index)
+        self.attention_kwargs["valid_kv_len"] = modulate_index, pad_amount
+
+
+class MendedZImage:
+    """How xfuser could mend its Z-Image itself."""
+
+    def forward(self, x: Any, joint_attention_kwargs: Any = None) -> None: ...
+
+
 class MendedWan:
     """How xfuser could mend its Wan itself."""
 
@@ -398,6 +451,8 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserFluxPipeline = MendedPipeline
     module.xFuserWanTransformer3DWrapper = MendedWan
     module.xFuserWanVACETransformer3DWrapper = MendedWan
+    module.xFuserQwenImageTransformerWrapper = MendedQwen
+    module.xFuserZImageTransformer2DWrapper = MendedZImage
     assert not mend.is_needed(module)
 
 

@@ -204,6 +204,8 @@ DECLARED = {
     ("xfuser_fastcache.adapters", "pixart"): "diffusers_adapters.pixart:PixArtAdapter",
     ("xfuser_fastcache.adapters", "wan"): "diffusers_adapters.wan:WanAdapter",
     ("xfuser_fastcache.adapters", "wan_vace"): "diffusers_adapters.wan:WanVACEAdapter",
+    ("xfuser_fastcache.adapters", "qwen_image"): "diffusers_adapters.qwen_image:QwenImageAdapter",
+    ("xfuser_fastcache.adapters", "z_image"): "diffusers_adapters.z_image:ZImageAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

@@ -27,6 +27,9 @@ from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 def cut_text(call: dict[str, Any], tokens: int) -> None:
     """Leave only the first `tokens` of the text."""
     for name in ("prompt_embeds", "negative_prompt_embeds"):
+        mask = f"{name}_mask"
+        if mask in call:
+            call[mask] = call[mask][:, :tokens]
         if name in call:
             call[name] = call[name][:, :tokens]
     if "max_sequence_length" in call:

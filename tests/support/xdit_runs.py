@@ -11,9 +11,11 @@ from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_run
 
 _PER_SAMPLE = (
     "prompt_embeds",
+    "prompt_embeds_mask",
     "pooled_prompt_embeds",
     "prompt_attention_mask",
     "negative_prompt_embeds",
+    "negative_prompt_embeds_mask",
     "negative_pooled_prompt_embeds",
     "negative_prompt_attention_mask",
     "image",
@@ -28,6 +30,10 @@ _RUNNER_MODELS = {
     "FluxKontextPipeline": ("flux", "xFuserFluxKontextModel"),
     "Flux2Pipeline": ("flux", "xFuserFlux2Model"),
     "Flux2KleinPipeline": ("flux", "xFuserFlux2Klein4BModel"),
+    "QwenImagePipeline": ("qwen", "xFuserQwenImageModel"),
+    "QwenImageEditPipeline": ("qwen", "xFuserQwenImageEditModel"),
+    "ZImagePipeline": ("z_image", "xFuserZImageModel"),
+    "ZImageTurboPipeline": ("z_image", "xFuserZImageTurboModel"),
 }
 
 
@@ -79,10 +85,13 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     import torch
     from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
 
+    held = (torch.Tensor, list)
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
     own = {
-        name: value[share] if name in _PER_SAMPLE and isinstance(value, torch.Tensor) else value
+        name: value[share]
+        if name in _PER_SAMPLE and isinstance(value, torch.Tensor | list)
+        else value
         for name, value in call.items()
     }
     generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]

@@ -82,6 +82,14 @@ EXCLUDED = (
             (CFG, "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone"),
         )
     ),
+    *(
+        Exclusion(model, flag, reason, f"does not support {flag.strip('-').split('=')[0]}")
+        for model, flag, reason in (
+            ("qwen_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
+            ("qwen_image", CFG, "xDiT gives CFG parallelism to Qwen-Image-Edit alone"),
+            ("z_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
+        )
+    ),
 )
 
 # What a cell has to reach.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from xfuser_fastcache.xdit import attention_mends, flux_mends
+from xfuser_fastcache.xdit import attention_mends, flux_mends, qwen_mends, z_image_mends
 from xfuser_fastcache.xdit.attention_mends import patches
 from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
 from xfuser_fastcache.xdit.flux_mends import FLUX, FLUX2
@@ -277,5 +277,26 @@ MENDS = (
             ("FLUX.1", FLUX, flux_mends.WHOLE, FLUX, flux_mends.tokens),
             ("FLUX.2", FLUX2, flux_mends.WHOLE2, FLUX2, flux_mends.tokens),
         )
+    ),
+    Mend(
+        "Qwen-Image under Ulysses: the padding of text and tokens that do not divide is seen",
+        qwen_mends.MODULE,
+        f"{qwen_mends.TRANSFORMER}.forward",
+        attention_mends.attends_to_padding,
+        qwen_mends.attend_to_real_tokens,
+    ),
+    Mend(
+        "Qwen-Image-Edit-2511 under sequence parallelism: the index of conditions is not cut",
+        qwen_mends.MODULE,
+        f"{qwen_mends.TRANSFORMER}.forward",
+        qwen_mends.leaves_index_whole,
+        qwen_mends.cut_index,
+    ),
+    Mend(
+        "Z-Image: diffusers' pipeline gives an argument that xDiT's transformer does not take",
+        z_image_mends.MODULE,
+        z_image_mends.FORWARD,
+        lambda source: "joint_attention_kwargs" not in source,
+        z_image_mends.take_attention_kwargs,
     ),
 )

@@ -21,6 +21,14 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_wan_vace",
         "xFuserWanVACETransformer3DWrapper",
     ),
+    "QwenImageTransformer2DModel": (
+        f"{_MODELS}.transformer_qwen",
+        "xFuserQwenImageTransformerWrapper",
+    ),
+    "ZImageTransformer2DModel": (
+        f"{_MODELS}.transformer_z_image",
+        "xFuserZImageTransformer2DWrapper",
+    ),
 }
 # Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
 PIPELINES = {
@@ -28,10 +36,17 @@ PIPELINES = {
         "xfuser.model_executor.pipelines.pipeline_wan_i2v",
         "xFuserWanImageToVideoPipeline",
     ),
+    "QwenImageEditPipeline": (
+        "xfuser.model_executor.pipelines.pipeline_qwen_image_edit",
+        "xFuserQwenImageEditPipeline",
+    ),
 }
 # Those that xDiT has a pipeline class for, which its runner takes for PipeFusion alone: it knows
 # neither pictures to edit nor guidance by a second call.
 OF_PIPEFUSION = ("Flux2Pipeline", "Flux2KleinPipeline")
+
+# Those whose transformer shares guidance out by itself: both branches come in one batch.
+GUIDED_IN_A_BATCH = ("ZImagePipeline",)
 
 
 def is_of_runner(pipeline: Any, parallel: Any) -> bool:
@@ -93,7 +108,8 @@ def refuse(pipeline: Any, parallel: Any) -> None:
     name = type(pipeline).__name__
     refused = {
         "pipefusion_parallel_degree": parallel.pp_degree > 1,
-        "use_cfg_parallel": parallel.cfg_degree > 1 and name not in PIPELINES,
+        "use_cfg_parallel": parallel.cfg_degree > 1
+        and name not in (*PIPELINES, *GUIDED_IN_A_BATCH),
     }
     for flag, asked in refused.items():
         if asked:
