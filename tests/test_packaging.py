@@ -203,6 +203,13 @@ DECLARED = {
     ("xfuser_fastcache.adapters", "pixart"): "diffusers_adapters.pixart:PixArtAdapter",
     ("xfuser_fastcache.adapters", "wan"): "diffusers_adapters.wan:WanAdapter",
     ("xfuser_fastcache.adapters", "wan_vace"): "diffusers_adapters.wan:WanVACEAdapter",
+    ("xfuser_fastcache.adapters", "hunyuan_video"): (
+        "diffusers_adapters.hunyuan_video:HunyuanVideoAdapter"
+    ),
+    ("xfuser_fastcache.adapters", "hunyuan_video15"): (
+        "diffusers_adapters.hunyuan_video15:HunyuanVideo15Adapter"
+    ),
+    ("xfuser_fastcache.adapters", "cogvideox"): "diffusers_adapters.cogvideox:CogVideoXAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

@@ -19,7 +19,7 @@ class Limit:
     Attributes:
         flag: of the layouts that are left out, whatever its value.
         reason: in a sentence.
-        error: what xDiT itself says.
+        error: what xDiT itself says; empty where it says nothing, and draws something else.
     """
 
     flag: str
