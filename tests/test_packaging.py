@@ -206,6 +206,13 @@ DECLARED = {
     ("xfuser_fastcache.adapters", "wan_vace"): "diffusers_adapters.wan:WanVACEAdapter",
     ("xfuser_fastcache.adapters", "qwen_image"): "diffusers_adapters.qwen_image:QwenImageAdapter",
     ("xfuser_fastcache.adapters", "z_image"): "diffusers_adapters.z_image:ZImageAdapter",
+    ("xfuser_fastcache.adapters", "hunyuan_video"): (
+        "diffusers_adapters.hunyuan_video:HunyuanVideoAdapter"
+    ),
+    ("xfuser_fastcache.adapters", "hunyuan_video15"): (
+        "diffusers_adapters.hunyuan_video15:HunyuanVideo15Adapter"
+    ),
+    ("xfuser_fastcache.adapters", "cogvideox"): "diffusers_adapters.cogvideox:CogVideoXAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

@@ -9,18 +9,6 @@ from typing import Any
 from xfuser_fastcache.xdit import cpu_platform
 from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_runner
 
-_PER_SAMPLE = (
-    "prompt_embeds",
-    "prompt_embeds_mask",
-    "pooled_prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_embeds_mask",
-    "negative_pooled_prompt_embeds",
-    "negative_prompt_attention_mask",
-    "image",
-    "mask_image",
-)
 _MODELS = "xfuser.model_executor.models"
 # What its runner calls pipelines that it says itself what they cannot do.
 _RUNNER_MODELS = {
@@ -34,7 +22,10 @@ _RUNNER_MODELS = {
     "QwenImageEditPipeline": ("qwen", "xFuserQwenImageEditModel"),
     "ZImagePipeline": ("z_image", "xFuserZImageModel"),
     "ZImageTurboPipeline": ("z_image", "xFuserZImageTurboModel"),
+    "HunyuanVideoPipeline": ("hunyuan", "xFuserHunyuanvideoModel"),
+    "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
 }
+_TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
@@ -54,6 +45,7 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
         num_inference_steps=call["num_inference_steps"],
         max_sequence_length=call.get("max_sequence_length", 256),
         output_type="latent",
+        task=_TASKS.get(type(pipeline).__name__),
         model="Wan2.1-VACE-1.3B",  # only the runner's VACE asks which one it is
         **xfuser_args,
     )
@@ -74,7 +66,9 @@ def latents_of(output: Any) -> Any:
     """Return what a pipeline has put out, pictures or videos; None on a rank without."""
     if output is None:
         return None
-    return output.frames if hasattr(output, "frames") else output.images
+    found = output.frames if hasattr(output, "frames") else output.images
+    # CogVideoX has a list of nothing there.
+    return found if hasattr(found, "shape") else None
 
 
 def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -85,13 +79,10 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     import torch
     from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
 
-    held = (torch.Tensor, list)
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
     own = {
-        name: value[share]
-        if name in _PER_SAMPLE and isinstance(value, torch.Tensor | list)
-        else value
+        name: value[share] if isinstance(value, torch.Tensor | list) else value
         for name, value in call.items()
     }
     generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]

@@ -29,6 +29,14 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_z_image",
         "xFuserZImageTransformer2DWrapper",
     ),
+    "HunyuanVideoTransformer3DModel": (
+        f"{_MODELS}.transformer_hunyuan_video",
+        "xFuserHunyuanVideoTransformer3DWrapper",
+    ),
+    "HunyuanVideo15Transformer3DModel": (
+        f"{_MODELS}.transformer_hunyuan_video15",
+        "xFuserHunyuanVideo15Transformer3DWrapper",
+    ),
 }
 # Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
 PIPELINES = {
@@ -125,8 +133,8 @@ def _class_of(place: tuple[str, str]) -> Any:
 
 
 def _converted(model: Any, kind: Any) -> nn.Module:
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with init_empty_weights(include_buffers=False):
-        made = kind(**config)
+        # Not by the constructor: HunyuanVideo's is given its attention here.
+        made = kind.from_config(model.config)
     made.load_state_dict(model.state_dict(), assign=True)
     return made.requires_grad_(False).train(model.training)
