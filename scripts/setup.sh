@@ -39,9 +39,9 @@ has_gpu() {
     [[ "$(nvidia-smi -L 2>/dev/null || true)" == *"GPU "* ]]
 }
 
-# Errors only.
+# Errors only. What is imported gets its bytecode then; most of the 15,000 files never are.
 pip_install() {
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile "$@"
 }
 
 wanted=""

@@ -54,7 +54,7 @@ def main() -> None:
         finally:
             remove_cache(pipe.transformer)
 
-    options = {"cache_ratio_threshold": 0.2, "steps_mask": MASK}
+    options = {"cache_ratio_threshold": 0.1, "steps_mask": MASK}
     plain, _ = run(**options)
     audited, statistics = run(**options, shadow_audit=1.0)
     report(

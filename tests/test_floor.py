@@ -1,4 +1,4 @@
-"""Wan, and families that no adapter ships for yet: each is a few lines, on `models/`.
+"""Videos, and families that no adapter ships for yet: each is a few lines, on `models/`.
 
 Tiny models of diffusers with random weights. What a block and a forward pass are given and put out
 is read, and put back to the bit; cached, nothing changes at a threshold of 0, and something at a
@@ -22,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -40,7 +41,7 @@ from xfuser_fastcache.models import block_contract
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract, Table
 from xfuser_fastcache.models.forward_layout import ForwardLayout
-from xfuser_fastcache.models.noise import FlowSigma, NoiseAngle
+from xfuser_fastcache.models.noise import FlowSigma
 from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 from xfuser_fastcache.models.token_layout import TokenCounts, TokenLayout, leading_zeros
 from xfuser_fastcache.plugins import ADAPTERS
@@ -48,24 +49,6 @@ from xfuser_fastcache.tokens.base import run_narrowed
 from xfuser_fastcache.tokens.saliency import Split
 
 # ---- the adapters: what a package would ship ----------------------------------------------------
-
-
-class HunyuanVideoAdapter(ModelAdapter):
-    model_class = "HunyuanVideoTransformer3DModel"
-    embedder = "time_text_embed"
-    block_lists = {
-        "transformer_blocks": BlockContract(attention=("attn",)),
-        "single_transformer_blocks": BlockContract(attention=("attn",)),
-    }
-    noise = FlowSigma(given="timestep")
-
-
-class CogVideoXAdapter(ModelAdapter):
-    model_class = "CogVideoXTransformer3DModel"
-    embedder = "time_embedding"
-    block_lists = {"transformer_blocks": BlockContract(attention=("attn1",))}
-    forward = ForwardLayout(channel_axis=2)
-    noise = NoiseAngle(betas=(0.00085, 0.012), spacing="scaled_linear")
 
 
 class ZImageAdapter(ModelAdapter):
@@ -142,8 +125,7 @@ class Flux2Adapter(ModelAdapter):
 FAMILIES: dict[str, type[ModelAdapter]] = {
     adapter.model_class: adapter
     for adapter in (
-        WanAdapter, HunyuanVideoAdapter, CogVideoXAdapter, ZImageAdapter, QwenImageAdapter,
-        Flux2Adapter,
+        ZImageAdapter, QwenImageAdapter, Flux2Adapter,
     )
 }  # fmt: skip
 
@@ -195,35 +177,57 @@ def wan_call(channels: int = 16, per_token: bool = False) -> dict[str, Any]:
     }
 
 
-def hunyuan() -> tuple[nn.Module, dict[str, Any]]:
+def hunyuan(condition: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     model = HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
         num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1,
         guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+        image_condition_type=condition,
     ).eval()  # fmt: skip
     return model, {
         "hidden_states": random(1, 4, *VIDEO),
         "timestep": torch.tensor([400]),
         "encoder_hidden_states": random(1, 5, 16, seed=1),
-        "encoder_attention_mask": torch.ones(1, 5, dtype=torch.long),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
         "pooled_projections": random(1, 8, seed=2),
         "guidance": torch.tensor([6000.0]),
     }
 
 
-def cogvideox() -> tuple[nn.Module, dict[str, Any]]:
+def hunyuan15() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=3,
+        num_refiner_layers=1, mlp_ratio=2.0, patch_size=2, patch_size_t=1, text_embed_dim=16,
+        text_embed_2_dim=12, image_embed_dim=8, rope_axes_dim=(4, 6, 6),
+    ).eval()  # fmt: skip
+    return model, {
+        "hidden_states": random(1, 9, *VIDEO),
+        "timestep": torch.tensor([400.0]),
+        "encoder_hidden_states": random(1, 5, 16, seed=1),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]]),
+        "encoder_hidden_states_2": random(1, 4, 12, seed=2),
+        "encoder_attention_mask_2": torch.tensor([[1, 1, 0, 0]]),
+        "image_embeds": torch.zeros(1, 2, 8),
+    }
+
+
+def cogvideox(channels: int = 4) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4,
         time_embed_dim=8, text_embed_dim=32, num_layers=3, sample_width=8, sample_height=4,
         sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
     ).eval()  # fmt: skip
     frames, height, width = VIDEO
+    angles = random(TOKENS, 8, seed=3).repeat_interleave(2, dim=1)
     return model, {
-        "hidden_states": random(1, frames, 4, height, width),
+        "hidden_states": random(1, frames, channels, height, width),
         "encoder_hidden_states": random(1, 5, 32, seed=1),
         "timestep": torch.tensor([400]),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
     }
 
 
@@ -284,7 +288,10 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int, int]
     "Wan I2V": (lambda: (wan(in_channels=36), wan_call(36)), TOKENS, 0),
     "Wan TI2V": (lambda: (wan(), wan_call(per_token=True)), TOKENS * 2 // 3, 0),
     "HunyuanVideo": (hunyuan, TOKENS, 0),
+    "HunyuanVideo I2V": (lambda: hunyuan("token_replace"), TOKENS * 2 // 3, 0),
+    "HunyuanVideo-1.5": (hunyuan15, TOKENS, 0),
     "CogVideoX": (cogvideox, TOKENS, 0),
+    "CogVideoX I2V": (lambda: cogvideox(8), TOKENS, 0),
     "Z-Image": (z_image, 24, 8 + 32),  # 24 are padded to 32, and the text to 32 too
     "Qwen-Image": (qwen, 24, 0),
     "Qwen-Image-Edit": (lambda: qwen(edit=True), 24, 6),
@@ -292,9 +299,10 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int, int]
     "FLUX.2, a picture to edit": (lambda: flux2(condition=6), 24, 6),
 }  # fmt: skip
 
-# The others' adapters above state none: their rows of positions are the masked text's too, or go
-# with the batch.
-WITH_TABLES = [name for name in CASES if name.startswith(("Wan", "Qwen", "FLUX"))]
+# Of three frames the first one is given.
+FRAME_GIVEN = ("Wan TI2V", "HunyuanVideo I2V")
+# Z-Image's adapter above states none: its rows of positions are the text's too.
+WITH_TABLES = [name for name in CASES if name != "Z-Image"]
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -336,7 +344,7 @@ def test_blocks_are_read_and_put_back_to_the_bit(name: str) -> None:
     for contract, (block, args, kwargs, output) in zip(seen.contracts, seen.blocks, strict=True):
         streams = contract.read(args, kwargs)
         assert streams.hidden_states.shape[1] == seen.noise
-        assert streams.ahead == (TOKENS - seen.noise if "TI2V" in name else 0)
+        assert streams.ahead == (TOKENS - seen.noise if name in FRAME_GIVEN else 0)
         assert streams.hidden_states.shape[2] == seen.adapter.dim(seen.model)
         assert contract.layout.behind(streams) == seen.behind
         assert equal(contract.pack(contract.unpack(output)), output)
@@ -382,7 +390,7 @@ def test_the_forward_is_read_and_put_back_to_the_bit(name: str) -> None:
     if seen.behind and isinstance(wanted, torch.Tensor):  # what nobody reads is put back as 0
         assert not image[:, seen.noise :].any() and wanted[:, seen.noise :].any()
         image, wanted = image[:, : seen.noise], wanted[:, : seen.noise]
-    if "TI2V" in name:  # of its three frames the first one is given
+    if name in FRAME_GIVEN:
         assert not image[:, :, 0].any() and wanted[:, :, 0].any()
         image, wanted = image[:, :, 1:], wanted[:, :, 1:]
     assert equal(image, wanted)
@@ -403,6 +411,18 @@ def test_latents_of_a_video_are_tokens_whose_channels_are_those_of_a_pixel() -> 
     video = cog.call["hidden_states"]
     read = cog.adapter.forward_contract(cog.model, TokenCounts()).read((), cog.call)
     assert torch.equal(read.hidden_states[0, 8 * 4 + 9], video[0, 1, :, 1, 1])
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("Hunyuan", "Cog"))])
+def test_the_modulated_input_is_what_the_first_attention_is_given(name: str) -> None:
+    seen, given = Seen(name), []
+    block, args, kwargs, _ = seen.blocks[0]
+    attention = next(iter(seen.contracts[0].attention_of(block).values()))
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    block(*args, **kwargs)
+    assert torch.equal(seen.adapter.modulated_input(block, args, kwargs), given[0])
 
 
 def test_a_timestep_a_token_is_that_of_the_noise() -> None:

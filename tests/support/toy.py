@@ -9,10 +9,10 @@ import torch
 from support.worlds import ROOT
 from xfuser_fastcache.xdit import cpu_platform
 
-STEPS = 12
+STEPS = 9
 PROMPTS = ["a large red ring, top left, on dark blue", "a small green square, center, on black"]
 THRESHOLD = 0.8
-MASK = [1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1]
+MASK = [1, 1, 0, 1, 0, 0, 1, 0, 1]
 
 
 def load(**flags: Any) -> Any:

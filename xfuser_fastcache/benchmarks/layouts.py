@@ -63,6 +63,12 @@ EXCLUDED = (
         "FLUX.1 is distilled: its pipeline makes one call a step and has no second branch",
         "CFG parallelism is not supported by the model",
     ),
+    Exclusion(
+        "flux2",
+        CFG,
+        "dev makes one call a step, and klein's two are not shared out: xDiT's runner refuses it",
+        "does not support use_cfg_parallel",
+    ),
     *(
         Exclusion(
             model,

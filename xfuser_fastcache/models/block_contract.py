@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from xfuser_fastcache.models.wrappers import unwrapped
 class Table:
     """An argument of a block with a row a token, in any nesting of tuples.
 
-    Its rows are the image's, or the text's and behind them the image's, alike for the whole batch.
+    Its rows are the image's, or the text's too, alike for the whole batch but for a mask's.
 
     Attributes:
         name: of the parameter.
@@ -31,6 +31,7 @@ class Table:
             `temb` has 4 with a timestep a token, else 3.
         attended: whether it is for the block's attention, as positions are, which may run on all
             tokens where the rest of the block does not.
+        text: where the text's rows stand, if it has any.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Table:
     part: int | None = None
     dims: int | None = None
     attended: bool = True
+    text: Literal["ahead", "behind"] = "ahead"
 
     def narrowed(self, value: Any, tokens: int, behind: int, rows: torch.Tensor) -> Any:
         """Return the table with the chosen of the image's rows, and all others.
@@ -206,12 +208,15 @@ class BlockContract:
         streams = self.read(args, kwargs)
         put(self.hidden, self.layout.together(replace(streams, hidden_states=few))[0])
         if rows is not None:
-            behind = self.layout.behind(streams)
+            rest, text = self.layout.behind(streams), streams.encoder_hidden_states
             for table in self.tables:
                 table = Table(table) if isinstance(table, str) else table
                 if table.attended and not attends_to_few:
                     continue
                 whole = self.argument(table.name, args, kwargs)
+                behind = rest
+                if table.text == "behind" and text is not None:
+                    behind += text.shape[1]
                 put(table.name, table.narrowed(whole, tokens, behind, rows[0]))
         return tuple(positional), named
 

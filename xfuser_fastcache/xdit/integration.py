@@ -349,11 +349,11 @@ def _patch_runner(module: ModuleType) -> None:
     def with_our_methods(validate: Callable[..., None]) -> Callable[..., None]:
         def validate_config(self: Any, config: Any) -> None:
             # Not on the class: some models set it anew for each instance (`_customize_settings`).
-            known = self.settings.step_cache_config or {}
             if config.cache_method in METHODS:
                 # xDiT need not know how to cache the model; where we do not, the cache says so.
                 self.capabilities = replace(self.capabilities, supports_step_caching=True)
             if self.capabilities.supports_step_caching:
+                known = self.settings.step_cache_config or {}
                 self.settings.step_cache_config = {**known, **dict.fromkeys(METHODS)}
             validate(self, config)
 
@@ -381,6 +381,7 @@ PATCHES: dict[str, Patch] = {
     "xfuser.config.args": Patch(_patch_args),
     f"{_PIPELINES}.base_pipeline": Patch(_patch_base_pipeline),
     f"{_PIPELINES}.pipeline_flux": Patch(_patch_pipeline("xFuserFluxPipeline")),
+    f"{_PIPELINES}.pipeline_flux2": Patch(_patch_pipeline("xFuserFlux2PipelineBase")),
     f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
         _patch_pipeline("xFuserStableDiffusion3Pipeline")
     ),

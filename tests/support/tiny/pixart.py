@@ -57,5 +57,7 @@ def tiny_pixart(
 
 MODELS = {
     "pixart": TinyModel(tiny_pixart, "pixart"),
-    "pixart-sigma": TinyModel(partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline), "pixart"),
+    "pixart-sigma": TinyModel(
+        partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline), "pixart", in_ci=("cfg 2",)
+    ),
 }

@@ -55,4 +55,7 @@ def tiny_sd35(
     return tiny_sd3(seed, num_layers, batch, dual_attention_layers=dual, qk_norm="rms_norm")
 
 
-MODELS = {"sd3": TinyModel(tiny_sd3, "sd3"), "sd3.5": TinyModel(tiny_sd35, "sd3")}
+MODELS = {
+    "sd3": TinyModel(tiny_sd3, "sd3"),
+    "sd3.5": TinyModel(tiny_sd35, "sd3", in_ci=("ulysses 2", "pipefusion 2")),
+}

@@ -1,0 +1,195 @@
+"""HunyuanVideo, HunyuanVideo-1.5 and CogVideoX in plain diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.counted import counted_tokens
+from support.tiny import TINY_PIPELINES
+
+from diffusers_adapters.cogvideox import CogVideoXAdapter
+from diffusers_adapters.hunyuan_video import HunyuanVideoAdapter
+from diffusers_adapters.hunyuan_video15 import HunyuanVideo15Adapter
+from xfuser_fastcache import (
+    apply_cache_on_transformer,
+    get_cache_statistics,
+    get_cache_trace,
+    remove_cache,
+)
+from xfuser_fastcache.models.token_layout import TokenCounts
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def made(name: str, **sizes: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
+    """Return a tiny pipeline, and what draws with it, with changed arguments."""
+    pipe, call = TINY_PIPELINES[name](**sizes)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate(**changed: Any) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(1)
+        return pipe(**{**call, "num_inference_steps": STEPS, "generator": noise, **changed}).frames
+
+    return pipe, generate
+
+
+# Tokens of a video, pixels of a latent in one, and how many videos go in one batch.
+SIZES = {"hunyuan-video": (12, 4, 1), "hunyuan-video15": (48, 1, 1), "cogvideox": (48, 4, 2)}
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "spans": {"granularity": 2},
+    "split": {"motion_threshold": 0.3},
+    "dropped": {"motion_threshold": 0.3, "static_kv": "drop"},
+    "merged": {"enable_token_merge": True},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_video_alone_is_measured_and_nothing_changes_at_threshold_0(name: str) -> None:
+    pipe, generate = made(name)
+    control = generate()
+    tokens, pixels, videos = SIZES[name]
+    for way, options in WAYS.items():
+        for threshold in (0.0, 12.0):
+            apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
+            with counted_tokens() as seen:
+                found = generate()
+            statistics = get_cache_statistics(pipe.transformer)
+            remove_cache(pipe.transformer)
+            narrows = way in ("split", "dropped", "merged")  # computed steps too
+            assert torch.equal(found, control) == (threshold == 0 and not narrows), way
+            assert found.isfinite().all(), way
+            assert (statistics["block_approx_ratio"] > 0) == (threshold > 0), way
+            assert (statistics["spatial_approx_ratio"] > 0) == narrows, way
+            assert statistics["recomputed"] == 0, way
+            whole = way in ("default", "data")  # the forward pass is measured by its latents
+            assert seen == {videos * tokens * (pixels if whole else 1)}, way
+    assert torch.equal(generate(), control)
+
+
+OTHERS: dict[str, Any] = {
+    "hunyuan-video": {"size": 48, "real_text": 5},
+    "hunyuan-video15": {"size": 24},
+    "cogvideox": {"size": 48},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_and_lengths_of_text_may_change_in_between(name: str) -> None:
+    pipe, generate = made(name)
+    _, call = TINY_PIPELINES[name](**OTHERS[name])
+    text = {key: value for key, value in call.items() if "prompt" in key}
+    if name == "cogvideox":
+        text = {key: value[:, :5] for key, value in text.items()}
+    sizes = {key: call[key] for key in ("height", "width")}
+    wanted = generate(), generate(**sizes, **text)
+    assert wanted[0].shape != wanted[1].shape
+    for options in ({}, {"forecaster": "damped_taylor", "granularity": 2}):
+        apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0, **options)
+        first, other = generate(), generate(**sizes, **text)
+        assert torch.equal(generate(), first)
+        assert torch.equal(generate(**sizes, **text), other)
+        statistics = get_cache_statistics(pipe.transformer)
+        assert (statistics["generations"], statistics["recomputed"]) == (4, 0)
+        remove_cache(pipe.transformer)
+        assert not torch.equal(first, wanted[0]) and not torch.equal(other, wanted[1])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_budget_is_exact(name: str) -> None:
+    pipe, generate = made(name)
+    apply_cache_on_transformer(pipe.transformer, computed_steps=4)
+    generate()
+    computed = {
+        (row["branch"], row["step"])
+        for row in get_cache_trace(pipe.transformer)
+        if row["decision"] != "skipped"
+    }
+    branches = 2 if name == "hunyuan-video15" else 1
+    assert len(computed) == 4 * branches
+
+
+def test_padded_text_is_seen_by_nobody_on_few_tokens_either() -> None:
+    """The mask has a column a token: those of the video that run, then the text's."""
+    found = []
+    for padding in (0.0, 1e3):
+        pipe, generate = made("hunyuan-video", real_text=5)
+        _, call = TINY_PIPELINES["hunyuan-video"](real_text=5)
+        text = call["prompt_embeds"].clone()
+        text[:, 5:] = padding
+        apply_cache_on_transformer(
+            pipe.transformer, enable_token_merge=True, cache_ratio_threshold=0.0
+        )
+        found.append(generate(prompt_embeds=text))
+        assert get_cache_statistics(pipe.transformer)["spatial_approx_ratio"] > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_of_65_channels_the_first_32_are_measured() -> None:
+    config = SimpleNamespace(in_channels=65, out_channels=32, patch_size=1, patch_size_t=1)
+    model = SimpleNamespace(config=config)
+    counts = TokenCounts(
+        lambda args, kwargs: HunyuanVideo15Adapter.image_tokens(model, args, kwargs)
+    )
+    forward = HunyuanVideo15Adapter.forward_contract(model, counts)
+    noise = torch.randn(1, 32, 3, 4, 4)
+    for given in (1.0, float("nan")):
+        video = torch.cat((noise, torch.full((1, 33, 3, 4, 4), given)), dim=1)
+        counts.open((), {"hidden_states": video})
+        assert counts.image == range(48)
+        read = forward.read((), {"hidden_states": video}).hidden_states
+        assert torch.equal(read, noise.movedim(1, -1).flatten(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "config", "first"),
+    [
+        (HunyuanVideoAdapter, {"image_condition_type": None}, 733.226126),
+        (HunyuanVideoAdapter, {"image_condition_type": "token_replace"}, None),
+        (CogVideoXAdapter, {"num_attention_heads": 30}, -31.0658903),
+        (CogVideoXAdapter, {}, -1538.80483),
+        (CogVideoXAdapter, {"in_channels": 32}, -1538.80483),
+        (CogVideoXAdapter, {"patch_size_t": 2}, 250.210439),
+        (CogVideoXAdapter, {"patch_size_t": 2, "in_channels": 32}, 122.842302),
+        (CogVideoXAdapter, {"num_attention_heads": 2}, None),
+    ],
+)
+def test_published_polynomials_are_for_their_models(
+    adapter: Any, config: dict[str, Any], first: float | None
+) -> None:
+    sizes = {
+        "num_attention_heads": 48,
+        "attention_head_dim": 64,
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size_t": None,
+    }
+    model = SimpleNamespace(config=SimpleNamespace(**{**sizes, **config}))
+    found = adapter.tea_polynomial_of(model)
+    assert found is None if first is None else found[0] == first and len(found) == 5
+
+
+def test_tea_measures_cogvideox_s_timestep_embedding() -> None:
+    pipe, generate = made("cogvideox")
+    apply_cache_on_transformer(pipe.transformer, use_cache="Tea", cache_ratio_threshold=0.3)
+    generate()
+    judged = {row["step"]: row["statistic"] for row in get_cache_trace(pipe.transformer)}
+    remove_cache(pipe.transformer)
+    seen: list[torch.Tensor] = []
+    handle = pipe.transformer.time_embedding.register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
+    generate()
+    handle.remove()
+    change = (seen[1] - seen[0]).abs().sum() / seen[0].abs().sum()
+    assert judged[1] == pytest.approx(float(change), rel=1e-5)
