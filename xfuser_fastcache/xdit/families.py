@@ -78,7 +78,11 @@ FAMILIES = (
         example=Example("black-forest-labs/FLUX.1-dev", (16, 128, 128), 4, 3072),
     ),
     Family(
-        "FLUX.2 dev, klein", ("flux.2-",), ("Flux2Pipeline", "Flux2KleinPipeline"), why_not=_NOT_YET
+        "FLUX.2 dev, klein",
+        ("flux.2-",),
+        ("Flux2Pipeline", "Flux2KleinPipeline"),
+        adapter="flux2",
+        example=Example("black-forest-labs/FLUX.2-dev", (32, 128, 128), 4, 6144),
     ),
     Family(
         "Stable Diffusion 3, 3.5",
@@ -105,11 +109,38 @@ FAMILIES = (
         adapter="wan_vace",
         example=Example("Wan-AI/Wan2.1-VACE-14B-diffusers", (16, 21, 90, 160), 4, 5120),
     ),
-    Family("HunyuanVideo", ("hunyuanvideo",), why_not=_NOT_YET),
-    Family("HunyuanVideo-1.5", ("hunyuanvideo-1.5",), why_not=_NOT_YET),
-    Family("CogVideoX", pipelines=("CogVideoXPipeline",), why_not=_NOT_YET),
-    Family("Qwen-Image, Qwen-Image-Edit", ("qwen-image",), why_not=_NOT_YET),
-    Family("Z-Image, Z-Image-Turbo", ("z-image",), why_not=_NOT_YET),
+    Family(
+        "HunyuanVideo",
+        ("hunyuanvideo",),
+        adapter="hunyuan_video",
+        example=Example("hunyuanvideo-community/HunyuanVideo", (16, 33, 90, 160), 4, 3072),
+    ),
+    Family(
+        "HunyuanVideo-1.5",
+        ("hunyuanvideo-1.5",),
+        adapter="hunyuan_video15",
+        example=Example(
+            "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", (32, 31, 45, 80), 1, 2048
+        ),
+    ),
+    Family(
+        "CogVideoX",
+        pipelines=("CogVideoXPipeline",),
+        adapter="cogvideox",
+        example=Example("THUDM/CogVideoX-5b", (16, 13, 60, 90), 4, 3072),
+    ),
+    Family(
+        "Qwen-Image, Qwen-Image-Edit",
+        ("qwen-image",),
+        adapter="qwen_image",
+        example=Example("Qwen/Qwen-Image", (16, 166, 166), 4, 3072),
+    ),
+    Family(
+        "Z-Image, Z-Image-Turbo",
+        ("z-image",),
+        adapter="z_image",
+        example=Example("Tongyi-MAI/Z-Image", (16, 128, 128), 4, 3840),
+    ),
     Family("Krea-2", ("krea-2",), why_not=f"{_NOT_YET}; xfuser needs diffusers from source"),
     Family("Lumina-Image 2.0", ("lumina",), ("Lumina2Pipeline",), why_not=_NOT_YET),
     Family(
