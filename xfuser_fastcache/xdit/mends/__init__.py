@@ -305,9 +305,9 @@ MENDS = (
     ),
     Mend(
         "Z-Image: sizes in a checkpoint's config are dropped, the default ones are taken",
-        z_image_mends.MODULE,
-        z_image_mends.INIT,
+        z_image.MODULE,
+        z_image.INIT,
         lambda source: "**kwargs" in source,
-        z_image_mends.name_sizes,
+        z_image.name_sizes,
     ),
 )
