@@ -123,3 +123,12 @@ def test_what_a_condition_holds_is_never_measured(
     noise = given[:, : 44 if image is None else image.stop].clone()
     given[:, noise.shape[1] :] = float("nan")
     assert torch.equal(contract.image_of(given), noise)
+
+
+def test_a_mask_of_text_and_image_is_narrowed_with_the_tokens() -> None:
+    """As diffusers 0.37 and xfuser hand it to each block, beside other things."""
+    contract = QwenImageAdapter.block_lists["transformer_blocks"]
+    (table,) = (t for t in contract.tables if t.name == "joint_attention_kwargs")
+    given = {"attention_mask": torch.arange(9)[None], "scale": 0.5}
+    found = table.narrowed(given, tokens=6, behind=2, rows=torch.tensor([1, 4]))
+    assert found["attention_mask"].tolist() == [[0, 2, 5, 7, 8]] and found["scale"] == 0.5
