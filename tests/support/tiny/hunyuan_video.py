@@ -93,7 +93,7 @@ def tiny_hunyuan_video15(
     ).eval()
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=4,
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=(16, 16, 16, 16),
         layers_per_block=1,
         spatial_compression_ratio=8,
         temporal_compression_ratio=4,
