@@ -69,10 +69,13 @@ setup(
         ],
         "xfuser_fastcache.adapters": [
             "flux = diffusers_adapters.flux:FluxAdapter",
+            "flux2 = diffusers_adapters.flux2:Flux2Adapter",
             "sd3 = diffusers_adapters.sd3:SD3Adapter",
             "pixart = diffusers_adapters.pixart:PixArtAdapter",
             "wan = diffusers_adapters.wan:WanAdapter",
             "wan_vace = diffusers_adapters.wan:WanVACEAdapter",
+            "qwen_image = diffusers_adapters.qwen_image:QwenImageAdapter",
+            "z_image = diffusers_adapters.z_image:ZImageAdapter",
             "hunyuan_video = diffusers_adapters.hunyuan_video:HunyuanVideoAdapter",
             "hunyuan_video15 = diffusers_adapters.hunyuan_video15:HunyuanVideo15Adapter",
             "cogvideox = diffusers_adapters.cogvideox:CogVideoXAdapter",

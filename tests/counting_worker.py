@@ -18,10 +18,11 @@ import torch.distributed as dist  # noqa: E402
 from support.counted import counted_tokens  # noqa: E402
 from support.tiny import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
-from support.xdit_runs import as_the_runner_does, latents_of, own_share, wrap  # noqa: E402
+from support.xdit_runs import latents_of, own_share, wrap  # noqa: E402
 
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
+from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it  # noqa: E402
 
 STEPS = 6
 WAYS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def cases(
         ).create_config()
         cpu_platform.prepare_engine_config(engine_config, pipe)
         pipe.set_progress_bar_config(disable=True)
-        pipe = as_the_runner_does(pipe, engine_config, call)
+        pipe = as_the_runner_has_it(pipe, engine_config)
     else:
         pipe, _ = wrap(pipe, call, warmup_steps=1, **flags)
     found: dict[str, Any] = {}

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny.flux2 import tiny_flux2, tiny_klein
 from support.worlds import ROOT, WorldFailed, launch, run_world
 
-from xfuser_fastcache.xdit import mends
+from xfuser_fastcache.xdit import flux_mends, mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+from xfuser_fastcache.xdit.qwen_mends import real_keys
 
 PIPEFUSION, ULYSSES = ("--pipefusion_parallel_degree", "2"), ("--ulysses_degree", "2")
 # Text that two ranks cannot share.
@@ -34,7 +36,8 @@ def assert_close(got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, dict[str, Any]]:
-    printed = launch("xdit_control.py", 1, "--model", "flux", "sd3", "sd3.5", timeout_s=120)
+    models = ("flux", "flux2", "sd3", "sd3.5")
+    printed = launch("xdit_control.py", 1, "--model", *models, timeout_s=120)
     return {line["model"]: line for line in lines(printed)}
 
 
@@ -72,6 +75,109 @@ def test_sd3_under_pipefusion_crashes_unmended_and_equals_one_rank_mended(
     synchronous, stale = lines(launch(mended, 2, *arguments, "3", "1", timeout_s=120))
     assert_close(synchronous, one_rank["sd3"])
     assert stale["norm"] == pytest.approx(one_rank["sd3"]["norm"], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_flux2_under_pipefusion_crashes_unmended_in_steps_that_are_not_synchronous() -> None:
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, "--model", "flux2", *PIPEFUSION, timeout_s=120)
+    assert "The expanded size of the tensor" in failed.value.output
+
+
+@pytest.mark.gloo
+def test_flux2_under_pipefusion_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path
+) -> None:
+    """In synchronous steps; then two of three are asynchronous, which crash unmended."""
+    arguments = ("--model", "flux2", *PIPEFUSION, "--warmup_steps", "3", "1")
+    synchronous, stale = lines(launch(mended, 2, *arguments, timeout_s=120))
+    assert_close(synchronous, one_rank["flux2"])
+    assert stale["norm"] == pytest.approx(one_rank["flux2"]["norm"], rel=1e-2)
+    assert stale["norm"] != pytest.approx(one_rank["flux2"]["norm"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize("patches", ["1", "2"])
+def test_flux2_under_pipefusion_and_ulysses_equals_one_rank_mended(
+    one_rank: dict[str, dict[str, Any]], mended: Path, patches: str
+) -> None:
+    """With one patch all ranks' text counted unmended."""
+    arguments = ("--model", "flux2", *PIPEFUSION, *ULYSSES, "--num_pipeline_patch", patches)
+    arguments += ("--warmup_steps", "3")
+    (unmended,) = lines(launch("xdit_control.py", 4, *arguments, timeout_s=200))
+    differs = unmended["norm"] != pytest.approx(one_rank["flux2"]["norm"], rel=1e-6)
+    assert differs == (patches == "1")
+    (output,) = lines(launch(mended, 4, *arguments, timeout_s=200))
+    assert_close(output, one_rank["flux2"])
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "flags", [("--size", "112"), pytest.param(ODD_TEXT, marks=pytest.mark.slow)], ids=lambda f: f[0]
+)
+def test_flux_by_the_runner_equals_one_rank_where_tokens_or_text_do_not_divide(
+    mended: Path, flags: tuple[str, ...]
+) -> None:
+    """49 tokens, and 32 of a picture; text of 7 tokens, which only FLUX.1 can hold whole."""
+    models = ("flux-kontext", "flux2") if flags is not ODD_TEXT else ("flux-kontext",)
+    one = {
+        line["model"]: line
+        for line in lines(launch("xdit_control.py", 1, "--model", *models, *flags))
+    }
+    found = lines(launch(mended, 2, "--model", *models, *flags, *ULYSSES))
+    assert len(found) == 2 * len(models)
+    for line in found:
+        assert_close(line, one[line["model"]])
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_flux_by_the_runner_unmended() -> None:
+    odd = ("--size", "112", *ULYSSES)
+    with pytest.raises(WorldFailed, match="no attribute '_pad_to_sp_divisible'"):
+        launch("xdit_control.py", 2, "--model", "flux-kontext", *odd, timeout_s=120)
+    for model, flags in (("flux2", odd), ("flux-kontext", (*ULYSSES, *ODD_TEXT))):
+        alone = ("--model", model, *(flag for flag in flags if flag not in ULYSSES))
+        (one,) = lines(launch("xdit_control.py", 1, *alone))
+        for line in lines(launch("xdit_control.py", 2, "--model", model, *flags)):
+            assert line["norm"] != pytest.approx(one["norm"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_klein_under_pipefusion_equals_one_rank_and_what_it_drops_is_refused(
+    mended: Path,
+) -> None:
+    arguments = (*PIPEFUSION, "--warmup_steps", "3")
+    unguided = ("--model", "klein", "--guidance_scale", "1")
+    (one,) = lines(launch("xdit_control.py", 1, *unguided, timeout_s=120))
+    (output,) = lines(launch(mended, 2, *unguided, *arguments, timeout_s=120))
+    # One rank undoes the normalisation of its VAE, whose variance here is 1.0001, and unpacks.
+    assert output["norm"] * 1.0001**0.5 == pytest.approx(one["norm"], rel=1e-6)
+    for model, dropped in (("klein", "guidance_scale"), ("flux2-edit", "image")):
+        with pytest.raises(WorldFailed, match=f"drops {dropped} in this layout"):
+            launch(mended, 2, "--model", model, *arguments, timeout_s=120)
+
+
+def test_klein_s_prompt_is_read_from_klein_s_own_layers() -> None:
+    """Of the pipeline that is inside; what is given stands."""
+    read = []
+
+    class Recorded:
+        def __call__(self, text_encoder_out_layers: tuple[int, ...] = (10, 20, 30)) -> None:
+            read.append(text_encoder_out_layers)
+
+    module = types.ModuleType("recorded")
+    module.xFuserFlux2PipelineBase = Recorded
+    flux_mends.read_own_layers(module)
+    for inside in (tiny_klein(), tiny_flux2()):
+        pipe = Recorded()
+        pipe.module = inside[0]
+        pipe()
+    pipe(text_encoder_out_layers=(1,))
+    assert read == [(9, 18, 27), (10, 20, 30), (1,)]
 
 
 @pytest.mark.gloo
@@ -180,14 +286,16 @@ def test_text_of_another_length_than_before_equals_one_rank_mended(
     arguments = (*PIPEFUSION, "--warmup_steps", "3", "--text_before", "5")
     with pytest.raises(WorldFailed):
         launch("xdit_control.py", 2, "--model", "flux", *arguments, timeout_s=120)
-    for output in lines(launch(mended, 2, "--model", "flux", "sd3", *arguments, timeout_s=120)):
+    models = ("flux", "flux2", "sd3")
+    for output in lines(launch(mended, 2, "--model", *models, *arguments, timeout_s=120)):
         assert_close(output, one_rank[output["model"]])
 
 
 @pytest.mark.gloo
-def test_wan_attends_to_padding_unmended_and_equals_one_rank_mended(mended: Path) -> None:
-    """27 tokens on two ranks. Under ring attention the padding stays; docs/limits.md says so."""
-    arguments = ("--model", "wan", "wan-vace", "--size", "48")
+def test_padding_is_attended_to_unmended_and_one_rank_is_equalled_mended(mended: Path) -> None:
+    """27 tokens, or 9 with 5 of text, on two ranks. Under ring attention the padding stays."""
+    models = ("wan", "wan-vace", "qwen")
+    arguments = ("--model", *models, "--size", "48", "--text_tokens", "5")
     one = {line["model"]: line for line in lines(launch("xdit_control.py", 1, *arguments))}
     for script, flags, wrong in (
         ("xdit_control.py", ULYSSES, True),
@@ -195,12 +303,49 @@ def test_wan_attends_to_padding_unmended_and_equals_one_rank_mended(mended: Path
         (mended, ("--ring_degree", "2"), True),
     ):
         found = lines(launch(script, 2, *arguments, *flags))
-        assert len(found) == 4
+        assert len(found) == 2 * len(models)
         for line in found:
             if wrong:
                 assert line["norm"] != pytest.approx(one[line["model"]]["norm"], rel=1e-5)
             else:
                 assert_close(line, one[line["model"]])
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("model", "flags", "error"),
+    [
+        ("qwen-edit-2511", ULYSSES, "The size of tensor a (12) must match the size of tensor b"),
+        ("z-image", (), "unexpected keyword argument 'joint_attention_kwargs'"),
+    ],
+)
+def test_what_crashes_unmended_equals_one_rank_mended(
+    mended: Path, model: str, flags: tuple[str, ...], error: str
+) -> None:
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, "--model", model, *(flags or ("--use_cfg_parallel",)))
+    assert error in failed.value.output
+    (one,) = lines(launch(mended, 1, "--model", model))
+    for flag in ("--ulysses_degree", "--ring_degree"):
+        for line in lines(launch(mended, 2, "--model", model, flag, "2")):
+            assert_close(line, one)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text", "image", "padded"),
+    [(2, 8, 16, []), (2, 7, 16, [7 + 8]), (2, 7, 15, [15, 23]), (4, 5, 8, [9, 12, 13])],
+)
+def test_real_keys_are_those_of_tokens_wherever_their_rank_stands(
+    ranks: int, text: int, image: int, padded: list[int]
+) -> None:
+    """Ranks give their text and behind it their image; padding may reach over several ranks."""
+    pieces = -(-text // ranks), -(-image // ranks)
+    found = real_keys(ranks, text, image)
+    if not padded:
+        assert found is None
+        return
+    assert sorted({*range(ranks * sum(pieces))} - {*(found or ())}) == padded
 
 
 class MendedJoint:
@@ -227,6 +372,38 @@ class MendedFlux:
         self.usp(uses_pipeline_parallelism)
 
 
+class MendedFlux1:
+    """How xfuser could mend its FLUX.1 transformer itself."""
+
+    def _pad_to_sp_divisible(self, tensor: Any) -> Any:
+        return tensor
+
+    def forward(self, hidden_states: Any, padding_length: int) -> None:
+        self._pad_to_sp_divisible(hidden_states)
+        self.attention_kwargs["valid_kv_len"] = hidden_states.shape[1] - padding_length
+
+
+class MendedFlux2:
+    """How xfuser could mend its FLUX.2 attention itself."""
+
+    def __call__(self, get_runtime_state: Any, attn: Any) -> None:
+        state = get_runtime_state()
+        self.update_and_get_kv_cache(layer=attn)
+        if state.num_pipeline_patch > 1 or not state.split_text_embed_in_sp:
+            self.usp(attn_layer=None if self.distri_cache_updated else attn)
+
+
+class MendedFlux2Pipeline:
+    """How xfuser could mend its FLUX.2 pipelines themselves."""
+
+    def __call__(self, image: Any = None, text_encoder_out_layers: Any = None) -> None:
+        self.prepare_image_latents(image)
+
+    def _sync_pipeline(self, state: Any, group: Any) -> None:
+        state._reset_recv_buffer()
+        group.pipeline_recv()
+
+
 class MendedPipeline:
     """How xfuser could mend its pipelines themselves."""
 
@@ -237,6 +414,20 @@ class MendedPipeline:
         if prompt_embeds.shape != self.shape:
             state._reset_recv_buffer()
         group.pipeline_recv()
+
+
+class MendedQwen:
+    """How xfuser could mend its Qwen-Image itself."""
+
+    def forward(self, hidden_states: Any, pad_amount: int, modulate_index: Any, chunk: Any) -> None:
+        modulate_index = chunk(modulate_index)
+        self.attention_kwargs["valid_kv_len"] = modulate_index, pad_amount
+
+
+class MendedZImage:
+    """How xfuser could mend its Z-Image itself."""
+
+    def forward(self, x: Any, joint_attention_kwargs: Any = None) -> None: ...
 
 
 class MendedWan:
@@ -251,10 +442,17 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module = types.ModuleType("mended")
     module.xFuserJointAttnProcessor2_0 = MendedJoint
     module.xFuserFluxAttnProcessor = MendedFlux
+    module.xFuserFlux1Transformer2DWrapper = MendedFlux1
+    module.xFuserFlux2Transformer2DWrapper = MendedFlux1
+    module.xFuserFlux2AttnProcessor = MendedFlux2
+    module.xFuserFlux2ParallelSelfAttnProcessor = MendedFlux2
+    module.xFuserFlux2PipelineBase = MendedFlux2Pipeline
     module.xFuserStableDiffusion3Pipeline = MendedPipeline
     module.xFuserFluxPipeline = MendedPipeline
     module.xFuserWanTransformer3DWrapper = MendedWan
     module.xFuserWanVACETransformer3DWrapper = MendedWan
+    module.xFuserQwenImageTransformerWrapper = MendedQwen
+    module.xFuserZImageTransformer2DWrapper = MendedZImage
     assert not mend.is_needed(module)
 
 

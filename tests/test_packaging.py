@@ -199,10 +199,13 @@ DECLARED = {
     ("console_scripts", "fastcache"): "xfuser_fastcache.cli:main",
     ("console_scripts", "xdit-fastcache"): "xfuser_fastcache.xdit.runner:launch",
     ("xfuser_fastcache.adapters", "flux"): "diffusers_adapters.flux:FluxAdapter",
+    ("xfuser_fastcache.adapters", "flux2"): "diffusers_adapters.flux2:Flux2Adapter",
     ("xfuser_fastcache.adapters", "sd3"): "diffusers_adapters.sd3:SD3Adapter",
     ("xfuser_fastcache.adapters", "pixart"): "diffusers_adapters.pixart:PixArtAdapter",
     ("xfuser_fastcache.adapters", "wan"): "diffusers_adapters.wan:WanAdapter",
     ("xfuser_fastcache.adapters", "wan_vace"): "diffusers_adapters.wan:WanVACEAdapter",
+    ("xfuser_fastcache.adapters", "qwen_image"): "diffusers_adapters.qwen_image:QwenImageAdapter",
+    ("xfuser_fastcache.adapters", "z_image"): "diffusers_adapters.z_image:ZImageAdapter",
     ("xfuser_fastcache.adapters", "hunyuan_video"): (
         "diffusers_adapters.hunyuan_video:HunyuanVideoAdapter"
     ),

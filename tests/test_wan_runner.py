@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import textwrap
 from functools import partial
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 import schedule_worker
 from PIL import Image
+from support.served import Served
 from support.tiny.wan import tiny_wan, tiny_wan_i2v, tiny_wan_vae
-from support.worlds import ROOT, launch, run_world
+from support.worlds import ROOT, launch, python, run_world
 from transformers import AutoTokenizer, T5EncoderModel
 
 from xfuser_fastcache.xdit.runner_classes import refuse
@@ -103,7 +106,8 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
             import torch
-            from support.tiny.wan import tiny_wan
+            from support.served import Served
+from support.tiny.wan import tiny_wan
             from support.worlds import report
             from xfuser_fastcache.xdit import cpu_platform
             cpu_platform.enable_cpu_platform()
@@ -133,3 +137,40 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
     parallel.pp_degree = 2
     with pytest.raises(ValueError, match="does not support pipefusion_parallel_degree"):
         refuse(tiny_wan_i2v()[0], parallel)
+
+
+@pytest.mark.gloo
+def test_both_experts_are_drawn_cached_and_reported_by_generate(hub: Path, tmp_path: Path) -> None:
+    model = hub / "Wan-AI" / "Wan2.2-T2V-A14B-Diffusers"
+    done = python(
+        "-m", "xfuser_fastcache.cli", "generate", "--model", model,
+        "--prompt", "ring", "--height", "32", "--width", "32", "--num_frames", "5",
+        "--num_inference_steps", "8", "--use_cache", "Fast", "--baseline", "--cache_config",
+        '{"cache_ratio_threshold": 12.0}', "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    both = (report["statistics"], report["statistics_transformer_2"])
+    assert sum(one["steps"] for one in both) == 8
+    assert all(0 < one["block_approx_ratio"] < 1 for one in both)
+    assert report["decisions_digest"]["0"].split() == [one["decisions_digest"] for one in both]
+    assert "hit ratio_transformer_2" in done.stdout
+    with Image.open(tmp_path / "cached_0.webp") as moving:
+        assert (moving.n_frames, moving.size) == (5, (32, 32))
+
+
+@pytest.mark.gloo
+def test_a_service_answers_with_a_moving_picture(hub: Path) -> None:
+    service = Served(
+        1, "--model", str(hub / "Wan-AI" / "Wan2.1-T2V-14B-Diffusers"), "--height", "32", "--width",
+        "32", "--num_frames", "5", "--num_inference_steps", "6", "--use_cache", "Fast",
+        "--cache_config", '{"cache_ratio_threshold": 12.0}',
+    )  # fmt: skip
+    try:
+        answer = service.client.post("/generate", json={"prompt": "ring", "seed": 3}).json()
+        other = service.client.post("/generate", json={"prompt": "ring", "seed": 3}).json()
+    finally:
+        service.end()
+    assert answer["image"] == other["image"] and 0 < answer["statistics"]["block_approx_ratio"] < 1
+    with Image.open(io.BytesIO(base64.b64decode(answer["image"]))) as moving:
+        assert (moving.format, moving.n_frames, moving.size) == ("PNG", 5, (32, 32))

@@ -27,6 +27,9 @@ from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 def cut_text(call: dict[str, Any], tokens: int) -> None:
     """Leave only the first `tokens` of the text."""
     for name in ("prompt_embeds", "negative_prompt_embeds"):
+        mask = f"{name}_mask"
+        if mask in call:
+            call[mask] = call[mask][:, :tokens]
         if name in call:
             call[name] = call[name][:, :tokens]
     if "max_sequence_length" in call:
@@ -51,6 +54,8 @@ def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict
     size = {} if options.size is None else {"size": options.size}
     pipeline, call = TINY_PIPELINES[model](batch=options.batch, **size)
     call["num_inference_steps"] = options.num_inference_steps
+    if options.guidance_scale is not None:
+        call["guidance_scale"] = options.guidance_scale
     before = dict(call)
     if options.text_before is not None:
         cut_text(before, options.text_before)
@@ -86,11 +91,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["flux"], help="names in TINY_PIPELINES")
     parser.add_argument("--warmup_steps", nargs="+", type=int, default=[1], help="PipeFusion's")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, help="Wan: pixels of a side")
+    parser.add_argument("--size", type=int, help="Wan and FLUX: pixels of a side")
     parser.add_argument("--repeat", type=int, default=1, help="generations of each pipeline")
     parser.add_argument("--num_inference_steps", type=int, default=3)
     parser.add_argument("--text_tokens", type=int, help="FLUX and SD3: fewer than 8")
     parser.add_argument("--text_before", type=int, help="as many in a generation before")
+    parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--prepare_run", action="store_true", help="xfuser's warm-up run (FLUX)")
     parser.add_argument("--ulysses_degree", type=int, default=1)
     parser.add_argument("--ring_degree", type=int, default=1)

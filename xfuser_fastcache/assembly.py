@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -122,17 +123,18 @@ def adapter_of(model: nn.Module) -> type[ModelAdapter]:
     """Return the registered adapter of a diffusers transformer.
 
     Raises:
-        ValueError: no adapter supports it; the message lists the supported ones.
+        ValueError: no adapter supports it; the message names the nearest of the supported ones.
     """
     known = loaded(ADAPTERS)
     for adapter in known.values():
         if adapter.supports(model):
             return adapter
-    names = sorted({adapter.model_class for adapter in known.values()})
+    name, names = type(model).__name__, sorted({a.model_class for a in known.values()})
+    nearest = get_close_matches(name, names, n=3) or names
     raise ValueError(
-        f"{type(model).__name__} is not supported by the cache; supported: {', '.join(names)}. "
-        "Pass the pipeline's transformer (pipe.transformer), or register an adapter for the model "
-        f"(entry point group {ADAPTERS!r})."
+        f"{name} is not supported by the cache; nearest to it are {', '.join(nearest)}, and "
+        "`fastcache models` lists all. Pass the pipeline's transformer (pipe.transformer), or add "
+        f"an adapter for the model (entry point group {ADAPTERS!r}): docs/extending.md."
     )
 
 

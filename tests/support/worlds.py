@@ -30,6 +30,8 @@ IMPORTED = (
     "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "diffusers.pipelines.wan",
+    "diffusers.pipelines.qwenimage",
+    "diffusers.pipelines.z_image",
 )
 _SERVER = multiprocessing.get_context("forkserver")
 _FORK = multiprocessing.get_context("fork")

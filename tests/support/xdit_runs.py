@@ -12,11 +12,18 @@ from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_run
 _MODELS = "xfuser.model_executor.models"
 # What its runner calls pipelines that it says itself what they cannot do.
 _RUNNER_MODELS = {
-    "WanPipeline": "wan.xFuserWan21T2VModel",
-    "WanImageToVideoPipeline": "wan.xFuserWan21I2VModel",
-    "WanVACEPipeline": "wan.xFuserWan21VACEModel",
-    "HunyuanVideoPipeline": "hunyuan.xFuserHunyuanvideoModel",
-    "HunyuanVideo15Pipeline": "hunyuan.xFuserHunyuanvideo15Model",
+    "WanPipeline": ("wan", "xFuserWan21T2VModel"),
+    "WanImageToVideoPipeline": ("wan", "xFuserWan21I2VModel"),
+    "WanVACEPipeline": ("wan", "xFuserWan21VACEModel"),
+    "FluxKontextPipeline": ("flux", "xFuserFluxKontextModel"),
+    "Flux2Pipeline": ("flux", "xFuserFlux2Model"),
+    "Flux2KleinPipeline": ("flux", "xFuserFlux2Klein4BModel"),
+    "QwenImagePipeline": ("qwen", "xFuserQwenImageModel"),
+    "QwenImageEditPipeline": ("qwen", "xFuserQwenImageEditModel"),
+    "ZImagePipeline": ("z_image", "xFuserZImageModel"),
+    "ZImageTurboPipeline": ("z_image", "xFuserZImageTurboModel"),
+    "HunyuanVideoPipeline": ("hunyuan", "xFuserHunyuanvideoModel"),
+    "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
 }
 _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
 
@@ -24,7 +31,7 @@ _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
     """Build the configs from ``xFuserArgs`` fields and put xfuser's class around the pipeline.
 
-    A pipeline that xfuser has no class for is run as its runner would; see `as_the_runner_does`.
+    A pipeline that xfuser has no class for there is run as its runner would.
 
     Returns:
         The wrapped pipeline and xfuser's ``InputConfig``.
@@ -45,45 +52,14 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     engine_config, input_config = arguments.create_config()
     cpu_platform.prepare_engine_config(engine_config, pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    runner_model = _RUNNER_MODELS.get(type(pipeline).__name__)
-    if runner_model is not None:
-        module, name = runner_model.split(".")
+    if type(pipeline).__name__ in _RUNNER_MODELS:
+        module, runner_model = _RUNNER_MODELS[type(pipeline).__name__]
         runner_models = importlib.import_module(f"{_MODELS}.runner_models.{module}")
-        getattr(runner_models, name)(arguments)
-    try:
-        wrapper_class = xFuserPipelineWrapperRegister.get_class(pipeline)
-    except ValueError:
-        if engine_config.parallel_config.pp_config.pp_degree > 1:
-            raise
-        return as_the_runner_does(pipeline, engine_config, call), input_config
-    return wrapper_class(pipeline, engine_config), input_config
-
-
-def as_the_runner_does(pipeline: Any, engine_config: Any, call: dict[str, Any]) -> Any:
-    """Give a pipeline the transformers of xfuser's runner, which cut latents by themselves.
-
-    The pipeline stays diffusers' own, and every rank is given all latents.
-    """
-    if is_of_runner(pipeline):
-        return as_the_runner_has_it(pipeline, engine_config)
-    from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
-    from xfuser.model_executor.models.transformers.transformer_flux import (
-        xFuserFlux1Transformer2DWrapper,
-    )
-
-    transformer = xFuserFlux1Transformer2DWrapper(
-        **{k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
-    ).eval()
-    transformer.load_state_dict(pipeline.transformer.state_dict())
-    pipeline.transformer = transformer
-    initialize_runtime_state(pipeline, engine_config)
-    get_runtime_state().set_input_parameters(
-        batch_size=call["prompt_embeds"].shape[0],
-        num_inference_steps=call["num_inference_steps"],
-        max_condition_sequence_length=call["max_sequence_length"],
-        split_text_embed_in_sp=True,
-    )
-    return pipeline
+        getattr(runner_models, runner_model)(arguments)
+    parallel = engine_config.parallel_config
+    if parallel.pp_degree == 1 and is_of_runner(pipeline, parallel):
+        return as_the_runner_has_it(pipeline, engine_config), input_config
+    return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config), input_config
 
 
 def latents_of(output: Any) -> Any:
@@ -106,7 +82,7 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
     own = {
-        name: value[share] if isinstance(value, torch.Tensor) else value
+        name: value[share] if isinstance(value, torch.Tensor | list) else value
         for name, value in call.items()
     }
     generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]

@@ -63,6 +63,12 @@ EXCLUDED = (
         "FLUX.1 is distilled: its pipeline makes one call a step and has no second branch",
         "CFG parallelism is not supported by the model",
     ),
+    Exclusion(
+        "flux2",
+        CFG,
+        "dev makes one call a step, and klein's two are not shared out: xDiT's runner refuses it",
+        "does not support use_cfg_parallel",
+    ),
     *(
         Exclusion(
             model,
@@ -74,6 +80,14 @@ EXCLUDED = (
         for flag, reason in (
             (f"{PIPEFUSION}=2", "xDiT's runner takes Wan with a transformer that is no pipeline"),
             (CFG, "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone"),
+        )
+    ),
+    *(
+        Exclusion(model, flag, reason, f"does not support {flag.strip('-').split('=')[0]}")
+        for model, flag, reason in (
+            ("qwen_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
+            ("qwen_image", CFG, "xDiT gives CFG parallelism to Qwen-Image-Edit alone"),
+            ("z_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
         )
     ),
 )

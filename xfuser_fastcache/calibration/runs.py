@@ -25,6 +25,7 @@ from xfuser_fastcache.calibration.options import RunOptions
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.forecasters.output import OutputForecaster
+from xfuser_fastcache.reports.clips import content_of
 from xfuser_fastcache.xdit.loaded import call_arguments, known_arguments, load_pipeline
 
 
@@ -62,13 +63,14 @@ class Runs:
             replace_forecaster(transformer, forecaster)
         first = 1000 * self.options.seed
         try:
-            return self.pipe(
+            output = self.pipe(
                 [self.prompts[index] for index in indices],
                 num_inference_steps=self.options.num_inference_steps,
                 generator=[torch.Generator("cpu").manual_seed(first + index) for index in indices],
                 output_type="latent",
                 **self.call,
-            ).images
+            )
+            return content_of(output)
         finally:
             if cache:
                 remove_cache(transformer)

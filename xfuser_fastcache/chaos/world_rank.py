@@ -17,6 +17,7 @@ from xfuser_fastcache.apply import apply_cache_on_transformer, get_cache_statist
 from xfuser_fastcache.assembly import adapter_of, blocks_held
 from xfuser_fastcache.chaos.faults import REDRAWN, STOPPED_S, World
 from xfuser_fastcache.chaos.tiny import build
+from xfuser_fastcache.reports.clips import content_of
 from xfuser_fastcache.state import prober
 from xfuser_fastcache.xdit.groups import XDiTLayout
 from xfuser_fastcache.xdit.pipeline import take_off
@@ -75,7 +76,7 @@ class Rank:
         output = self.pipe(generator=generators, output_type="latent", **call)
         if output is None:
             return ""
-        picture = output.images
+        picture = content_of(output)
         if not picture.isfinite().all():
             return "not finite"
         return hashlib.sha256(picture.contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("xfuser_fastcache.cli.serve", "serve pictures over HTTP, on any ranks"),
     "layouts": ("xfuser_fastcache.cli.layouts", "run the embedded toys in every layout"),
     "chaos": ("xfuser_fastcache.cli.chaos", "break things on purpose and see what gets through"),
+    "models": ("xfuser_fastcache.cli.models", "say which models it runs on, where, and why not"),
     "doctor": ("xfuser_fastcache.cli.doctor", "say what is installed, registered and refused"),
 }
 

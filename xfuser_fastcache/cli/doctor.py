@@ -4,6 +4,7 @@
     fastcache doctor --json
 
 Loads every plug-in by itself: one that fails is listed with its error, and the exit status is 1.
+Where all load, the models follow, as `fastcache models` lists them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from xfuser_fastcache.backends import BACKENDS, FORECASTERS
 from xfuser_fastcache.calibration.checkout import toys_of_checkout
+from xfuser_fastcache.cli import models
 from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.plugins import everything_registered
 from xfuser_fastcache.xdit.compat import (
@@ -166,6 +168,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     lines += [f"refused: {row['what']}: {row['why']}; {row['mend']}" for row in report["refused"]]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+    if report["models"]:
+        models.show(report["models"], console)
 
 
 def main(arguments: list[str]) -> int:
@@ -179,8 +183,10 @@ def main(arguments: list[str]) -> int:
         "registered": registered(),
         "refused": refusals(),
     }
+    broken = any(row["error"] for row in report["registered"])
+    report["models"] = [] if broken else models.rows()
     if given.json:
         print(json.dumps(report, indent=2))
     else:
         show(report, Console())
-    return int(any(row["error"] for row in report["registered"]))
+    return int(broken)

@@ -187,8 +187,12 @@ def build_report(
         "speedup": median_latency(baseline) / median_latency(cached) if both else None,
         **(compared_clips(*pairs) if are_clips(pairs[0]) else compared(*pairs)),
         "statistics": stats,
+        **{f"statistics_{name}": of for name, of in (last[0].others if last else {}).items()},
         "decisions_digest": {
-            str(rank): run.statistics["decisions_digest"] for rank, run in enumerate(last)
+            str(rank): " ".join(
+                of["decisions_digest"] for of in (run.statistics, *run.others.values())
+            )
+            for rank, run in enumerate(last)
         },
         "collectives_per_step": stats.get("collectives_per_step"),
         "peak_memory_bytes": {"baseline": peak(baseline), "cached": peak(cached)},
@@ -214,7 +218,15 @@ def print_table(report: dict[str, Any]) -> None:
         ("PSNR", "", psnr),
         ("SSIM", "", shown(report["ssim"], ".4f")),
         *([("flicker", "", shown(report["flicker"], ".4f"))] if "flicker" in report else []),
-        ("hit ratio", "", shown(report["statistics"].get("block_approx_ratio"), ".1%")),
+        *(
+            (
+                name.replace("statistics", "hit ratio"),
+                "",
+                shown(of.get("block_approx_ratio"), ".1%"),
+            )
+            for name, of in report.items()
+            if name.startswith("statistics")
+        ),
         ("collectives per step", "", shown(report["collectives_per_step"], ".2f")),
     )
     for row in rows:

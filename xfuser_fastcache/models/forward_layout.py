@@ -79,9 +79,18 @@ class ForwardLayout:
         return torch.stack(list(found)) if self.lists else found
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
-        """Return the sizes of the latents; no tensor is made for it."""
+        """Return the sizes of the latents; no tensor is made for it.
+
+        Raises:
+            TypeError: an item is a list of latents itself (Z-Image-Omni).
+        """
         found = self.argument(self.latents, args, kwargs)
         first = found[0] if self.lists else found
+        if not isinstance(first, torch.Tensor):
+            raise TypeError(
+                f"{self.latents} is given a list of {len(first)} latents for each item; caches "
+                "take one. Call remove_cache(transformer) to draw from several pictures."
+            )
         return Given(len(found), tuple(first.shape[not self.lists :]), first)
 
     def timestep_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

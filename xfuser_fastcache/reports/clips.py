@@ -18,14 +18,17 @@ from xfuser_fastcache.reports.views import MAX_COLUMNS, comparison_sheet
 _FORMATS = {".webp": {"lossless": True}, ".png": {}, ".gif": {}}
 
 
-def drawn_by(output: Any) -> list[np.ndarray]:
-    """Return the pictures or clips of a pipeline's output; none where it is None.
+def content_of(output: Any) -> Any:
+    """Return what a pipeline has drawn, pictures, clips or latents: a batch of them.
 
-    Video pipelines of diffusers call them `frames`, others `images`.
+    Video pipelines of diffusers call it `frames`, others `images`.
     """
-    if output is None:
-        return []
-    return list(output.frames if hasattr(output, "frames") else output.images)
+    return output.frames if hasattr(output, "frames") else output.images
+
+
+def drawn_by(output: Any) -> list[np.ndarray]:
+    """Return the pictures or clips of a pipeline's output; none where it is None."""
+    return [] if output is None else list(content_of(output))
 
 
 def are_clips(drawn: Sequence[np.ndarray]) -> bool:
@@ -115,6 +118,11 @@ def save_animation(
     ending = Path(path).suffix.lower()
     if ending not in _FORMATS:
         raise ValueError(f"{path}: a moving picture ends in one of {', '.join(_FORMATS)}")
+    replace_file(path, animation(clips, ending, fps))
+
+
+def animation(clips: Sequence[np.ndarray], ending: str, fps: float = 8.0) -> bytes:
+    """Return the bytes of the file that `save_animation` writes; `ending` is the path's."""
     if not fps > 0:
         raise ValueError(f"fps={fps}: give more than 0 frames per second")
     shapes = {clip.shape for clip in clips}
@@ -131,7 +139,7 @@ def save_animation(
         loop=0,
         **_FORMATS[ending],
     )
-    replace_file(path, moving.getvalue())
+    return moving.getvalue()
 
 
 def difference(baseline: np.ndarray, cached: np.ndarray) -> np.ndarray:

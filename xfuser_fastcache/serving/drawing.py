@@ -21,9 +21,10 @@ from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.clock.schedule import Schedule
 from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.reports.clips import animation, are_clips
 from xfuser_fastcache.reports.measured import picture_of
 from xfuser_fastcache.serving.requests import Limits
-from xfuser_fastcache.xdit.generator import Generator
+from xfuser_fastcache.xdit.generator import Generator, class_of
 from xfuser_fastcache.xdit.groups import XDiTLayout
 from xfuser_fastcache.xdit.ranks import runtime_state, sequence_ranks
 
@@ -58,9 +59,13 @@ class Painter:
 
     def limits(self) -> Limits:
         """Return what this model in this layout can draw."""
-        # FLUX packs its latent two by two outside of the transformer, whose own patch is 1.
-        pixels = self.runtime.vae_scale_factor * max(2, self.runtime.backbone_patch_size)
+        inner = getattr(self.pipe, "module", self.pipe)  # xfuser's class around a pipeline
         model: Any = self.layout.model_of(self.pipe.transformer)
+        names = ("vae_scale_factor", "vae_scale_factor_spatial")
+        of_vae = next(getattr(inner, name) for name in names if hasattr(inner, name))
+        patch = model.config.get("patch_size") or 1
+        # FLUX packs its latent two by two outside of the transformer, whose own patch is 1.
+        pixels = of_vae * max(2, patch if isinstance(patch, int) else patch[-1])
         # SD3's table of positions ends somewhere.
         most = model.config.get("pos_embed_max_size") or math.inf
         return Limits(
@@ -71,7 +76,7 @@ class Painter:
             max_steps=self.options.max_steps,
             max_prompt_length=self.options.max_prompt_length,
             negative_prompts="negative_prompt"
-            in inspect.signature(type(self.pipe.module).__call__).parameters,
+            in inspect.signature(class_of(self.pipe).__call__).parameters,
             two_branches=self.options.use_cfg_parallel,
         )
 
@@ -81,7 +86,8 @@ class Painter:
         Returns:
             `error`, None where there is none; `place`, one of `PLACES`, where the error was met;
             `memory_bytes`; and of a success `seconds` of the denoising loop, `statistics` of the
-            cache, and on the rank that has it `picture`, a PNG in base64.
+            cache, of further denoisers under their names, and on the rank that has it `picture`, a
+            PNG in base64; of a video a moving one.
         """
         self.entered = self.drawn = False
         try:
@@ -133,16 +139,15 @@ class Painter:
         with self._planned(config):
             run = generator.run("", config)
         self.drawn = True
-        report: dict[str, Any] = {"seconds": run.seconds, "statistics": run.statistics}
+        statistics = {**run.statistics, **run.others}
+        report: dict[str, Any] = {"seconds": run.seconds, "statistics": statistics}
         if run.images:
             if not np.isfinite(run.images[0]).all():
                 raise ValueError(
                     "the picture holds NaN or infinity; give other options of the cache, or "
                     "use_cache=false"
                 )
-            file = io.BytesIO()
-            picture_of(run.images[0]).save(file, format="PNG")
-            report["picture"] = base64.b64encode(file.getvalue()).decode()
+            report["picture"] = base64.b64encode(png_of(run.images)).decode()
         return report
 
     @contextmanager
@@ -182,6 +187,15 @@ class Painter:
             yield
         finally:
             del scheduler.set_timesteps
+
+
+def png_of(images: list[np.ndarray]) -> bytes:
+    """Return a picture as PNG, or a clip as a moving one."""
+    if are_clips(images):
+        return animation(images, ".png")
+    file = io.BytesIO()
+    picture_of(images[0]).save(file, format="PNG")
+    return file.getvalue()
 
 
 def memory_bytes() -> int | None:

@@ -303,13 +303,17 @@ def _patch_flux_prepare_run(module: ModuleType) -> None:
     replace(module, "xFuserFluxPipeline.prepare_run", _prepare_run_on_cpu(module, True))
 
 
+def _patch_flux2_prepare_run(module: ModuleType) -> None:
+    replace(module, "xFuserFlux2PipelineBase.prepare_run", _prepare_run_on_cpu(module, True))
+
+
 def _patch_sd3_prepare_run(module: ModuleType) -> None:
     path = "xFuserStableDiffusion3Pipeline.prepare_run"
     replace(module, path, _prepare_run_on_cpu(module, False))
 
 
 def _prepare_run_on_cpu(module: ModuleType, pass_sequence_length: bool) -> Callable[..., None]:
-    """The warm-up run of FLUX and SD3, whose own hard-codes a CUDA generator."""
+    """The warm-up run of FLUX, FLUX.2 and SD3, whose own hard-codes a CUDA generator."""
     get_runtime_state = require(module, "get_runtime_state")
 
     def prepare_run(self: Any, input_config: Any, steps: int = 3, sync_steps: int = 1) -> None:
@@ -367,6 +371,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "xfuser.model_executor.models.runner_models.base_model": _patch_torch,
     "xfuser.model_executor.models.runner_models.loading.placement": _patch_placement,
     "xfuser.model_executor.pipelines.pipeline_flux": _patch_flux_prepare_run,
+    "xfuser.model_executor.pipelines.pipeline_flux2": _patch_flux2_prepare_run,
     "xfuser.model_executor.pipelines.pipeline_stable_diffusion_3": _patch_sd3_prepare_run,
     "xfuser.ray.worker.worker": _patch_ray_worker,
     "xfuser.runner": _patch_torch,

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from xfuser_fastcache.apply import (
-    apply_cache_on_transformer,
+    apply_cache_on_pipeline,
+    denoisers_of,
     get_cache_statistics,
     get_cache_trace,
-    remove_cache,
+    remove_cache_from_pipeline,
 )
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.reports.clips import drawn_by
@@ -32,13 +33,15 @@ class Run:
         images: pictures in [0, 1], `(height, width, 3)`, or clips, `(frames, height, width, 3)`;
             empty on a rank that holds none.
         statistics: of the cache; empty without one.
-        trace: of the cache's decisions; likewise.
+        others: likewise of further denoisers, by their names in the pipeline.
+        trace: of the decisions of the cache that `statistics` is of; likewise.
     """
 
     seconds: float
     peak_bytes: int | None
     images: list[np.ndarray] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
     trace: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -63,16 +66,23 @@ def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         "negative_prompt": options.negative_prompt or None,
         "height": options.height,
         "width": options.width,
+        "num_frames": options.num_frames,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "max_sequence_length": options.max_sequence_length,
         "use_resolution_binning": not options.no_use_resolution_binning,
         "output_type": "np",
     }
-    known = inspect.signature(type(pipe.module).__call__).parameters
+    kind = class_of(pipe)
+    known = inspect.signature(kind.__call__).parameters
     if wanted["negative_prompt"] is None or "negative_prompt" in known:
         return {k: v for k, v in wanted.items() if v is not None and k in known}
-    raise ValueError(f"{type(pipe.module).__name__} takes no --negative_prompt")
+    raise ValueError(f"{kind.__name__} takes no --negative_prompt")
+
+
+def class_of(pipe: Any) -> type:
+    """Return the class of diffusers that is called, within xfuser's around it."""
+    return type(getattr(pipe, "module", pipe))
 
 
 class Generator:
@@ -101,7 +111,7 @@ class Generator:
         pipe = self.pipe
         pipe.set_progress_bar_config(disable=self.world.rank != 0 or not title, desc=title)
         if config is not None:
-            apply_cache_on_transformer(pipe.transformer, config=config, scheduler=pipe.scheduler)
+            apply_cache_on_pipeline(pipe, config=config)
         noise = torch.Generator("cpu").manual_seed(self.seed)
         dist.barrier(group=self.world.cpu_group)
         try:
@@ -109,11 +119,13 @@ class Generator:
                 output = pipe(**{**self.arguments, "generator": noise, **changes})
             run = Run(timer.seconds, memory.bytes, drawn_by(output))
             if config is not None:
-                run.statistics = get_cache_statistics(pipe.transformer)
+                found = denoisers_of(pipe).items()
+                run.others = {name: get_cache_statistics(denoiser) for name, denoiser in found}
+                run.statistics = run.others.pop("transformer")
                 run.trace = get_cache_trace(pipe.transformer)
         finally:
             if config is not None:
-                remove_cache(pipe.transformer)
+                remove_cache_from_pipeline(pipe)
         return run
 
     def gather(self, run: Run) -> list[Run]:

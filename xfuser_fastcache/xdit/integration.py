@@ -383,6 +383,7 @@ PATCHES: dict[str, Patch] = {
     "xfuser.config.args": Patch(_patch_args),
     f"{_PIPELINES}.base_pipeline": Patch(_patch_base_pipeline),
     f"{_PIPELINES}.pipeline_flux": Patch(_patch_pipeline("xFuserFluxPipeline")),
+    f"{_PIPELINES}.pipeline_flux2": Patch(_patch_pipeline("xFuserFlux2PipelineBase")),
     f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
         _patch_pipeline("xFuserStableDiffusion3Pipeline")
     ),

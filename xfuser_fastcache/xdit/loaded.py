@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from xfuser_fastcache.xdit import cpu_platform, weights
 from xfuser_fastcache.xdit.mends import mend_xfuser
-from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_runner
+from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_runner, refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A file of arguments of the pipeline's call that the folder of a model may hold.
@@ -157,6 +157,7 @@ def _in_xfusers_class(pipeline: Any, engine_config: Any) -> Any:
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
     cpu_platform.prepare_engine_config(engine_config, pipeline)
-    if is_of_runner(pipeline):
+    if is_of_runner(pipeline, engine_config.parallel_config):
+        refuse(pipeline, engine_config.parallel_config)
         return as_the_runner_has_it(pipeline, engine_config)
     return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)

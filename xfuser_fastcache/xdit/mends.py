@@ -6,21 +6,20 @@ import functools
 import importlib
 import inspect
 import logging
-import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from xfuser_fastcache.xdit import attention_mends, flux_mends, qwen_mends, z_image_mends
+from xfuser_fastcache.xdit.attention_mends import patches
 from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
+from xfuser_fastcache.xdit.flux_mends import FLUX, FLUX2
 
 logger = logging.getLogger("xfuser_fastcache")
 
 _JOINT = "xFuserJointAttnProcessor2_0.__call__"
-_FLUX = "xFuserFluxAttnProcessor.__call__"
 _SD3_CALL = "xFuserStableDiffusion3Pipeline.__call__"
-_FLUX_FORWARD = "xFuserFluxTransformer2DWrapper.forward"
 
 
 @dataclass(frozen=True)
@@ -81,37 +80,6 @@ def mended(module: ModuleType) -> list[str]:
     return lines
 
 
-def _updates_kv_cache_twice(source: str) -> bool:
-    """The processor fills the KV cache itself, then lets `USP` do it again.
-
-    `USP` updates the cache of any layer it is handed that has one. The processor hands its layer on
-    also where it has updated the cache just before, and the second update has another shape.
-    """
-    return "update_and_get_kv_cache" in source and "attn_layer=attn," in source
-
-
-def _update_kv_cache_once(module: ModuleType) -> None:
-    """Hide the layer from `USP` while the processor runs that has updated its cache itself."""
-    updated = threading.local()
-    call, usp = require(module, _JOINT), require(module, "USP")
-
-    @functools.wraps(call)
-    def call_and_say_so(self: Any, *args: Any, **kwargs: Any) -> Any:
-        updated.here = not self.use_long_ctx_attn_kvcache
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            updated.here = False
-
-    @functools.wraps(usp)
-    def usp_with_one_update(*args: Any, attn_layer: Any = None, **kwargs: Any) -> Any:
-        layer = None if getattr(updated, "here", False) else attn_layer
-        return usp(*args, attn_layer=layer, **kwargs)
-
-    replace(module, _JOINT, call_and_say_so)
-    replace(module, "USP", usp_with_one_update)
-
-
 def _needs_text_under_sequence_parallelism(source: str) -> bool:
     """`USP` is always handed `joint_strategy`, which is only set where there is text.
 
@@ -143,51 +111,6 @@ def _attend_without_text(module: ModuleType) -> None:
         )
 
     replace(module, _JOINT, call_with_text)
-
-
-def _counts_text_on_every_rank(source: str) -> bool:
-    """Text that is not split over the ranks is set apart for `USP` only where there are patches."""
-    return "uses_pipeline_parallelism = get_runtime_state().num_pipeline_patch > 1\n" in source
-
-
-def _count_text_once(module: ModuleType) -> None:
-    """Set the text apart before `USP` where every rank holds all of it.
-
-    Otherwise `USP` takes the copies of all ranks for different tokens, and each is attended to as
-    often as there are ranks.
-    """
-    text = threading.local()
-    forward, usp = require(module, _FLUX_FORWARD), require(module, "USP")
-    get_runtime_state = require(module, "get_runtime_state")
-    sequence_parallel_ranks = require(module, "get_sequence_parallel_world_size")
-
-    @functools.wraps(forward)
-    def forward_and_count_text(
-        self: Any, hidden_states: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        text.tokens = encoder_hidden_states.shape[1]
-        try:
-            return forward(self, hidden_states, encoder_hidden_states, *args, **kwargs)
-        finally:
-            text.tokens = 0
-
-    @functools.wraps(usp)
-    def usp_with_text_apart(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = getattr(text, "tokens", 0)
-        if (
-            tokens
-            and "joint_strategy" not in kwargs
-            and not get_runtime_state().split_text_embed_in_sp
-            and sequence_parallel_ranks() > 1
-        ):
-            kwargs["joint_strategy"] = "front"
-            for name, heads in (("query", query), ("key", key), ("value", value)):
-                kwargs[f"joint_{name}"] = heads[:, :, :tokens]
-            query, key, value = (heads[:, :, tokens:] for heads in (query, key, value))
-        return usp(query, key, value, *args, **kwargs)
-
-    replace(module, _FLUX_FORWARD, forward_and_count_text)
-    replace(module, "USP", usp_with_text_apart)
 
 
 def _drops_max_sequence_length(source: str) -> bool:
@@ -253,50 +176,6 @@ def _renew_receive_buffers(pipeline: str) -> Callable[[ModuleType], None]:
     return apply
 
 
-def _attends_to_padding(source: str) -> bool:
-    """Tokens are padded to a multiple of the ranks, and nobody tells `USP` which ones are real."""
-    return "pad_amount" in source and "valid_kv_len" not in source
-
-
-def _attend_to_real_tokens(transformer: str) -> Callable[[ModuleType], None]:
-    """Return what tells `USP` how many keys are real while a transformer's forward runs.
-
-    Otherwise all tokens attend to zeros, and the video is another one. Under ring attention each
-    rank has keys of its own, of which `USP` would cut as many: there it stays as it is.
-    """
-    path = f"{transformer}.forward"
-
-    def apply(module: ModuleType) -> None:
-        processor = importlib.import_module(_WAN)
-        forward, usp = require(module, path), require(processor, "USP")
-        parallel = importlib.import_module("xfuser.core.distributed")
-        real = threading.local()
-
-        @functools.wraps(forward)
-        def forward_and_count(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-            sizes = zip(hidden_states.shape[2:], self.config.patch_size, strict=True)
-            tokens = math.prod(size // patch for size, patch in sizes)
-            padded = tokens % parallel.get_sequence_parallel_world_size() > 0
-            in_rings = parallel.get_ring_parallel_world_size() > 1
-            real.tokens = tokens if padded and not in_rings else None
-            try:
-                return forward(self, hidden_states, *args, **kwargs)
-            finally:
-                real.tokens = None
-
-        @functools.wraps(usp)
-        def usp_of_real_tokens(*args: Any, attention_kwargs: Any = None, **kwargs: Any) -> Any:
-            tokens = getattr(real, "tokens", None)
-            if tokens is not None:
-                attention_kwargs = {**(attention_kwargs or {}), "valid_kv_len": tokens}
-            return usp(*args, attention_kwargs=attention_kwargs, **kwargs)
-
-        replace(module, path, forward_and_count)
-        replace(processor, "USP", usp_of_real_tokens)
-
-    return apply
-
-
 _ATTENTION = "xfuser.model_executor.layers.attention_processor"
 _WAN = "xfuser.model_executor.models.transformers.transformer_wan"
 
@@ -305,8 +184,8 @@ MENDS = (
         "SD3 under PipeFusion without sequence parallelism: KV cache updated twice",
         _ATTENTION,
         _JOINT,
-        _updates_kv_cache_twice,
-        _update_kv_cache_once,
+        attention_mends.updates_kv_cache_twice,
+        attention_mends.update_kv_cache_once(_JOINT),
     ),
     Mend(
         "SD3.5 under sequence parallelism: attention without text crashes",
@@ -317,10 +196,51 @@ MENDS = (
     ),
     Mend(
         "FLUX under sequence parallelism with text that is not split: text counted on every rank",
-        "xfuser.model_executor.models.transformers.transformer_flux",
-        _FLUX,
-        _counts_text_on_every_rank,
-        _count_text_once,
+        FLUX,
+        "xFuserFluxAttnProcessor.__call__",
+        attention_mends.counts_text_on_every_rank,
+        attention_mends.count_text_once(flux_mends.PIPELINED, flux_mends.WHOLE),
+    ),
+    Mend(
+        "FLUX.1 by the runner: tokens that do not divide by the ranks crash",
+        FLUX,
+        flux_mends.WHOLE,
+        flux_mends.pads_by_another_name,
+        flux_mends.pad_by_that_name,
+    ),
+    *(
+        Mend(
+            f"FLUX.2 under PipeFusion, {blocks}-stream blocks: KV cache updated twice",
+            FLUX2,
+            f"{processor}.__call__",
+            attention_mends.updates_kv_cache_twice,
+            attention_mends.update_kv_cache_once(f"{processor}.__call__"),
+        )
+        for blocks, processor in (
+            ("double", "xFuserFlux2AttnProcessor"),
+            ("single", "xFuserFlux2ParallelSelfAttnProcessor"),
+        )
+    ),
+    Mend(
+        "FLUX.2 under PipeFusion and Ulysses with one patch: text counted on every rank",
+        FLUX2,
+        "xFuserFlux2AttnProcessor.__call__",
+        attention_mends.counts_text_on_every_rank,
+        attention_mends.count_text_once(flux_mends.PIPELINED2),
+    ),
+    Mend(
+        "FLUX.2 klein under PipeFusion: its prompt is read from the layers that dev reads",
+        flux_mends.FLUX2_PIPELINE,
+        flux_mends.CALL2,
+        flux_mends.reads_layers_of_dev,
+        flux_mends.read_own_layers,
+    ),
+    Mend(
+        "FLUX.2 under PipeFusion: pictures to edit and klein's guidance are dropped in silence",
+        flux_mends.FLUX2_PIPELINE,
+        flux_mends.CALL2,
+        flux_mends.drops_pictures,
+        flux_mends.refuse_what_it_drops,
     ),
     Mend(
         "SD3 on several ranks: max_sequence_length is dropped, T5 pads to 256 tokens",
@@ -340,6 +260,7 @@ MENDS = (
         for name, module, pipeline in (
             ("FLUX", "pipeline_flux", "xFuserFluxPipeline"),
             ("SD3", "pipeline_stable_diffusion_3", "xFuserStableDiffusion3Pipeline"),
+            ("FLUX.2", "pipeline_flux2", "xFuserFlux2PipelineBase"),
         )
     ),
     *(
@@ -347,12 +268,35 @@ MENDS = (
             f"{name} under Ulysses: the padding of tokens that do not divide by the ranks is seen",
             module,
             f"{transformer}.forward",
-            _attends_to_padding,
-            _attend_to_real_tokens(transformer),
+            attention_mends.attends_to_padding,
+            attention_mends.attend_to_real_tokens(transformer, processors, tokens),
         )
-        for name, module, transformer in (
-            ("Wan", _WAN, "xFuserWanTransformer3DWrapper"),
-            ("Wan VACE", f"{_WAN}_vace", "xFuserWanVACETransformer3DWrapper"),
+        for name, module, transformer, processors, tokens in (
+            ("Wan", _WAN, "xFuserWanTransformer3DWrapper", _WAN, patches),
+            ("Wan VACE", f"{_WAN}_vace", "xFuserWanVACETransformer3DWrapper", _WAN, patches),
+            ("FLUX.1", FLUX, flux_mends.WHOLE, FLUX, flux_mends.tokens),
+            ("FLUX.2", FLUX2, flux_mends.WHOLE2, FLUX2, flux_mends.tokens),
         )
+    ),
+    Mend(
+        "Qwen-Image under Ulysses: the padding of text and tokens that do not divide is seen",
+        qwen_mends.MODULE,
+        f"{qwen_mends.TRANSFORMER}.forward",
+        attention_mends.attends_to_padding,
+        qwen_mends.attend_to_real_tokens,
+    ),
+    Mend(
+        "Qwen-Image-Edit-2511 under sequence parallelism: the index of conditions is not cut",
+        qwen_mends.MODULE,
+        f"{qwen_mends.TRANSFORMER}.forward",
+        qwen_mends.leaves_index_whole,
+        qwen_mends.cut_index,
+    ),
+    Mend(
+        "Z-Image: diffusers' pipeline gives an argument that xDiT's transformer does not take",
+        z_image_mends.MODULE,
+        z_image_mends.FORWARD,
+        lambda source: "joint_attention_kwargs" not in source,
+        z_image_mends.take_attention_kwargs,
     ),
 )

@@ -14,10 +14,20 @@ from torch import nn
 _MODELS = "xfuser.model_executor.models.transformers"
 # Class of a diffusers transformer -> the runner's subclass of it.
 TRANSFORMERS = {
+    "FluxTransformer2DModel": (f"{_MODELS}.transformer_flux", "xFuserFlux1Transformer2DWrapper"),
+    "Flux2Transformer2DModel": (f"{_MODELS}.transformer_flux2", "xFuserFlux2Transformer2DWrapper"),
     "WanTransformer3DModel": (f"{_MODELS}.transformer_wan", "xFuserWanTransformer3DWrapper"),
     "WanVACETransformer3DModel": (
         f"{_MODELS}.transformer_wan_vace",
         "xFuserWanVACETransformer3DWrapper",
+    ),
+    "QwenImageTransformer2DModel": (
+        f"{_MODELS}.transformer_qwen",
+        "xFuserQwenImageTransformerWrapper",
+    ),
+    "ZImageTransformer2DModel": (
+        f"{_MODELS}.transformer_z_image",
+        "xFuserZImageTransformer2DWrapper",
     ),
     "HunyuanVideoTransformer3DModel": (
         f"{_MODELS}.transformer_hunyuan_video",
@@ -34,12 +44,37 @@ PIPELINES = {
         "xfuser.model_executor.pipelines.pipeline_wan_i2v",
         "xFuserWanImageToVideoPipeline",
     ),
+    "QwenImageEditPipeline": (
+        "xfuser.model_executor.pipelines.pipeline_qwen_image_edit",
+        "xFuserQwenImageEditPipeline",
+    ),
 }
+# Those that xDiT has a pipeline class for, which its runner takes for PipeFusion alone: it knows
+# neither pictures to edit nor guidance by a second call.
+OF_PIPEFUSION = ("Flux2Pipeline", "Flux2KleinPipeline")
+
+# Those whose transformer shares guidance out by itself: both branches come in one batch.
+GUIDED_IN_A_BATCH = ("ZImagePipeline",)
 
 
-def is_of_runner(pipeline: Any) -> bool:
-    """Say whether it is the runner that knows a pipeline's transformer."""
-    return type(getattr(pipeline, "transformer", None)).__name__ in TRANSFORMERS
+def is_of_runner(pipeline: Any, parallel: Any) -> bool:
+    """Say whether a pipeline stays diffusers' own in a layout, with the runner's transformer.
+
+    Args:
+        pipeline: diffusers' own.
+        parallel: of xfuser's engine config: its degrees.
+    """
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    if type(getattr(pipeline, "transformer", None)).__name__ not in TRANSFORMERS:
+        return False
+    if type(pipeline).__name__ in OF_PIPEFUSION:
+        return parallel.pp_degree == 1
+    try:
+        xFuserPipelineWrapperRegister.get_class(pipeline)
+    except ValueError:
+        return True
+    return False
 
 
 def as_the_runner_has_it(pipeline: Any, engine_config: Any) -> Any:
@@ -51,13 +86,9 @@ def as_the_runner_has_it(pipeline: Any, engine_config: Any) -> Any:
 
     Returns:
         The same pipeline.
-
-    Raises:
-        ValueError: a layout that the runner refuses too.
     """
-    from xfuser.core.distributed import initialize_runtime_state
+    from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
 
-    refuse(pipeline, engine_config.parallel_config)
     for part in ("transformer", "transformer_2"):
         held = getattr(pipeline, part, None)
         if held is not None:
@@ -67,6 +98,8 @@ def as_the_runner_has_it(pipeline: Any, engine_config: Any) -> Any:
     if own is not None:
         pipeline.__class__ = _class_of(own)  # its call alone differs
     initialize_runtime_state(pipeline, engine_config)
+    # Attention of FLUX.1 reads how long the text may be, which it needs under PipeFusion alone.
+    get_runtime_state().max_condition_sequence_length = 0
     return pipeline
 
 
@@ -83,7 +116,8 @@ def refuse(pipeline: Any, parallel: Any) -> None:
     name = type(pipeline).__name__
     refused = {
         "pipefusion_parallel_degree": parallel.pp_degree > 1,
-        "use_cfg_parallel": parallel.cfg_degree > 1 and name not in PIPELINES,
+        "use_cfg_parallel": parallel.cfg_degree > 1
+        and name not in (*PIPELINES, *GUIDED_IN_A_BATCH),
     }
     for flag, asked in refused.items():
         if asked:

@@ -25,9 +25,10 @@ def tiny_flux(
     pipeline_class: type[Any] = FluxPipeline,
     channels: int = 16,
     condition_channels: int = 0,
+    size: int = 128,
     **more_parts: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """FLUX at 128 x 128 pixels: 8 x 8 image tokens and 8 text tokens, two heads."""
+    """FLUX: 8 x 8 image tokens at 128 x 128 pixels and 8 text tokens, two heads."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -46,7 +47,7 @@ def tiny_flux(
     pipeline = pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts
     )
-    call = call_kwargs(batch, 128)
+    call = call_kwargs(batch, size)
     # xfuser splits the single blocks' tokens at max_sequence_length under PipeFusion: it has to be
     # the number of text tokens that are really there.
     call.update(
@@ -63,7 +64,8 @@ def tiny_kontext(batch: int = 1, **sizes: Any) -> tuple[FluxKontextPipeline, dic
     pipeline, call = tiny_flux(
         batch=batch, pipeline_class=FluxKontextPipeline, channels=64, **sizes
     )
-    call.update(image=torch.randn(batch, 16, 16, 8), max_area=128 * 128, _auto_resize=False)
+    area = call["height"] * call["width"]
+    call.update(image=torch.randn(batch, 16, 16, 8), max_area=area, _auto_resize=False)
     return pipeline, call
 
 
@@ -93,14 +95,19 @@ def tiny_fill(batch: int = 1, **sizes: Any) -> tuple[FluxFillPipeline, dict[str,
 
 
 _NO_CLASS = "xDiT has no pipeline class for it, so that its runner's transformer cuts all by itself"
-_LIMITS = (
-    Limit("--pipefusion_parallel_degree=2", _NO_CLASS, "is not supported by xFuser"),
-    Limit("--use_cfg_parallel", _NO_CLASS, "Cannot split dim 0 of hidden_states (1) into 2 parts"),
+_STAGES, _CFG = "--pipefusion_parallel_degree=2", "--use_cfg_parallel"
+_OF_KONTEXT = tuple(
+    Limit(flag, "its runner refuses it", f"does not support {flag.strip('-').split('=')[0]}")
+    for flag in (_STAGES, _CFG)
+)
+_OF_FILL = (
+    Limit(_STAGES, _NO_CLASS, "is not supported by xFuser"),
+    Limit(_CFG, _NO_CLASS, "Cannot split dim 0 of hidden_states (1) into 2 parts"),
 )
 MODELS = {
     "flux": TinyModel(tiny_flux, "flux"),
     "flux-kontext": TinyModel(
-        tiny_kontext, "flux", of_runner=True, limits=_LIMITS, in_ci=("ulysses 2",)
+        tiny_kontext, "flux", of_runner=True, limits=_OF_KONTEXT, in_ci=("ulysses 2",)
     ),
-    "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_LIMITS, in_ci=("ring 2",)),
+    "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_OF_FILL, in_ci=("ring 2",)),
 }

@@ -19,12 +19,12 @@ class Limit:
     Attributes:
         flag: of the layouts that are left out, whatever its value.
         reason: in a sentence.
-        error: what xDiT itself says; empty where it says nothing, and draws something else.
+        error: what xDiT itself says; None where it says nothing and draws something else.
     """
 
     flag: str
     reason: str
-    error: str
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class TinyModel:
     Attributes:
         make: returns the pipeline and the arguments of one call; takes `batch`, and sizes.
         adapter: the registered one that it is for.
-        of_runner: whether no pipeline class of xDiT's stands around it: its runner runs it.
+        of_runner: whether no pipeline class of xDiT's stands around it, or none but under
+            PipeFusion: its runner runs it.
         alone: whether one is drawn a call, so that there is no batch for replicas to share.
         limits: what xDiT cannot do with it.
         beyond: flags of what xDiT can do with it, though not with the first of its family.

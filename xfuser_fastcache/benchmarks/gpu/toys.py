@@ -18,6 +18,7 @@ from xfuser_fastcache.apply import (
 from xfuser_fastcache.benchmarks.gpu.families import FAMILIES
 from xfuser_fastcache.benchmarks.gpu.record import Figures, LeftOut
 from xfuser_fastcache.benchmarks.gpu.subject import same_bits
+from xfuser_fastcache.reports.clips import content_of
 
 # The calibrations are for the first one, and for this number of steps.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,7 +68,7 @@ def toy(
     lines = (folder / "prompts_64.txt").read_text(encoding="utf-8").splitlines()
 
     def draw(output_type: str) -> Any:
-        return pipe(
+        output = pipe(
             prompt=lines[:pictures],
             height=128,
             width=128,
@@ -75,7 +76,8 @@ def toy(
             generator=[torch.Generator().manual_seed(seed) for seed in range(pictures)],
             output_type=output_type,
             **FAMILIES[name].toy,
-        ).images
+        )
+        return content_of(output)
 
     def cached(run: Callable[[], Any], **options: Any) -> tuple[Any, dict[str, Any]]:
         apply_cache_on_transformer(

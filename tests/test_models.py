@@ -1,0 +1,102 @@
+"""Which models the cache runs on: the table of xfuser's families, and what the command prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.worlds import ROOT, python
+from torch import nn
+
+from diffusers_adapters.registry import adapters
+from xfuser_fastcache import apply_cache_on_transformer
+from xfuser_fastcache.cli import main, models
+from xfuser_fastcache.xdit.families import FAMILIES, Example, family_of
+
+NAMES = """
+import importlib, json, pkgutil
+from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+enable_cpu_platform()
+from xfuser.model_executor import pipelines as pipeline_classes
+from xfuser.model_executor.models import runner_models
+from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
+from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+for package in (runner_models, pipeline_classes):
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+pipelines = xFuserPipelineWrapperRegister._XFUSER_PIPE_MAPPING
+since = {name: model.min_diffusers_version for name, model in MODEL_REGISTRY.items()}
+print(json.dumps([since, [made.__name__ for made in pipelines]]))
+"""
+
+
+def test_no_model_of_xfusers_is_left_out() -> None:
+    done = python("-c", NAMES)
+    assert done.returncode == 0, done.stderr
+    since, pipelines = json.loads(done.stdout.splitlines()[-1])
+    assert len(since) > 50 and len(pipelines) > 10
+    found = {name: family_of(name) for name in (*since, *pipelines)}
+    assert [name for name, family in found.items() if family is None] == []
+    assert {family.title for family in found.values()} == {family.title for family in FAMILIES}
+    for name, asked in since.items():
+        if asked is not None and asked != "source":
+            assert version(found[name].since) >= version(asked), name
+
+
+def version(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")[:2]]
+
+
+def test_a_family_has_an_adapter_or_a_reason_and_an_adapter_has_a_family() -> None:
+    for family in FAMILIES:
+        assert bool(family.adapter) != bool(family.why_not), family.title
+        assert bool(family.adapter) == bool(family.example), family.title
+    assert {family.adapter for family in FAMILIES} - {""} == set(adapters())
+
+
+def test_sizes_are_those_of_a_picture_and_a_video() -> None:
+    flux = Example("black-forest-labs/FLUX.1-dev", (16, 128, 128), 4, 3072)
+    assert (flux.tokens, flux.anchor_bytes(False)) == (4096, 4096 * 3072 * 2)
+    assert flux.anchor_bytes(True) == 16 * 128 * 128 * 2
+    video = family_of("Wan2.1-T2V").example
+    assert video.tokens == 75_600
+
+
+def test_the_page_is_what_the_command_writes(tmp_path: Path) -> None:
+    page = tmp_path / "models.md"
+    assert main(["models", "--output", str(page)]) == 0
+    assert page.read_text() == (ROOT / "docs" / "models.md").read_text()
+
+
+def test_the_command_shows_what_runs_where_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    found = {row["models"]: row for row in json.loads(capsys.readouterr().out)}
+    wan = found["Wan 2.1, 2.2"]
+    assert (wan["transformer"], wan["runner"]) == ("WanTransformer3DModel", True)
+    assert "ulysses 2" in wan["layouts"] and "pipefusion 2" not in wan["layouts"]
+    assert "UNet" in found["Stable Diffusion XL"]["why_not"]
+    assert main(["models"]) == 0
+    assert "not supported: Stable Diffusion XL: its model is a UNet" in capsys.readouterr().out
+
+
+def test_another_packages_adapter_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(adapters()["flux"]):
+        model_class = "OtherTransformer2DModel"
+
+    monkeypatch.setattr(models, "loaded", lambda group: {**adapters(), "other": Other})
+    (row,) = (row for row in models.rows() if row["adapter"] == "other")
+    assert models.cells_of(row)[:3] == ["other", "OtherTransformer2DModel", "diffusers' pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("model", "nearest"),
+    [
+        (type("WanAnimateTransformer3DModel", (nn.Linear,), {}), "WanTransformer3DModel"),
+        (type("StableAudioDiTModel", (nn.Linear,), {}), "FluxTransformer2DModel"),
+    ],
+)
+def test_a_model_that_is_not_supported_hears_the_nearest(model: type, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"{model.__name__} is not supported.*{nearest}") as found:
+        apply_cache_on_transformer(model(2, 2))
+    assert "docs/extending.md" in str(found.value) and "`fastcache models`" in str(found.value)
