@@ -157,3 +157,32 @@ def test_xfusers_pipeline_of_cogvideox_takes_cache_args(tmp_path: Path) -> None:
         )
     )
     assert [rank["found"] for rank in run_world(script, 2).values()] == [[8, True]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_cogvideox_is_refused_under_pipefusion(tmp_path: Path) -> None:
+    """xDiT draws something wrong there, and says nothing."""
+    script = tmp_path / "refused.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+            from support.matrix import build
+            from support.worlds import report
+            from xfuser_fastcache import apply_cache_on_transformer
+            from xfuser_fastcache.xdit import cpu_platform
+            cpu_platform.enable_cpu_platform()
+            import torch.distributed as dist
+            pipe, _ = build("cogvideox", 1, pipefusion_parallel_degree=2)
+            try:
+                apply_cache_on_transformer(pipe.transformer)
+            except ValueError as error:
+                report(dist.get_rank(), found=str(error))
+            cpu_platform.finish()
+            """
+        )
+    )
+    for rank in run_world(script, 2).values():
+        assert "under PipeFusion: in xDiT its stages hand nothing on" in rank["found"]
