@@ -19,22 +19,24 @@ SMALL = Scale(pixels=64, steps=6, threshold=1.0)
 
 
 def feature_of(check: Check) -> str:
-    return check.name.removeprefix(f"{check.model}: ")
+    """Return what a row is of, whatever the model and whether the cache or it came first."""
+    name = check.name.removeprefix(f"{check.model}: ")
+    return name.removesuffix(", before the cache").removesuffix(", after the cache")
 
 
-MODELS: dict[str, list[str]] = {}
+OF_FEATURE: dict[str, list[str]] = {}
 for found in compatibility.CHECKS:
-    MODELS.setdefault(feature_of(found), []).append(found.model)
+    OF_FEATURE.setdefault(feature_of(found), []).append(found.name)
 
 
 def is_slow(check: Check) -> bool:
     """Whether a row is left out unless asked for.
 
-    Those that say so are; of a feature that several families have, one checks it, in turn.
+    Those that say so are; of a feature that has several, one is not, in turn.
     """
-    models = MODELS[feature_of(check)]
-    turn = list(MODELS).index(feature_of(check)) % len(models)
-    return check.slow or models[turn] != check.model
+    names = OF_FEATURE[feature_of(check)]
+    turn = list(OF_FEATURE).index(feature_of(check)) % len(names)
+    return check.slow or names[turn] != check.name
 
 
 ROWS = [

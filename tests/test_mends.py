@@ -13,9 +13,9 @@ import pytest
 from support.tiny.flux2 import tiny_flux2, tiny_klein
 from support.worlds import ROOT, WorldFailed, launch, run_world
 
-from xfuser_fastcache.xdit import flux_mends, mends
+from xfuser_fastcache.xdit import mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
-from xfuser_fastcache.xdit.qwen_mends import real_keys
+from xfuser_fastcache.xdit.mends.qwen import real_keys
 
 PIPEFUSION, ULYSSES = ("--pipefusion_parallel_degree", "2"), ("--ulysses_degree", "2")
 # Text that two ranks cannot share.
@@ -171,7 +171,7 @@ def test_klein_s_prompt_is_read_from_klein_s_own_layers() -> None:
 
     module = types.ModuleType("recorded")
     module.xFuserFlux2PipelineBase = Recorded
-    flux_mends.read_own_layers(module)
+    mends.flux.read_own_layers(module)
     for inside in (tiny_klein(), tiny_flux2()):
         pipe = Recorded()
         pipe.module = inside[0]

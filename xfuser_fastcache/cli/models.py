@@ -10,6 +10,7 @@ loaded or downloaded: layouts are those that xDiT runs the family in, less what 
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from xfuser_fastcache.xdit.families import FAMILIES, Family
 
 COLUMNS = (
     "models", "transformer", "xDiT runs it by", "layouts", "blocks' anchor", "output's anchor",
-    "TeaCache", "diffusers",
+    "TeaCache", "diffusers", "lines",
 )  # fmt: skip
 _PAGE = """# Models
 
@@ -36,7 +37,8 @@ Anchors are what a forecaster remembers, here of one guidance branch on one rank
 size named below; under Ulysses and Ring each rank holds its share of the blocks' anchors. A
 forecaster of order n keeps n + 1. Where the column *TeaCache* says so, `Tea` has the polynomial
 that TeaCache published; for the others `fastcache fit-polynomial` makes one. Each layout of the
-column is a cell of `pytest -m "slow or not slow" tests/test_matrix.py`, on random weights.
+column is a cell of `pytest -m "slow or not slow" tests/test_matrix.py`, on random weights. Lines
+are those of the adapter's class, documentation included.
 
 {examples}
 
@@ -76,6 +78,7 @@ def _row(family: Family, adapter: Any) -> dict[str, Any]:
         "output_anchor_bytes": example and example.anchor_bytes(whole_forward=True),
         "tea_polynomial": bool(adapter and _has_polynomial(adapter)),
         "diffusers": family.since,
+        "lines": 0 if adapter is None else len(inspect.getsource(adapter).splitlines()),
     }
 
 
@@ -97,6 +100,7 @@ def cells_of(row: dict[str, Any]) -> list[str]:
         _size(row["output_anchor_bytes"]),
         "yes" if row["tea_polynomial"] else "",
         f">= {row['diffusers']}",
+        str(row["lines"]),
     ]
 
 

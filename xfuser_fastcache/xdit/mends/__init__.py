@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from xfuser_fastcache.xdit import attention_mends, flux_mends, qwen_mends, z_image_mends
-from xfuser_fastcache.xdit.attention_mends import patches
 from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
-from xfuser_fastcache.xdit.flux_mends import FLUX, FLUX2
+from xfuser_fastcache.xdit.mends import attention, flux, qwen, z_image
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -184,8 +182,8 @@ MENDS = (
         "SD3 under PipeFusion without sequence parallelism: KV cache updated twice",
         _ATTENTION,
         _JOINT,
-        attention_mends.updates_kv_cache_twice,
-        attention_mends.update_kv_cache_once(_JOINT),
+        attention.updates_kv_cache_twice,
+        attention.update_kv_cache_once(_JOINT),
     ),
     Mend(
         "SD3.5 under sequence parallelism: attention without text crashes",
@@ -196,25 +194,25 @@ MENDS = (
     ),
     Mend(
         "FLUX under sequence parallelism with text that is not split: text counted on every rank",
-        FLUX,
+        flux.FLUX,
         "xFuserFluxAttnProcessor.__call__",
-        attention_mends.counts_text_on_every_rank,
-        attention_mends.count_text_once(flux_mends.PIPELINED, flux_mends.WHOLE),
+        attention.counts_text_on_every_rank,
+        attention.count_text_once(flux.PIPELINED, flux.WHOLE),
     ),
     Mend(
         "FLUX.1 by the runner: tokens that do not divide by the ranks crash",
-        FLUX,
-        flux_mends.WHOLE,
-        flux_mends.pads_by_another_name,
-        flux_mends.pad_by_that_name,
+        flux.FLUX,
+        flux.WHOLE,
+        flux.pads_by_another_name,
+        flux.pad_by_that_name,
     ),
     *(
         Mend(
             f"FLUX.2 under PipeFusion, {blocks}-stream blocks: KV cache updated twice",
-            FLUX2,
+            flux.FLUX2,
             f"{processor}.__call__",
-            attention_mends.updates_kv_cache_twice,
-            attention_mends.update_kv_cache_once(f"{processor}.__call__"),
+            attention.updates_kv_cache_twice,
+            attention.update_kv_cache_once(f"{processor}.__call__"),
         )
         for blocks, processor in (
             ("double", "xFuserFlux2AttnProcessor"),
@@ -223,24 +221,24 @@ MENDS = (
     ),
     Mend(
         "FLUX.2 under PipeFusion and Ulysses with one patch: text counted on every rank",
-        FLUX2,
+        flux.FLUX2,
         "xFuserFlux2AttnProcessor.__call__",
-        attention_mends.counts_text_on_every_rank,
-        attention_mends.count_text_once(flux_mends.PIPELINED2),
+        attention.counts_text_on_every_rank,
+        attention.count_text_once(flux.PIPELINED2),
     ),
     Mend(
         "FLUX.2 klein under PipeFusion: its prompt is read from the layers that dev reads",
-        flux_mends.FLUX2_PIPELINE,
-        flux_mends.CALL2,
-        flux_mends.reads_layers_of_dev,
-        flux_mends.read_own_layers,
+        flux.FLUX2_PIPELINE,
+        flux.CALL2,
+        flux.reads_layers_of_dev,
+        flux.read_own_layers,
     ),
     Mend(
         "FLUX.2 under PipeFusion: pictures to edit and klein's guidance are dropped in silence",
-        flux_mends.FLUX2_PIPELINE,
-        flux_mends.CALL2,
-        flux_mends.drops_pictures,
-        flux_mends.refuse_what_it_drops,
+        flux.FLUX2_PIPELINE,
+        flux.CALL2,
+        flux.drops_pictures,
+        flux.refuse_what_it_drops,
     ),
     Mend(
         "SD3 on several ranks: max_sequence_length is dropped, T5 pads to 256 tokens",
@@ -268,35 +266,41 @@ MENDS = (
             f"{name} under Ulysses: the padding of tokens that do not divide by the ranks is seen",
             module,
             f"{transformer}.forward",
-            attention_mends.attends_to_padding,
-            attention_mends.attend_to_real_tokens(transformer, processors, tokens),
+            attention.attends_to_padding,
+            attention.attend_to_real_tokens(transformer, processors, tokens),
         )
         for name, module, transformer, processors, tokens in (
-            ("Wan", _WAN, "xFuserWanTransformer3DWrapper", _WAN, patches),
-            ("Wan VACE", f"{_WAN}_vace", "xFuserWanVACETransformer3DWrapper", _WAN, patches),
-            ("FLUX.1", FLUX, flux_mends.WHOLE, FLUX, flux_mends.tokens),
-            ("FLUX.2", FLUX2, flux_mends.WHOLE2, FLUX2, flux_mends.tokens),
+            ("Wan", _WAN, "xFuserWanTransformer3DWrapper", _WAN, attention.patches),
+            (
+                "Wan VACE",
+                f"{_WAN}_vace",
+                "xFuserWanVACETransformer3DWrapper",
+                _WAN,
+                attention.patches,
+            ),
+            ("FLUX.1", flux.FLUX, flux.WHOLE, flux.FLUX, flux.tokens),
+            ("FLUX.2", flux.FLUX2, flux.WHOLE2, flux.FLUX2, flux.tokens),
         )
     ),
     Mend(
         "Qwen-Image under Ulysses: the padding of text and tokens that do not divide is seen",
-        qwen_mends.MODULE,
-        f"{qwen_mends.TRANSFORMER}.forward",
-        attention_mends.attends_to_padding,
-        qwen_mends.attend_to_real_tokens,
+        qwen.MODULE,
+        f"{qwen.TRANSFORMER}.forward",
+        attention.attends_to_padding,
+        qwen.attend_to_real_tokens,
     ),
     Mend(
         "Qwen-Image-Edit-2511 under sequence parallelism: the index of conditions is not cut",
-        qwen_mends.MODULE,
-        f"{qwen_mends.TRANSFORMER}.forward",
-        qwen_mends.leaves_index_whole,
-        qwen_mends.cut_index,
+        qwen.MODULE,
+        f"{qwen.TRANSFORMER}.forward",
+        qwen.leaves_index_whole,
+        qwen.cut_index,
     ),
     Mend(
         "Z-Image: diffusers' pipeline gives an argument that xDiT's transformer does not take",
-        z_image_mends.MODULE,
-        z_image_mends.FORWARD,
+        z_image.MODULE,
+        z_image.FORWARD,
         lambda source: "joint_attention_kwargs" not in source,
-        z_image_mends.take_attention_kwargs,
+        z_image.take_attention_kwargs,
     ),
 )
