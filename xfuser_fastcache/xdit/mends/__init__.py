@@ -303,4 +303,11 @@ MENDS = (
         lambda source: "joint_attention_kwargs" not in source,
         z_image.take_attention_kwargs,
     ),
+    Mend(
+        "Z-Image: sizes in a checkpoint's config are dropped, the default ones are taken",
+        z_image.MODULE,
+        z_image.INIT,
+        lambda source: "**kwargs" in source,
+        z_image.name_sizes,
+    ),
 )
