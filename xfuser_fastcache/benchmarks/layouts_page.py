@@ -112,7 +112,7 @@ def document(
         layouts = [name for name, (_, flags) in LAYOUTS.items() if exclusion.flag in flags]
         lines += [
             f"- {exclusion.model} with `{exclusion.flag}` ({', '.join(layouts)}): "
-            f"{exclusion.reason}. xDiT says `{exclusion.error}`.",
+            f"{exclusion.sentence}",
         ]
     lines += [VAE_RANKS]
     return "\n".join(lines) + "\n"

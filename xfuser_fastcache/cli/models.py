@@ -119,7 +119,7 @@ def page(found: list[dict[str, Any]]) -> str:
             for row in supported
             if row["example"]
         ),
-        excluded="\n".join(f"- {e.model}, `{e.flag}`: {e.reason} (`{e.error}`)" for e in EXCLUDED),
+        excluded="\n".join(f"- {e.model}, `{e.flag}`: {e.sentence}" for e in EXCLUDED),
         others="\n".join(
             f"- {row['models']}: {row['why_not']}." for row in found if row["why_not"]
         ),

@@ -155,7 +155,8 @@ class XDiTLayout:
             whole_forward: whether it is measured in front of its forward pass, else at its blocks.
 
         Raises:
-            ValueError: on a separate VAE rank, which runs no transformer.
+            ValueError: on a separate VAE rank, which runs no transformer; or under PipeFusion, of
+                which the transformer knows nothing.
         """
         from xfuser.core.distributed import parallel_state
 
@@ -172,6 +173,12 @@ class XDiTLayout:
         if transformer is not None:
             names = names_in(unwrapped(transformer).forward)
             self._counts_steps = "increment_step_counter" in names
+            if self._stages > 1 and "is_pipeline_first_stage" not in names:
+                raise ValueError(
+                    f"{type(transformer).__name__} under PipeFusion: in xDiT its stages hand "
+                    "nothing on, so that what it draws is wrong, cached or not. Give "
+                    "ulysses_degree, ring_degree, use_cfg_parallel or data_parallel_degree."
+                )
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
         branch = parallel_state.get_classifier_free_guidance_rank()
         shard, shards, counts = 0, 1, parallel_state.get_tensor_model_parallel_rank() == 0

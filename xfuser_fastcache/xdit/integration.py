@@ -8,6 +8,7 @@ the patched functions do what xfuser's do. `uninstall` restores all of it.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -312,9 +313,13 @@ def _patch_pipeline(class_name: str) -> Callable[[ModuleType], None]:
                     "pipeline takes none; call apply_cache_on_transformer(pipe.transformer, "
                     "scheduler=pipe.scheduler, ...) on it"
                 )
-            pipeline = from_pretrained(
-                cls, pretrained_model_name_or_path, engine_config, return_org_pipeline=True, **kw
-            )
+            if "return_org_pipeline" in inspect.signature(from_pretrained).parameters:
+                kw["return_org_pipeline"] = True
+                pipeline = from_pretrained(cls, pretrained_model_name_or_path, engine_config, **kw)
+            else:  # CogVideoX's returns its own alone
+                from diffusers import DiffusionPipeline
+
+                pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kw)
             return cls(pipeline, engine_config, cache_args)
 
         return load
@@ -385,6 +390,7 @@ PATCHES: dict[str, Patch] = {
     f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
         _patch_pipeline("xFuserStableDiffusion3Pipeline")
     ),
+    f"{_PIPELINES}.pipeline_cogvideox": Patch(_patch_pipeline("xFuserCogVideoXPipeline")),
     f"{_PIPELINES}.pipeline_pixart_alpha": Patch(_patch_pipeline("xFuserPixArtAlphaPipeline")),
     f"{_PIPELINES}.pipeline_pixart_sigma": Patch(_patch_pipeline("xFuserPixArtSigmaPipeline")),
     f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
+from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_cogvideox(
@@ -54,11 +54,4 @@ def tiny_cogvideox(
     return pipeline, call
 
 
-_LIMITS = (
-    Limit(
-        "--pipefusion_parallel_degree=2",
-        "each stage runs its own blocks on the latents, and hands nothing on",
-        "",
-    ),
-)
-MODELS = {"cogvideox": TinyModel(tiny_cogvideox, "cogvideox", limits=_LIMITS, in_ci=("cfg 2",))}
+MODELS = {"cogvideox": TinyModel(tiny_cogvideox, "cogvideox", in_ci=("cfg 2",))}

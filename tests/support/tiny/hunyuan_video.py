@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.guiders import ClassifierFreeGuidance
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
+from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 _PARTS = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 
@@ -93,7 +93,7 @@ def tiny_hunyuan_video15(
     ).eval()
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=4,
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=(16, 16, 16, 16),
         layers_per_block=1,
         spatial_compression_ratio=8,
         temporal_compression_ratio=4,
@@ -115,26 +115,17 @@ def tiny_hunyuan_video15(
     return pipeline, call
 
 
-_LIMITS = tuple(
-    Limit(flag, "xDiT's runner gives it Ulysses and ring attention alone", error)
-    for flag, error in (
-        ("--pipefusion_parallel_degree=2", "does not support pipefusion_parallel_degree"),
-        ("--use_cfg_parallel", "does not support use_cfg_parallel"),
-    )
-)
 MODELS = {
     "hunyuan-video": TinyModel(
         tiny_hunyuan_video,
         "hunyuan_video",
         of_runner=True,
-        limits=_LIMITS,
         in_ci=("ulysses 2",),
     ),
     "hunyuan-video15": TinyModel(
         tiny_hunyuan_video15,
         "hunyuan_video15",
         of_runner=True,
-        limits=_LIMITS,
         in_ci=("ring 2",),
     ),
 }
