@@ -315,6 +315,16 @@ def test_models_of_the_runner_take_our_methods(
     )
 
 
+def test_a_model_without_step_caches_of_xdits_takes_ours_and_not_xdits(xfuser: Any) -> None:
+    from xfuser.model_executor.models.runner_models.z_image import xFuserZImageTurboModel
+
+    made = xFuserZImageTurboModel(xfuser.xFuserArgs(model="Z-Image-Turbo", cache_method="Fast"))
+    assert [*made.settings.step_cache_config] == [*integration.METHODS]
+    with pytest.raises(ValueError, match="does not support step caching"):
+        xFuserZImageTurboModel(xfuser.xFuserArgs(model="Z-Image-Turbo", cache_method="dbcache"))
+    assert not xFuserZImageTurboModel.capabilities.supports_step_caching
+
+
 def test_a_model_of_the_runner_without_step_caches_says_so(xfuser: Any) -> None:
     from xfuser.model_executor.models.runner_models.lumina2 import xFuserLumina2Model
 

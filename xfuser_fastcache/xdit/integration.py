@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from xfuser_fastcache.plugins import BUILT_IN, GATES
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
+from xfuser_fastcache.xdit.families import family_of
 from xfuser_fastcache.xdit.inputs import told
 from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
@@ -354,8 +355,9 @@ def _patch_runner(module: ModuleType) -> None:
     def with_our_methods(validate: Callable[..., None]) -> Callable[..., None]:
         def validate_config(self: Any, config: Any) -> None:
             # Not on the class: some models set it anew for each instance (`_customize_settings`).
-            if config.cache_method in METHODS:
-                # xDiT need not know how to cache the model; where we do not, the cache says so.
+            family = family_of(self.settings.model_name)
+            if config.cache_method in METHODS and family is not None and family.adapter:
+                # xDiT need not have a cache for it itself, as it has none for Z-Image-Turbo.
                 self.capabilities = replace(self.capabilities, supports_step_caching=True)
             if self.capabilities.supports_step_caching:
                 known = self.settings.step_cache_config or {}
