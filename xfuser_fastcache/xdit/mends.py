@@ -222,7 +222,7 @@ MENDS = (
         )
     ),
     Mend(
-        "FLUX.2 under PipeFusion and Ulysses with one patch: text counted on every rank",
+        "FLUX.2 under PipeFusion and sequence parallelism: text counted on every rank",
         FLUX2,
         "xFuserFlux2AttnProcessor.__call__",
         attention_mends.counts_text_on_every_rank,
