@@ -123,17 +123,3 @@ def test_the_runner_draws_cached(
     clock = "plan" if "pipefusion" in flags else "scheduler"
     assert (statistics["collectives_per_step"], statistics["clock"]) == (1, clock)
     assert 0 < statistics["block_approx_ratio"] < 1
-
-
-@pytest.mark.slow
-@pytest.mark.gloo
-@pytest.mark.parametrize("model", ["FLUX.2-klein-4B", "FLUX.2-dev"])
-def test_in_synchronous_steps_pipefusion_draws_what_one_rank_draws(
-    runner: Path, hub: Path, tmp_path: Path, model: str
-) -> None:
-    """From the same layers of the text encoder, and in the same dtype."""
-    float32 = ("--model", model, "--dtype", "float32")
-    one, _ = draw(runner, hub, tmp_path / "one", 1, *float32)
-    synchronous = (*PIPEFUSION.split(), "--warmup_steps", str(STEPS))
-    two, _ = draw(runner, hub, tmp_path / "two", 2, *float32, *synchronous)
-    assert np.abs(one - two).max() <= 1
