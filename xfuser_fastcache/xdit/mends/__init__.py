@@ -220,7 +220,7 @@ MENDS = (
         )
     ),
     Mend(
-        "FLUX.2 under PipeFusion and Ulysses with one patch: text counted on every rank",
+        "FLUX.2 under PipeFusion and sequence parallelism: text counted on every rank",
         flux.FLUX2,
         "xFuserFlux2AttnProcessor.__call__",
         attention.counts_text_on_every_rank,
