@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoImageToVideoPipeline
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    CogVideoXDPMScheduler,
+    HunyuanVideoImageToVideoPipeline,
+)
 from support.counted import counted_tokens
 from support.tiny import TINY_PIPELINES
 from support.tiny.hunyuan_video import tiny_hunyuan_video
@@ -120,6 +124,41 @@ def test_a_budget_is_exact(name: str) -> None:
     }
     branches = 2 if name == "hunyuan-video15" else 1
     assert len(computed) == 4 * branches
+
+
+def test_true_guidance_of_hunyuan_video_has_a_branch_a_prompt() -> None:
+    pipe, generate = made("hunyuan-video")
+    text = {
+        "negative_prompt_embeds": torch.zeros(1, 8, 16),
+        "negative_pooled_prompt_embeds": torch.zeros(1, 8),
+        "negative_prompt_attention_mask": torch.ones(1, 8).long(),
+    }
+    control = generate(true_cfg_scale=2.0, **text)
+    for threshold in (0.0, 12.0):
+        apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold)
+        found = generate(true_cfg_scale=2.0, **text)
+        branches = {row["branch"] for row in get_cache_trace(pipe.transformer)}
+        statistics = get_cache_statistics(pipe.transformer)
+        remove_cache(pipe.transformer)
+        assert torch.equal(found, control) == (threshold == 0) and found.isfinite().all()
+        assert (len(branches), statistics["recomputed"]) == (2, 0)
+
+
+def test_cogvideox_runs_with_the_scheduler_of_5b() -> None:
+    """It draws noise at each step, and looks back one."""
+    pipe, generate = made("cogvideox")
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    control = generate()
+    for options in ({}, {"forecaster": "data"}):
+        for threshold in (0.0, 12.0):
+            apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
+            found, again = generate(), generate()
+            statistics = get_cache_statistics(pipe.transformer)
+            remove_cache(pipe.transformer)
+            assert torch.equal(found, control) == (threshold == 0) and found.isfinite().all()
+            assert torch.equal(found, again)
+            assert (statistics["clock"], statistics["steps"]) == ("plan", 2 * STEPS)
+            assert (statistics["block_approx_ratio"] > 0) == (threshold > 0)
 
 
 def test_padded_text_is_seen_by_nobody_on_few_tokens_either() -> None:
