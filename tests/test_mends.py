@@ -345,6 +345,23 @@ def test_real_keys_are_those_of_tokens_wherever_their_rank_stands(
     assert sorted({*range(ranks * sum(pieces))} - {*(found or ())}) == padded
 
 
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_hunyuan_video_says_which_tokens_the_ranks_cannot_share(mended: Path) -> None:
+    """27 tokens on two ranks. HunyuanVideo-1.5 attends to the padding; docs/limits.md says so."""
+    uneven = ("--model", "hunyuan-video", "--size", "48", *ULYSSES)
+    with pytest.raises(WorldFailed) as failed:
+        launch("xdit_control.py", 2, *uneven, timeout_s=120)
+    assert "do not divide" not in failed.value.output
+    with pytest.raises(WorldFailed) as failed:
+        launch(mended, 2, *uneven, timeout_s=120)
+    assert "(3, 3, 3) tokens (frames, height, width): 27 do not divide" in failed.value.output
+    padded = ("--model", "hunyuan-video15", "--size", "24")
+    (alone,) = lines(launch("xdit_control.py", 1, *padded))
+    for line in lines(launch(mended, 2, *padded, *ULYSSES)):
+        assert line["norm"] != pytest.approx(alone["norm"], rel=1e-5)
+
+
 class MendedJoint:
     """How xfuser could mend its joint attention itself."""
 
@@ -450,6 +467,7 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserFluxPipeline = MendedPipeline
     module.xFuserWanTransformer3DWrapper = MendedWan
     module.xFuserWanVACETransformer3DWrapper = MendedWan
+    module.xFuserHunyuanVideoTransformer3DWrapper = MendedWan
     module.xFuserQwenImageTransformerWrapper = MendedQwen
     module.xFuserZImageTransformer2DWrapper = MendedZImage
     assert not mend.is_needed(module)

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    CogVideoXDPMScheduler,
+    HunyuanVideoImageToVideoPipeline,
+)
 from support.counted import counted_tokens
 from support.tiny import TINY_PIPELINES
+from support.tiny.hunyuan_video import tiny_hunyuan_video
+from support.tiny.model import picture
 
 from diffusers_adapters.cogvideox import CogVideoXAdapter
 from diffusers_adapters.hunyuan_video import HunyuanVideoAdapter
@@ -119,6 +126,41 @@ def test_a_budget_is_exact(name: str) -> None:
     assert len(computed) == 4 * branches
 
 
+def test_true_guidance_of_hunyuan_video_has_a_branch_a_prompt() -> None:
+    pipe, generate = made("hunyuan-video")
+    text = {
+        "negative_prompt_embeds": torch.zeros(1, 8, 16),
+        "negative_pooled_prompt_embeds": torch.zeros(1, 8),
+        "negative_prompt_attention_mask": torch.ones(1, 8).long(),
+    }
+    control = generate(true_cfg_scale=2.0, **text)
+    for threshold in (0.0, 12.0):
+        apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold)
+        found = generate(true_cfg_scale=2.0, **text)
+        branches = {row["branch"] for row in get_cache_trace(pipe.transformer)}
+        statistics = get_cache_statistics(pipe.transformer)
+        remove_cache(pipe.transformer)
+        assert torch.equal(found, control) == (threshold == 0) and found.isfinite().all()
+        assert (len(branches), statistics["recomputed"]) == (2, 0)
+
+
+def test_cogvideox_runs_with_the_scheduler_of_5b() -> None:
+    """It draws noise at each step, and looks back one."""
+    pipe, generate = made("cogvideox")
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    control = generate()
+    for options in ({}, {"forecaster": "data"}):
+        for threshold in (0.0, 12.0):
+            apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
+            found, again = generate(), generate()
+            statistics = get_cache_statistics(pipe.transformer)
+            remove_cache(pipe.transformer)
+            assert torch.equal(found, control) == (threshold == 0) and found.isfinite().all()
+            assert torch.equal(found, again)
+            assert (statistics["clock"], statistics["steps"]) == ("plan", 2 * STEPS)
+            assert (statistics["block_approx_ratio"] > 0) == (threshold > 0)
+
+
 def test_padded_text_is_seen_by_nobody_on_few_tokens_either() -> None:
     """The mask has a column a token: those of the video that run, then the text's."""
     found = []
@@ -133,6 +175,47 @@ def test_padded_text_is_seen_by_nobody_on_few_tokens_either() -> None:
         found.append(generate(prompt_embeds=text))
         assert get_cache_statistics(pipe.transformer)["spatial_approx_ratio"] > 0
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def image_to_video(condition: str) -> tuple[Any, dict[str, Any]]:
+    """HunyuanVideo's with the picture in channels behind the noise, or in the first frame."""
+    channels = {"latent_concat": 4 + 4 + 1, "token_replace": 4}[condition]
+    pipe, call = tiny_hunyuan_video(in_channels=channels, image_condition_type=condition)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+    parts = {**pipe.components, "vae": vae, "image_processor": None}
+    return HunyuanVideoImageToVideoPipeline(**parts), {**call, "image": picture(call["height"])}
+
+
+@pytest.mark.parametrize(("condition", "tokens"), [("latent_concat", 12), ("token_replace", 8)])
+def test_of_image_to_video_noise_alone_is_measured(condition: str, tokens: int) -> None:
+    pipe, call = image_to_video(condition)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(1)
+        return pipe(**{**call, "num_inference_steps": STEPS, "generator": noise}).frames
+
+    control = generate()
+    for way in ("default", "spans", "split", "first block"):
+        for threshold in (0.0, 12.0):
+            options = {**WAYS, "first block": {"use_cache": "Fb"}}[way]
+            apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
+            with counted_tokens() as seen:
+                found = generate()
+            hits = get_cache_statistics(pipe.transformer)["block_approx_ratio"]
+            remove_cache(pipe.transformer)
+            assert torch.equal(found, control) == (threshold == 0 and way != "split"), way
+            assert (hits > 0) == (threshold > 0) and found.isfinite().all(), way
+            wanted = {"default": {4 * tokens}, "first block": set()}.get(way, {tokens})
+            assert seen == wanted, way
+    assert torch.equal(generate(), control)
 
 
 def test_of_65_channels_the_first_32_are_measured() -> None:

@@ -142,7 +142,12 @@ FAMILIES = (
         example=Example("Tongyi-MAI/Z-Image", (16, 128, 128), 4, 3840),
     ),
     Family("Krea-2", ("krea-2",), why_not=f"{_NOT_YET}; xfuser needs diffusers from source"),
-    Family("Lumina-Image 2.0", ("lumina",), ("Lumina2Pipeline",), why_not=_NOT_YET),
+    Family(
+        "Lumina-Image 2.0",
+        ("lumina",),
+        ("Lumina2Pipeline",),
+        why_not=f"{_NOT_YET}; where its image's tokens stand differs with the text of each item",
+    ),
     Family(
         "Ideogram-4",
         ("ideogram-",),
@@ -166,7 +171,11 @@ FAMILIES = (
         "HunyuanDiT", pipelines=("HunyuanDiTPipeline",), why_not=f"{_NOT_YET}; it has long skips"
     ),
     Family("Latte", pipelines=("LattePipeline",), why_not=_NOT_YET),
-    Family("ConsisID", pipelines=("ConsisIDPipeline",), why_not=_NOT_YET),
+    Family(
+        "ConsisID",
+        pipelines=("ConsisIDPipeline",),
+        why_not=f"{_NOT_YET}; its pipeline needs OpenCV",
+    ),
     Family(
         "Stable Diffusion XL",
         pipelines=("StableDiffusionXLPipeline",),

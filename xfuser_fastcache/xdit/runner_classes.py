@@ -133,8 +133,11 @@ def _class_of(place: tuple[str, str]) -> Any:
 
 
 def _converted(model: Any, kind: Any) -> nn.Module:
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with init_empty_weights(include_buffers=False):
-        # Not by the constructor: HunyuanVideo's is given its attention here.
-        made = kind.from_config(model.config)
+        made = kind(**config)
+    # HunyuanVideo's loaders do this, and not its constructor.
+    if hasattr(made, "install_xdit_attention_processors"):
+        made.install_xdit_attention_processors()
     made.load_state_dict(model.state_dict(), assign=True)
     return made.requires_grad_(False).train(model.training)

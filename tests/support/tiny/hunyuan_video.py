@@ -33,20 +33,21 @@ def tiny_hunyuan_video(
         **sizes: of the model.
     """
     torch.manual_seed(seed)
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        mlp_ratio=2.0,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 2, 4),
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": 16,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (2, 2, 4),
         **sizes,
-    ).eval()
+    }
+    transformer = HunyuanVideoTransformer3DModel(**config).eval()
     pipeline = HunyuanVideoPipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), **_PARTS
     )

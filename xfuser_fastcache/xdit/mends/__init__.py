@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
-from xfuser_fastcache.xdit.mends import attention, flux, qwen, z_image
+from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, qwen, z_image
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -309,5 +309,12 @@ MENDS = (
         z_image.INIT,
         lambda source: "**kwargs" in source,
         z_image.name_sizes,
+    ),
+    Mend(
+        "HunyuanVideo: tokens that do not divide by the ranks end in an error of gloo or NCCL",
+        hunyuan_video.MODULE,
+        hunyuan_video.FORWARD,
+        hunyuan_video.shares_unevenly,
+        hunyuan_video.refuse_uneven_shares,
     ),
 )
