@@ -30,6 +30,8 @@ class QwenImageAdapter(ModelAdapter):
             tables=(
                 Table("image_rotary_emb", part=0),
                 Table("modulate_index", axis=1, attended=False),
+                # A mask of text and image, in diffusers 0.37 and in xfuser.
+                Table("joint_attention_kwargs", axis=1, dims=2),
             ),
             attention=("attn",),
         )

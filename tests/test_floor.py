@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,11 +37,12 @@ from torch import nn
 from diffusers_adapters.wan import WanAdapter
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.apply import adapter_of
+from xfuser_fastcache.models import block_contract
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract, Table
 from xfuser_fastcache.models.forward_layout import ForwardLayout
 from xfuser_fastcache.models.noise import FlowSigma
-from xfuser_fastcache.models.streams import HIDDEN
+from xfuser_fastcache.models.streams import ENCODER, HIDDEN
 from xfuser_fastcache.models.token_layout import TokenCounts, TokenLayout, leading_zeros
 from xfuser_fastcache.plugins import ADAPTERS
 from xfuser_fastcache.tokens.base import run_narrowed
@@ -486,6 +488,19 @@ def test_what_a_block_returns_is_asked_for_where_nothing_says_it() -> None:
         BlockContract().of(Block())
     found = BlockContract(returns=(HIDDEN,)).of(Block())
     assert found.parameters == (HIDDEN, "temb")
+
+
+def test_the_registry_of_diffusers_0_37_has_no_other_name_for_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = SimpleNamespace(
+        return_hidden_states_index=1,
+        return_encoder_hidden_states_index=0,
+        hidden_states_argument_name=HIDDEN,
+    )
+    monkeypatch.setattr(block_contract, "metadata_of", lambda kind: known)
+    found = BlockContract().of(nn.Linear(2, 2))
+    assert (found.hidden, found.encoder, found.returns) == (HIDDEN, ENCODER, (ENCODER, HIDDEN))
 
 
 # ---- cached -------------------------------------------------------------------------------------

@@ -120,7 +120,8 @@ class BlockContract:
             if self.hidden == HIDDEN:
                 hidden = known.hidden_states_argument_name
             if self.encoder == ENCODER:
-                encoder = known.encoder_hidden_states_argument_name
+                # diffusers before 0.41 knows no other name.
+                encoder = getattr(known, "encoder_hidden_states_argument_name", ENCODER)
             places = {
                 HIDDEN: known.return_hidden_states_index,
                 ENCODER: known.return_encoder_hidden_states_index,

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -354,6 +354,9 @@ def _patch_runner(module: ModuleType) -> None:
     def with_our_methods(validate: Callable[..., None]) -> Callable[..., None]:
         def validate_config(self: Any, config: Any) -> None:
             # Not on the class: some models set it anew for each instance (`_customize_settings`).
+            if config.cache_method in METHODS:
+                # xDiT need not know how to cache the model; where we do not, the cache says so.
+                self.capabilities = replace(self.capabilities, supports_step_caching=True)
             if self.capabilities.supports_step_caching:
                 known = self.settings.step_cache_config or {}
                 self.settings.step_cache_config = {**known, **dict.fromkeys(METHODS)}

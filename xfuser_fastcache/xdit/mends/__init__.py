@@ -310,4 +310,11 @@ MENDS = (
         hunyuan_video.shares_unevenly,
         hunyuan_video.refuse_uneven_shares,
     ),
+    Mend(
+        "Z-Image: sizes in a checkpoint's config are dropped, the default ones are taken",
+        z_image.MODULE,
+        z_image.INIT,
+        lambda source: "**kwargs" in source,
+        z_image.name_sizes,
+    ),
 )
