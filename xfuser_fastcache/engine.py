@@ -39,7 +39,6 @@ from xfuser_fastcache.consensus.inputs import SharedInputs
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.consensus.watchdog import Watchdog
 from xfuser_fastcache.decisions.agreement import Agreement
-from xfuser_fastcache.decisions.few_steps import FewSteps
 from xfuser_fastcache.decisions.log import DecisionLog
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.measurements.moments import SLOTS
@@ -71,7 +70,6 @@ class CacheEngine:
         self.denoiser = clock.admit(self)
         rules = plan.rules(consensus)
         self.agreement = Agreement(rules, consensus, plan.tokens.motion)
-        self.few_steps = FewSteps(rules)
         self.prober = plan.prober(rules, consensus.group.counts_tokens)
         self.passage = Passage(plan, consensus, self.agreement, self.prober)
         self.branches: dict[int, LocalState] = {}
@@ -119,9 +117,8 @@ class CacheEngine:
         if begins:
             self._generation = call.generation
             self._note_bytes()
-            self.agreement.begin_generation()
+            self.agreement.begin_generation(call)
             self.branches.clear()
-            self.few_steps.begin(call)
         if call.branch not in self.branches:
             self.branches[call.branch] = self._new_branch(arrival.latents.device)
         local, agreement = self.branches[call.branch], self.agreement
@@ -182,7 +179,7 @@ class CacheEngine:
         else:
             self.watchdog.rest()
         if call.is_last_step and call.position.is_last_patch:
-            self.few_steps.end(call, agreement.decisions)
+            agreement.few_steps.end(call, agreement.decisions)
             agreement.verify()
             if not lag:
                 agreement.complete_verifications()

@@ -17,6 +17,7 @@ from xfuser_fastcache.consensus.header import DIGEST_BITS, Header
 from xfuser_fastcache.consensus.transfer import GatherTicket
 from xfuser_fastcache.decisions import policy
 from xfuser_fastcache.decisions.audits import audit_of, did_harm
+from xfuser_fastcache.decisions.few_steps import FewSteps
 from xfuser_fastcache.decisions.log import (
     FIRST_BLOCK,
     NOT_FINITE,
@@ -49,6 +50,7 @@ class Agreement:
         motion: turns the token counts of all ranks into one; None without a token split.
 
     Attributes:
+        few_steps: warns where nothing can be skipped.
         decisions: the log of flags.
         counters: for the statistics.
     """
@@ -59,6 +61,7 @@ class Agreement:
         self.consensus = consensus
         self.motion = motion
         self._foregone = rules.foregone and motion is None
+        self.few_steps = FewSteps(rules)
         self.decisions = DecisionLog(rules.spans)
         self.counters = Counters(consensus.usage, rules.spans)
         self.branches: dict[int, SharedState] = {}
@@ -68,8 +71,11 @@ class Agreement:
         # Whether the generation was left in the middle; then other ranks may not have posted.
         self._left = False
 
-    def begin_generation(self) -> None:
+    def begin_generation(self, call: Call) -> None:
         """Forget the generation before, after completing what is outstanding.
+
+        Args:
+            call: its first forward pass.
 
         Raises:
             ConsensusError: with `verify_consensus`, ranks decided differently in it.
@@ -78,6 +84,7 @@ class Agreement:
         self._left = False
         self.branches.clear()
         self.decisions.begin_generation()
+        self.few_steps.begin(call)
 
     def branch(self, index: int) -> SharedState:
         """Return the shared state of a CFG branch of this generation."""
