@@ -5,6 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Ranks spawned by tests share the cores, and nothing is fetched while testing.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# Hundreds of interpreters are started, and each would compile all that it imports.
+unset PYTHONDONTWRITEBYTECODE
 
 ruff check .
 ruff format --check .

@@ -106,8 +106,7 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
             import torch
-            from support.served import Served
-from support.tiny.wan import tiny_wan
+            from support.tiny.wan import tiny_wan
             from support.worlds import report
             from xfuser_fastcache.xdit import cpu_platform
             cpu_platform.enable_cpu_platform()

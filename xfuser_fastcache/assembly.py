@@ -130,11 +130,12 @@ def adapter_of(model: nn.Module) -> type[ModelAdapter]:
         if adapter.supports(model):
             return adapter
     name, names = type(model).__name__, sorted({a.model_class for a in known.values()})
-    nearest = get_close_matches(name, names, n=3) or names
+    nearest = get_close_matches(name, names, n=3)
+    which = f"nearest to it are {', '.join(nearest)}" if nearest else f"only {', '.join(names)} are"
     raise ValueError(
-        f"{name} is not supported by the cache; nearest to it are {', '.join(nearest)}, and "
-        "`fastcache models` lists all. Pass the pipeline's transformer (pipe.transformer), or add "
-        f"an adapter for the model (entry point group {ADAPTERS!r}): docs/extending.md."
+        f"{name} is not supported by the cache; {which}, as `fastcache models` says. Pass the "
+        "pipeline's transformer (pipe.transformer), or add an adapter for the model (entry point "
+        f"group {ADAPTERS!r}): docs/extending.md."
     )
 
 

@@ -61,8 +61,12 @@ class Painter:
         """Return what this model in this layout can draw."""
         inner = getattr(self.pipe, "module", self.pipe)  # xfuser's class around a pipeline
         model: Any = self.layout.model_of(self.pipe.transformer)
-        names = ("vae_scale_factor", "vae_scale_factor_spatial")
-        of_vae = next(getattr(inner, name) for name in names if hasattr(inner, name))
+        of_vae = next(
+            getattr(held, name)
+            for held in (self.runtime, inner)  # xDiT's own, where it cuts pictures by it
+            for name in ("vae_scale_factor", "vae_scale_factor_spatial")
+            if hasattr(held, name)
+        )
         patch = model.config.get("patch_size") or 1
         # FLUX packs its latent two by two outside of the transformer, whose own patch is 1.
         pixels = of_vae * max(2, patch if isinstance(patch, int) else patch[-1])
