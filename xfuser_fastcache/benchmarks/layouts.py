@@ -62,6 +62,9 @@ class Exclusion:
         return f"{self.reason}. xDiT {says}."
 
 
+_NO_PIPELINE = "xDiT's transformer for it is no pipeline"
+_ALONE_I2V = "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone"
+_SEQUENCE_ALONE = "xDiT's runner has Ulysses and ring attention alone for it"
 EXCLUDED = (
     Exclusion(
         "flux",
@@ -76,28 +79,19 @@ EXCLUDED = (
         "does not support use_cfg_parallel",
     ),
     *(
-        Exclusion(
-            model,
-            flag,
-            reason,
-            f"does not support {flag.strip('-').split('=')[0]}",
-        )
-        for model in ("wan", "wan_vace")
-        for flag, reason in (
-            (f"{PIPEFUSION}=2", "xDiT's runner takes Wan with a transformer that is no pipeline"),
-            (CFG, "xDiT gives CFG parallelism to Wan's image-to-video pipeline alone"),
-        )
-    ),
-    *(
         Exclusion(model, flag, reason, f"does not support {flag.strip('-').split('=')[0]}")
         for model, flag, reason in (
-            ("qwen_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
+            ("wan", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("wan", CFG, _ALONE_I2V),
+            ("wan_vace", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("wan_vace", CFG, _ALONE_I2V),
+            ("qwen_image", f"{PIPEFUSION}=2", _NO_PIPELINE),
             ("qwen_image", CFG, "xDiT gives CFG parallelism to Qwen-Image-Edit alone"),
-            ("z_image", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
-            ("hunyuan_video", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
-            ("hunyuan_video", CFG, "xDiT's runner has Ulysses and ring attention alone for it"),
-            ("hunyuan_video15", f"{PIPEFUSION}=2", "xDiT's transformer for it is no pipeline"),
-            ("hunyuan_video15", CFG, "xDiT's runner has Ulysses and ring attention alone for it"),
+            ("z_image", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("hunyuan_video", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("hunyuan_video", CFG, _SEQUENCE_ALONE),
+            ("hunyuan_video15", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("hunyuan_video15", CFG, _SEQUENCE_ALONE),
         )
     ),
     Exclusion(

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, is_excluded
 from xfuser_fastcache.cli.flags import flags_of
+from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 from xfuser_fastcache.xdit.families import FAMILIES, Family
 
@@ -35,8 +36,9 @@ Written by `fastcache models --output docs/models.md`. One row for each family t
 
 Anchors are what a forecaster remembers, here of one guidance branch on one rank, in bf16, at the
 size named below; under Ulysses and Ring each rank holds its share of the blocks' anchors. A
-forecaster of order n keeps n + 1. Where the column *TeaCache* says so, `Tea` has the polynomial
-that TeaCache published; for the others `fastcache fit-polynomial` makes one. Each layout of the
+forecaster of order n keeps n + 1. Where the column *TeaCache* says so, `Tea` has a polynomial that
+TeaCache published for a model of the family (VACE's is Wan's of text to video); for the others
+`fastcache fit-polynomial` makes one. Each layout of the
 column is a cell of `pytest -m "slow or not slow" tests/test_matrix.py`, on random weights. Lines
 are those of the adapter's class, documentation included.
 
@@ -83,8 +85,8 @@ def _row(family: Family, adapter: Any) -> dict[str, Any]:
 
 
 def _has_polynomial(adapter: Any) -> bool:
-    of_each = "tea_polynomial_of" in vars(adapter)
-    return adapter.tea_polynomial is not None or of_each
+    by_model = adapter.tea_polynomial_of.__func__ is not ModelAdapter.tea_polynomial_of.__func__
+    return adapter.tea_polynomial is not None or by_model
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
