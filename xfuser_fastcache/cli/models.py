@@ -85,8 +85,8 @@ def _row(family: Family, adapter: Any) -> dict[str, Any]:
 
 
 def _has_polynomial(adapter: Any) -> bool:
-    by_model = adapter.tea_polynomial_of.__func__ is not ModelAdapter.tea_polynomial_of.__func__
-    return adapter.tea_polynomial is not None or by_model
+    owner = next(base for base in adapter.__mro__ if "tea_polynomial_of" in vars(base))
+    return adapter.tea_polynomial is not None or owner is not ModelAdapter
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
