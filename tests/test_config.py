@@ -473,6 +473,20 @@ def test_the_digest_is_the_same_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"computed_steps": 8}, {"steps_mask": [1, 0, 1]}, {"use_cache": "Tea"}, {"gate": "Fb"}],
+    ids=str,
+)
+def test_keys_of_other_patches_are_carried_unless_stages_are_staggered(
+    options: dict[str, Any],
+) -> None:
+    assert CacheConfig(**options).resolved().patch_kv_slope == 0.7
+    assert CacheConfig(**options, stagger_stages=True).resolved().patch_kv_slope == 0
+    given = CacheConfig(**options, stagger_stages=True, patch_kv_slope=0.4)
+    assert given.resolved().patch_kv_slope == 0.4
+
+
+@pytest.mark.parametrize(
     ("name", "table"),
     [("options", options_table), ("backends", backends_table), ("methods", methods_table)],
 )

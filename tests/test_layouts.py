@@ -120,6 +120,18 @@ def test_staggered_stages_decide_alike_and_repeat(world: dict[int, dict[str, Any
     assert set(outputs(world, "staggered_as_before")) == {not in_pipeline}
 
 
+def test_keys_of_other_patches_that_are_carried_on_are_nearer_than_aged_ones(
+    world: dict[int, dict[str, Any]],
+) -> None:
+    in_pipeline = any(report["stages"] > 1 for report in world.values())
+    carried = [s["carried_keys"] for s in everywhere(world, "first_statistics")]
+    assert all(carried) if in_pipeline else not any(carried)
+    if in_pipeline:
+        assert not any(everywhere(world, "aged_carried"))
+        (aged,), (carried_on,) = (set(outputs(world, key)) for key in ("aged_psnr", "psnr"))
+        assert carried_on > aged + 2
+
+
 @pytest.mark.parametrize("change", ["steps", "size", "batch"])
 def test_the_next_call_may_differ(world: dict[int, dict[str, Any]], change: str) -> None:
     """As if the cache had been applied just before, and close to uncached."""

@@ -79,6 +79,18 @@ def test_sd3_under_pipefusion_crashes_unmended_and_equals_one_rank_mended(
 
 @pytest.mark.slow
 @pytest.mark.gloo
+def test_pipefusion_with_ulysses_equals_pipefusion_mended(mended: Path) -> None:
+    """In asynchronous steps, behind a synchronous one."""
+    arguments = ("--model", "sd3", "--num_inference_steps", "6", "--warmup_steps", "1", *PIPEFUSION)
+    (alone,) = lines(launch(mended, 2, *arguments, timeout_s=120))
+    (unmended,) = lines(launch("xdit_control.py", 4, *arguments, *ULYSSES, timeout_s=200))
+    (both,) = lines(launch(mended, 4, *arguments, *ULYSSES, timeout_s=200))
+    assert_close(both, alone)
+    assert unmended["norm"] != pytest.approx(alone["norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
 def test_flux2_under_pipefusion_crashes_unmended_in_steps_that_are_not_synchronous() -> None:
     with pytest.raises(WorldFailed) as failed:
         launch("xdit_control.py", 2, "--model", "flux2", *PIPEFUSION, timeout_s=120)

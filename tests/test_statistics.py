@@ -31,7 +31,7 @@ KEYS = [
     "estimated_flops_saved_ratio", "collectives", "collectives_per_step", "consensus_wait_s",
     "cache_bytes", "audits", "false_skip_rate", "false_skip_interval", "forced_beyond_budget",
     "nonfinite_steps",
-    "recomputed", "decisions_digest", "clock",
+    "recomputed", "carried_keys", "decisions_digest", "clock",
 ]  # fmt: skip
 NAMES = [
     *(f"transformer_blocks.{i}" for i in range(2)),

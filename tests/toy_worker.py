@@ -89,6 +89,12 @@ def cases(pipe: Any) -> dict[str, Any]:
         remove_cache(transformer)
         found[f"other_{name}_psnr"] = psnr(after[name], generate(pipe, **change))
 
+    if XDiTLayout().decision_group().stages > 1:
+        apply(patch_kv_slope=0)
+        found["aged_psnr"] = psnr(generate(pipe), control)
+        found["aged_carried"] = get_cache_statistics(transformer)["carried_keys"]
+        remove_cache(transformer)
+
     spans = {"granularity": 5}
     for forecaster, options in {"reuse": spans, "linear": spans, "output": {}}.items():
         apply(forecaster=forecaster, **options)

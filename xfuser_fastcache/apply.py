@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -138,6 +139,7 @@ def apply_cache_on_transformer(
         layout.follow(consensus)
         pulse = PresentScheduler(transformer, scheduler)
         plan = drawn(request, transformer, model, adapter, consensus, counts, pulse)
+        plan = replace(plan, keys=layout.patch_keys(config.patch_kv_slope))
         engine = CacheEngine(plan, consensus, _clock(transformer, config))
         reader = Reader(adapter, counts, pulse, layout, group.stages, engine.denoiser)
         attachment = Attachment(transformer, model, blocks, model.get_submodule(adapter.embedder))

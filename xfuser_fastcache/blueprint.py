@@ -11,6 +11,7 @@ import torch
 from xfuser_fastcache.artifacts.calibration import Fitted
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.collective import Consensus
+from xfuser_fastcache.consensus.topology import NoPatchKeys, PatchKeys
 from xfuser_fastcache.decisions.policy import Rules
 from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.gates.base import Rule
@@ -40,6 +41,7 @@ class Blueprint:
         modulated: from the first block's arguments, its normed and modulated input; None where
             this rank does not hold that block.
         tokens: which tokens computed spans run on; for one stage only.
+        keys: what a patch of PipeFusion attends to of the others.
     """
 
     config: CacheConfig
@@ -52,6 +54,7 @@ class Blueprint:
     fitted: Fitted | None = None
     modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None
     tokens: TokenPlan = field(default_factory=NoTokenPlan)
+    keys: PatchKeys = field(default_factory=NoPatchKeys)
 
     def rules(self, consensus: Consensus) -> Rules:
         """Return what decisions go by."""

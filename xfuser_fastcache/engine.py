@@ -212,6 +212,7 @@ class CacheEngine:
         for local in self.branches.values():
             local.memories.clear()
             local.references.clear()
+        self.plan.keys.forget()
 
     # ---- called by the block hooks ----------------------------------------------------------
 
@@ -274,7 +275,7 @@ class CacheEngine:
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""
         held = sum(local.nbytes() for local in self.branches.values())
-        held += self.plan.tokens.nbytes() + self.forecaster.nbytes()
+        held += self.plan.tokens.nbytes() + self.forecaster.nbytes() + self.plan.keys.nbytes()
         self.agreement.counters.saw_bytes(held)
 
     def statistics(self) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Passage:
         """
         self.call, self._local, self._decide = call, local, decide
         self.recomputes = False
+        self.plan.keys.open(call.step, call.noise_level, call.starts_generation)
 
     def end(self) -> None:
         """End a forward pass.
@@ -88,6 +89,7 @@ class Passage:
         Raises:
             CannotForecast: see `_leave_unfinished`.
         """
+        self.agreement.counters.carried_keys += self.plan.keys.close()
         self._leave_unfinished()
         self._take_decision()  # no block ran here; the other ranks wait all the same
 
@@ -113,6 +115,7 @@ class Passage:
 
     def abandon(self) -> None:
         """Leave a forward pass that has failed."""
+        self.plan.keys.close()
         self.call = self._visit = self._decide = None
 
     def _take_decision(self) -> None:

@@ -124,6 +124,13 @@ class CacheConfig(CheckedOptions):
         "under PipeFusion with one span: stages skip a patch at neighbouring steps, so that the "
         "pipeline stays full",
     )
+    patch_kv_slope: float = option(
+        None,
+        number(0, 1),
+        "under PipeFusion, at computed steps behind a gap: how much of their last slope in sigma "
+        "the other patches' keys and values follow; 0 leaves them as old as the gap",
+        none="0.7, with stagger_stages 0",
+    )
     sync_backend: str = option(
         "gloo",
         choice("gloo", "nccl"),

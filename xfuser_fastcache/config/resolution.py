@@ -39,6 +39,9 @@ class Calibrated(Protocol):
         """Of its content."""
 
 
+# Measured: docs/decisions/carried-keys.md. Staggered stages compute a part of their keys from
+# forecasts, whose slopes lead astray.
+PATCH_KV_SLOPE = 0.7
 OF_CALIBRATION = ("cache_ratio_threshold", "test", "num_warmup_steps", "max_consecutive_skips")
 
 
@@ -54,6 +57,7 @@ def resolved(config: CacheConfig, fitted: Calibrated | None) -> CacheConfig:
     if budget_of(config) is not None:
         # All that limits skips by default it spreads better.
         default = {"num_warmup_steps": 1}
+    default["patch_kv_slope"] = 0.0 if config.stagger_stages else PATCH_KV_SLOPE
     if config.gate is None:
         (gate,) = config.methods.gates
         default |= {name: getattr(gate, name) for name in options_of(gate)}

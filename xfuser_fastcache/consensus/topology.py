@@ -80,6 +80,47 @@ class Position:
         return not self.patched or self.patch == len(self.patch_tokens) - 1
 
 
+class PatchKeys(Protocol):
+    """What a patch of PipeFusion attends to of the others, at computed steps behind a gap."""
+
+    def open(self, step: int, level: float, begins: bool) -> None:
+        """Begin a forward pass.
+
+        Args:
+            step: of the generation, from 0.
+            level: its sigma.
+            begins: whether a generation begins.
+        """
+
+    def close(self) -> bool:
+        """End a forward pass, also one that has failed; say whether any keys and values in it were
+        carried on. May be called twice."""
+
+    def forget(self) -> None:
+        """Forget what is remembered of the generation."""
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+class NoPatchKeys:
+    """No patches, or keys and values as old as they are."""
+
+    def open(self, step: int, level: float, begins: bool) -> None:
+        """Nothing to do."""
+
+    def close(self) -> bool:
+        """Nothing is carried on."""
+        return False
+
+    def forget(self) -> None:
+        """Nothing to do."""
+
+    def nbytes(self) -> int:
+        """None."""
+        return 0
+
+
 class Layout(Protocol):
     """How ranks share a forward pass; an object of it is made for one transformer.
 
@@ -109,6 +150,13 @@ class Layout(Protocol):
 
     def position(self) -> Position:
         """Return which tokens the forward pass that has just begun carries."""
+
+    def patch_keys(self, slope: float) -> PatchKeys:
+        """Return what a patch attends to of the others.
+
+        Args:
+            slope: how much of their last slope keys and values follow over skipped steps, 0 to 1.
+        """
 
     def follow(self, consensus: Consensus) -> None:
         """Bound the waits of the model's own communication as those of a cache that is put on, and
@@ -166,6 +214,10 @@ class PlainLayout:
     def position(self) -> Position:
         """Return which tokens this forward carries: all of the rank's."""
         return Position()
+
+    def patch_keys(self, slope: float) -> PatchKeys:
+        """Return nothing to attend to: there are no patches."""
+        return NoPatchKeys()
 
     def follow(self, consensus: Consensus) -> None:
         """Nothing to do: this layout knows no communication of the model's own."""

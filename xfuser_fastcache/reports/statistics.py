@@ -36,6 +36,8 @@ class Counters:
         spans: number of flags in a decision.
 
     Attributes:
+        carried_keys: forward passes of a PipeFusion patch that attended to other patches' keys and
+            values carried on over skipped steps.
         recomputed: forward passes that ran again, since a forecast had found no place in them.
         forced_beyond_budget: steps of a branch that were computed where a budget skips them, since
             nothing could be forecast.
@@ -45,6 +47,7 @@ class Counters:
 
     def __init__(self, usage: Usage, spans: int):
         self._before = usage
+        self.carried_keys = 0
         self.forced_beyond_budget = 0
         self.nonfinite_steps = 0
         self.recomputed = 0
@@ -159,4 +162,5 @@ class Counters:
             "forced_beyond_budget": self.forced_beyond_budget,
             "nonfinite_steps": self.nonfinite_steps,
             "recomputed": self.recomputed,
+            "carried_keys": self.carried_keys,
         }

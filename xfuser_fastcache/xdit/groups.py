@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from xfuser_fastcache.consensus.collective import Consensus
-from xfuser_fastcache.consensus.topology import DecisionGroup, Position
+from xfuser_fastcache.consensus.topology import DecisionGroup, NoPatchKeys, PatchKeys, Position
 from xfuser_fastcache.models.wrappers import unwrapped
 from xfuser_fastcache.xdit.channels import renew_channels
 from xfuser_fastcache.xdit.gloo_waits import wait_limit
+from xfuser_fastcache.xdit.patch_keys import CarriedKeys
 
 # Of xfuser's coordinators, what the model communicates by.
 _GROUPS = ("device_group", "ulysses_group", "ring_group", "skip_device_group")
@@ -221,6 +222,10 @@ class XDiTLayout:
             patch_tokens=tuple(state.pp_patches_token_num),
             patched=state.patch_mode,
         )
+
+    def patch_keys(self, slope: float) -> PatchKeys:
+        """Return what carries the other patches' keys and values on; see `patch_keys`."""
+        return CarriedKeys(slope) if self._stages > 1 and slope else NoPatchKeys()
 
     def follow(self, consensus: Consensus) -> None:
         """Bound xfuser's waits as those of the cache; after a failure, make its groups anew."""

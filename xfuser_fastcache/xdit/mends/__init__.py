@@ -200,6 +200,13 @@ MENDS = (
         attention.count_text_once(flux.PIPELINED, flux.WHOLE),
     ),
     Mend(
+        "PipeFusion with Ulysses: behind synchronous steps a patch's keys replace another one's",
+        "xfuser.core.cache_manager.cache_manager",
+        "CacheManager._sequence_parallel_cache_update",
+        attention.remembers_by_rank,
+        attention.remember_by_patch,
+    ),
+    Mend(
         "FLUX.1 by the runner: tokens that do not divide by the ranks crash",
         flux.FLUX,
         flux.WHOLE,

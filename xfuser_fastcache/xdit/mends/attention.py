@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from xfuser_fastcache.xdit.compat import replace, require
 
 Apply = Callable[[ModuleType], None]
@@ -112,6 +114,41 @@ def count_text_once(*transformers: str) -> Apply:
         replace(module, "USP", usp_with_text_apart)
 
     return apply
+
+
+def remembers_by_rank(source: str) -> bool:
+    """Whole keys are laid down rank by rank, where those of a patch are put patch by patch."""
+    ranks, patches = (source.find(f"for {loop} in range(") for loop in ("rank", "pp_patch_idx"))
+    return 0 <= ranks < patches
+
+
+def remember_by_patch(module: ModuleType) -> None:
+    """Lay whole keys and values down in the order in which patches replace them.
+
+    Otherwise the first patch behind PipeFusion's synchronous steps replaces another one's too, and
+    attends to its own tokens of the step before.
+    """
+    path = "CacheManager._sequence_parallel_cache_update"
+    update = require(module, path)
+    parallel = importlib.import_module("xfuser.core.distributed")
+
+    @functools.wraps(update)
+    def update_by_patch(
+        self: Any, new_kv: Any, layer: Any, slice_dim: int = 1, layer_type: str = "attn"
+    ) -> Any:
+        found = update(self, new_kv, layer, slice_dim, layer_type)
+        state = parallel.get_runtime_state()
+        if state.num_pipeline_patch == 1 or state.patch_mode:
+            return found
+        ranks = found.chunk(parallel.get_ulysses_parallel_world_size(), dim=slice_dim)
+        patches = zip(
+            *(rank.split(state.pp_patches_token_num, dim=slice_dim) for rank in ranks), strict=True
+        )
+        found = torch.cat([part for patch in patches for part in patch], dim=slice_dim)
+        self.cache[layer_type, layer].tensors[0] = found
+        return found
+
+    replace(module, path, update_by_patch)
 
 
 def attends_to_padding(source: str) -> bool:
