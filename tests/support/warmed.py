@@ -1,0 +1,14 @@
+"""What the server of ranks has imported beside torch and diffusers; nothing here is looked up yet."""
+
+from importlib import import_module
+
+from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+
+enable_cpu_platform()
+for _name in (
+    "xfuser.model_executor.models.runner_models",
+    "xfuser_fastcache.apply",
+    "xfuser_fastcache.xdit.mends",
+    "xfuser_fastcache.xdit.pipeline",
+):
+    import_module(_name)
