@@ -1,4 +1,4 @@
-"""What the server of ranks has imported beside torch and diffusers; nothing here is looked up yet."""
+"""What the server of ranks has imported beside torch and diffusers; nothing is looked up yet."""
 
 from importlib import import_module
 
