@@ -1,5 +1,6 @@
 """What the server of ranks has imported beside torch and diffusers; nothing is looked up yet."""
 
+import gc
 from importlib import import_module
 
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
@@ -12,3 +13,7 @@ for _name in (
     "xfuser_fastcache.xdit.pipeline",
 ):
     import_module(_name)
+
+# A round of a rank's garbage collector would go through all of it, and copy its pages.
+gc.collect()
+gc.freeze()
