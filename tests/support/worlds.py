@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,23 +75,7 @@ def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 2
         WorldFailed: non-zero exit, or time over.
     """
     with tempfile.NamedTemporaryFile("r") as printed:
-        folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
-        environment = {
-            **os.environ,
-            **OF_RANKS,
-            "PYTHONPATH": os.pathsep.join(filter(None, folders)),
-        }
-        world = _SERVER.Process(
-            target=_agent,
-            args=(str(ROOT / "tests" / script), ranks, arguments, environment, printed.name),
-        )
-        with (
-            mock.patch.dict(os.environ, environment),  # The first world starts the server, too.
-            mock.patch.object(
-                forkserver, "connect_to_new_process", _OF_RANKS.connect_to_new_process
-            ),
-        ):
-            world.start()
+        world = begin(script, ranks, *arguments, printed=printed.name)
         world.join(timeout_s)
         timed_out = world.exitcode is None
         if timed_out:
@@ -104,6 +89,30 @@ def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 2
     if world.exitcode:
         raise WorldFailed(f"{name}: exited with {world.exitcode}", output, False)
     return output
+
+
+def begin(script: str | Path, ranks: int, *arguments: str, printed: str) -> BaseProcess:
+    """Begin what `launch` runs, and return the process that started the ranks.
+
+    Args:
+        script: as for `launch`.
+        ranks: likewise.
+        *arguments: likewise.
+        printed: file that what they print is added to.
+    """
+    folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(filter(None, folders))
+    environment = {**os.environ, **OF_RANKS, "PYTHONPATH": path}
+    world = _SERVER.Process(
+        target=_agent, args=(str(ROOT / "tests" / script), ranks, arguments, environment, printed)
+    )
+    connect = _OF_RANKS.connect_to_new_process
+    with (
+        mock.patch.dict(os.environ, environment),  # The first world starts the server, too.
+        mock.patch.object(forkserver, "connect_to_new_process", connect),
+    ):
+        world.start()
+    return world
 
 
 def run_world(
