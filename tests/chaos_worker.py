@@ -29,7 +29,7 @@ from xfuser_fastcache.state import prober  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
 BAD_STEP = 5
-TIMEOUT_S = 6.0
+TIMEOUT_S = 3.0
 
 
 def disagree(cache: Any) -> None:

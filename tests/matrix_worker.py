@@ -48,7 +48,7 @@ def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[st
     """Describe a mask whose corrections differ from step to step and with the guidance branch."""
     from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 
-    mask = [1, 1, 0, 1, 0, 1, 0, 1, 0, 0]
+    mask = [1, 1, 0, 1, 0, 1, 0, 0]
     weights = np.random.default_rng(0).normal(0.0, 0.1, (1, STEPS, 3, 5)).astype(np.float32)
     model = XDiTLayout().model_of(pipe.transformer)
     plan = adapter_of(model).plan(pipe.scheduler)
@@ -72,7 +72,9 @@ def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[st
     return found
 
 
-def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) -> dict[str, Any]:
+def cases(
+    model: str, backends: list[str], slow: bool, turn: int | None, flags: dict[str, Any]
+) -> dict[str, Any]:
     """Run one model under some backends in this world's layout."""
     from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 
@@ -97,17 +99,22 @@ def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) ->
         for denoiser in denoisers:
             remove_cache(denoiser)
 
-    found: dict[str, Any] = {"synchronous": synchronous(generate)}
-    if flags["pipefusion_parallel_degree"] == 1 and len(denoisers) == 1:
-        found["corrected"] = corrected(pipe, generate)
-    control = generate()
+    found: dict[str, Any] = {}
+    if flags["pipefusion_parallel_degree"] > 1:
+        found["synchronous"] = synchronous(generate)
+        control = generate()
+    else:
+        control = generate()
+        found["synchronous"] = describe(control)
+        if len(denoisers) == 1:
+            found["corrected"] = corrected(pipe, generate)
     found["has_output"] = control is not None
     found["backends"] = {}
     for name in backends:
         apply(use_cache=name, **NEVER[name])
         found["backends"][name] = {"threshold_0_exact": same(control, generate())}
         remove()
-        for variant, options in variants(model, name, slow).items():
+        for variant, options in variants(model, name, slow, turn).items():
             apply(use_cache=name, **OFTEN[name], **options)
             cached = generate()
             repeats = same(cached, generate())
@@ -131,9 +138,9 @@ def cases(model: str, backends: list[str], slow: bool, flags: dict[str, Any]) ->
 
 
 def references(model: str, batches: list[int]) -> dict[str, Any]:
-    """Describe what one rank computes of each batch size: what the layouts are compared with."""
+    """Describe what one rank computes of larger batches: what the layouts are compared with."""
     found = {}
-    for batch in batches[:1] if TINY_MODELS[model].alone else batches:
+    for batch in [] if TINY_MODELS[model].alone else batches:
         pipe, call = build(model, batch)
 
         def generate(pipe: Any = pipe, call: dict[str, Any] = call, batch: int = batch) -> Any:
@@ -150,17 +157,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", nargs="+", required=True, help="MODEL:BACKEND,BACKEND...")
     parser.add_argument("--slow", action="store_true", help="all ways in which a backend runs")
+    parser.add_argument("--turn", type=int, help="of the layout: not all ways, but in turn")
     parser.add_argument("--use_cfg_parallel", action="store_true")
     parser.add_argument("--reference_batch", type=int, nargs="+", default=[], help="on one rank")
     for name in ("ulysses", "ring", "pipefusion_parallel", "data_parallel"):
         parser.add_argument(f"--{name}_degree", type=int, default=1)
     flags = vars(parser.parse_args())
     named, batches = flags.pop("case"), flags.pop("reference_batch")
-    slow = flags.pop("slow")
+    slow, turn = flags.pop("slow"), flags.pop("turn")
     models = {model: names.split(",") for model, names in (case.split(":") for case in named)}
     cpu_platform.enable_cpu_platform()
     mend_xfuser()
-    found = {m: cases(m, backends, slow, flags) for m, backends in models.items()}
+    found = {m: cases(m, backends, slow, turn, flags) for m, backends in models.items()}
     for model in models:
         found[model]["references"] = references(model, batches)
     report(dist.get_rank(), group=XDiTLayout().decision_group().ranks, models=found)

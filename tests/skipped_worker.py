@@ -27,7 +27,7 @@ from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
 
 MODELS = ("flux", "flux-kontext")
 FORECASTERS = ("taylor", "output")
-MASK = [1, 1, 0, 1, 0, 0, 1, 0, 0, 1]
+MASK = [1, 1, 0, 1, 0, 0, 0, 1]
 
 
 class Collectives(TorchDispatchMode):

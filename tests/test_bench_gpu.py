@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.worlds import python
 
 from xfuser_fastcache import cli
 from xfuser_fastcache.benchmarks.gpu import costs, peers, run
@@ -37,15 +36,9 @@ def cells_of(report: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
 
 
 def rehearse(folder: Path, *flags: str, code: int = 0) -> dict[str, Any]:
-    command = [sys.executable, "-m", "xfuser_fastcache.cli", "bench-gpu", "--small"]
     output = folder / "gpu.json"
-    done = subprocess.run(
-        [*command, "--output", str(output), *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = ("-m", "xfuser_fastcache.cli", "bench-gpu", "--small", "--output", output)
+    done = python(*command, *flags)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(output.read_text())
 
@@ -139,7 +132,7 @@ def test_a_cell_that_raises_is_noted_and_the_rest_goes_on(
 
 
 def test_the_budget_ends_it_with_what_it_has(tmp_path: Path) -> None:
-    report = rehearse(tmp_path, "--budget_s", "12", "--steps", "800", "--rounds", "9")
+    report = rehearse(tmp_path, "--budget_s", "6", "--steps", "800", "--rounds", "9")
     assert errors_of(report) == []
     assert not report["finished"] and report["spent_s"] < 60
     assert report["cells"][0]["cell"] == "build"

@@ -25,11 +25,18 @@ from xfuser_fastcache.calibration.options import RunOptions
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
 from xfuser_fastcache.cli import calibrate, main
 from xfuser_fastcache.hooks import hook_on
+from xfuser_fastcache.xdit.loaded import call_arguments
 
 MODEL = str(ROOT / "toys" / "flux")
 SHIPPED = str(ROOT / "toys" / "flux" / "fastcache.safetensors")
 STEPS, GENERATIONS = 6, 5
-COMMON = ["--model", MODEL, "--num_inference_steps", str(STEPS), "--dtype", "float32"]
+# Small pictures: a quarter of the tokens tells the same.
+SMALL = {"height": 64, "width": 64}
+CALL = call_arguments(MODEL) | SMALL
+COMMON = [
+    "--model", MODEL, "--num_inference_steps", str(STEPS), "--dtype", "float32",
+    "--call", json.dumps(CALL),
+]  # fmt: skip
 FLAGS = {
     "audit": COMMON,
     "calibrate": [
@@ -151,8 +158,9 @@ def check_steering(fitted: Fitted, *tables: np.ndarray) -> None:
 
 def test_with_guidance_masks_bring_corrections_of_each_branch_as_well(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    guided = ("--model", str(ROOT / "toys" / "pixart"), "--computed_steps", "3", "--moves", "0")
-    assert run(*guided) == 0
+    model = str(ROOT / "toys" / "pixart")
+    call = json.dumps(call_arguments(model) | SMALL)
+    assert run("--model", model, "--call", call, "--computed_steps", "3", "--moves", "0") == 0
     fitted = load_fitted(run.output)
     check_steering(fitted, fitted.steering, fitted.steering_blind, fitted.steering_guided)
     without, with_it = fitted.steering_guided[0, -1]
@@ -190,7 +198,7 @@ def test_an_audit_of_fresh_generations_has_finite_figures(
 
 def test_a_cache_with_the_file_computes_as_many_steps_as_asked(finished: dict[str, Any]) -> None:
     run, fitted = finished["run"], finished["fitted"]
-    options = RunOptions(model=MODEL, num_inference_steps=STEPS, dtype="float32")
+    options = RunOptions(model=MODEL, num_inference_steps=STEPS, dtype="float32", call=CALL)
     plain = runs.Runs(options, ["a ring"])
     uncached = plain.latents(0)
     transformer, scheduler = plain.pipe.transformer, plain.pipe.scheduler

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.worlds import python
 
 from xfuser_fastcache import CacheConfig
 from xfuser_fastcache.config.checks import checked, options_of
@@ -468,7 +467,7 @@ def test_any_other_option_has_another_digest(change: tuple[str, Any]) -> None:
 
 def test_the_digest_is_the_same_in_another_process() -> None:
     code = "from xfuser_fastcache import CacheConfig; print(CacheConfig(num_steps=3).digest())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+    found = python("-c", code)
     assert int(found.stdout) == CacheConfig(num_steps=3).digest()
 
 

@@ -128,12 +128,12 @@ def check_decisions(directory: Path, steps: int, spans: int) -> None:
 
 @pytest.mark.gloo
 def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
-    """What scripts/demo.sh runs: 2 ranks, 28 steps, 40 dB at a speedup of 1.5 or more."""
+    """What scripts/demo.sh runs: 2 ranks, 28 steps, 40 dB, 1.5 times as fast or more."""
     from PIL import Image
 
     printed = launch(
         "../scripts/generate.py", 2, "--config", CONFIG, "--ulysses_degree", "2", "--baseline",
-        "--repeat", "3", "--output_dir", str(tmp_path),
+        "--repeat", "2", "--output_dir", str(tmp_path),
     )  # fmt: skip
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) >= REPORT_KEYS

@@ -93,6 +93,18 @@ class Case:
     references: dict[str, Any]
 
 
+def turn_of(layout: str) -> int | None:
+    """Return whose turn it is of the ways in which a backend may run; all of them on one rank."""
+    return None if layout == ONE_RANK else list(LAYOUTS).index(layout)
+
+
+def references(model: str) -> dict[str, Any]:
+    """Return what one rank computes, for each size of the batch: one is what its own cell runs."""
+    alone = reports(ONE_RANK, slow=False)[0]["models"][model]
+    one = {name: alone[name] for name in ("synchronous", "corrected") if name in alone}
+    return {"1": one, **alone["references"]}
+
+
 def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
     """Run the world of a layout's slow or other cases once, and return its reports, by rank."""
     if (layout, slow) not in _worlds:
@@ -102,8 +114,9 @@ def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
             if at == layout and is_slow(model, at, backend) == slow:
                 backends.setdefault(model, []).append(backend)
         cases = [f"{model}:{','.join(names)}" for model, names in backends.items()]
-        batches = ("--reference_batch", "1", "2") if ranks == 1 else ()
-        more = ("--slow",) if slow else ()
+        batches = ("--reference_batch", "2") if ranks == 1 else ()
+        turn = turn_of(layout)
+        more = ("--slow",) if slow else () if turn is None else ("--turn", str(turn))
         world = run_world(
             "matrix_worker.py", ranks, "--case", *cases, *more, *batches, *flags, timeout_s=1200
         )
@@ -120,9 +133,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     slow = is_slow(model, layout, backend)
     found = reports(layout, slow)
     in_stages = "pipefusion" in layout
-    least = 0.15 if in_stages else 0.4
+    least = 0.15 if in_stages else 0.3
     return Case(
-        variants=list(variants(model, backend, slow)),
+        variants=list(variants(model, backend, slow, turn_of(layout))),
         backend=backend,
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
@@ -131,7 +144,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         in_stages=in_stages,
         same_corrections=not in_stages and not (TINY_MODELS[model].of_runner and "cfg" in layout),
         least_hits=least if backend == "Fast" else least / 2,
-        references=reports("1 rank", slow=False)[0]["models"][model]["references"],
+        references=references(model),
     )
 
 

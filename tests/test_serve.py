@@ -20,14 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.crowds import HALF, SilentCrowd, mixed_requests
 from support.crowds import MIXED as MIXED_KINDS
 from support.failing_methods import MESSAGE, register_in
-from support.served import Served
+from support.served import Served, launched
 from support.worlds import ROOT
 
 pytestmark = pytest.mark.gloo
 
 STEPS = 8
-SLOW = {"num_inference_steps": 40, "use_cache": False}
-PATIENCE_S = 4.0
+SLOW = {"num_inference_steps": 20, "use_cache": False}
+PATIENCE_S = 3.0
 READ_S = 5.0
 
 
@@ -64,6 +64,7 @@ def pipefusion() -> Iterator[Served]:
         2,
         *toy("sd3", "--pipefusion_parallel_degree", "2", "--num_pipeline_patch", "2"),
         *("--warmup_steps", "4", "--request_timeout_s", str(PATIENCE_S)),
+        start=launched,
     )
     yield service
     service.end()
@@ -433,7 +434,7 @@ def test_a_pipeline_serves_until_a_rank_is_killed(pipefusion: Served) -> None:
         late = clients.submit(pipefusion.draw)
         for answer, why in ((early, "it is still being drawn"), (late, "its turn did not come")):
             assert answer.result().status_code == 504
-            assert answer.result().json()["detail"] == f"no picture within 4 s: {why}"
+            assert answer.result().json()["detail"] == f"no picture within {PATIENCE_S:g} s: {why}"
     while pipefusion.statistics()["running"]:
         time.sleep(0.05)
     after = pipefusion.statistics()["requests"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.matrix import STEPS
 from support.worlds import run_world
-from tokens_worker import PLANS
+from tokens_worker import PLANS, plans_of
 
 TOGETHER = {
     "1 rank": (1, "flux", "sd3", "pixart"),
@@ -16,6 +17,7 @@ TOGETHER = {
     "cfg": (2, "sd3", "pixart", "--use_cfg_parallel"),
 }
 QUICK = ("ulysses",)
+HALF = 0.5 * (STEPS - 3) / STEPS
 _worlds: dict[str, list[dict[str, Any]]] = {}
 
 
@@ -24,6 +26,7 @@ def world(layout: str) -> list[dict[str, Any]]:
         ranks, *words = TOGETHER[layout]
         models = [str(word) for word in words if not str(word).startswith("--")]
         flags = [str(word) for word in words if str(word).startswith("--")]
+        flags += ["--in_turn"] * (layout in QUICK)
         found = run_world("tokens_worker.py", int(ranks), "--model", *models, *flags, timeout_s=400)
         _worlds[layout] = [found[rank] for rank in sorted(found)]
     return _worlds[layout]
@@ -45,8 +48,14 @@ def in_turn(cells: list[tuple[str, str]]) -> list[Any]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("layout", "model"), in_turn(CELLS))
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("layout", "model", "plan"),
+    [
+        pytest.param(layout, model, plan, marks=() if layout in QUICK else pytest.mark.slow)
+        for layout, model in CELLS
+        for plan in plans_of(TOGETHER[layout].index(model) - 1, layout in QUICK)
+    ],
+)
 def test_a_token_plan_runs_and_its_ranks_agree(layout: str, model: str, plan: str) -> None:
     found = [rank["models"][model][plan] for rank in world(layout)]
     assert all(f["repeats"] and f["finite"] for f in found)
@@ -57,7 +66,7 @@ def test_a_token_plan_runs_and_its_ranks_agree(layout: str, model: str, plan: st
         if plan == "all move":
             assert f["exact"] and f["spatial"] == 0
         elif plan != "adaptive":
-            # Of ten steps the first two and the last are computed with all tokens.
+            # The first two steps and the last are computed with all tokens.
             assert 0.05 < f["spatial"] and f["spatial"] + f["blocks"] < 7 / 8
             assert not (f["exact"] and f["has_output"])
         assert (f["blocks"] > 0) == ("cache_ratio_threshold" in PLANS[plan])
@@ -75,8 +84,8 @@ def test_nothing_of_a_token_plan_stays(layout: str, model: str) -> None:
 )
 def test_a_still_rank_computes_as_many_tokens_as_one_that_moves(layout: str, model: str) -> None:
     found = [ratio for rank in world(layout) for ratio in rank["models"][model]["uneven"]]
-    # Half of one rank's tokens move, none of the other's: half run at 7 of 10 steps.
-    assert found == [pytest.approx(0.35, abs=0.1)] * 4
+    # Half of one rank's tokens move, none of the other's: half run at all steps but three.
+    assert found == [pytest.approx(HALF, abs=0.1)] * 4
 
 
 @pytest.mark.gloo
@@ -88,9 +97,9 @@ def test_maps_of_static_tokens_give_two_ranks_what_they_give_one(layout: str, mo
     alone = world("1 rank")[0]["models"][model]
     for rank in world(layout):
         found = rank["models"][model]
-        # Half of the tokens at 7 of 10 steps.
+        # Half of the tokens at all steps but three.
         shares = [held[0] for held in (found["mapped"], found["last residual"], alone["mapped"])]
-        assert shares == [pytest.approx(0.35)] * 3
+        assert shares == [pytest.approx(HALF)] * 3
         if len(found["mapped"]) > 1:
             assert found["mapped"] == pytest.approx(alone["mapped"], abs=1e-3)
             assert found["mapped"] != pytest.approx(found["last residual"], abs=1e-1)
@@ -98,12 +107,12 @@ def test_maps_of_static_tokens_give_two_ranks_what_they_give_one(layout: str, mo
 
 @pytest.mark.gloo
 def test_under_pipefusion_plans_do_nothing_and_say_so_once() -> None:
-    flags = ("--pipefusion_parallel_degree=2",)
+    flags = ("--pipefusion_parallel_degree=2", "--in_turn")
     found = run_world("tokens_worker.py", 2, "--model", "flux", "pixart", *flags, timeout_s=400)
     for rank in found.values():
         assert rank["warnings"] == 1
-        for plans in rank["models"].values():
-            for plan in PLANS:
-                assert plans[plan]["spatial"] == 0 and plans[plan]["repeats"]
-            assert plans["all move"]["exact"] and plans["reuse"]["exact"]
+        for place, model in enumerate(("flux", "pixart")):
+            plans = {plan: rank["models"][model][plan] for plan in plans_of(place, in_turn=True)}
+            assert all(of["spatial"] == 0 and of["repeats"] for of in plans.values())
+            assert all(plans[plan]["exact"] for plan in {"all move", "reuse"} & set(plans))
             assert plans["block cache too"]["blocks"] > 0.1

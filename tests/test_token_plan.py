@@ -375,8 +375,8 @@ every_model = pytest.mark.parametrize("model", ["flux", "sd3", "sd3.5", "pixart"
 every_static_kv = pytest.mark.parametrize("static_kv", ["reuse", "drop"])
 
 
-def generation(model: str, batch: int = 2) -> tuple[Any, Callable[[], torch.Tensor]]:
-    pipe, call = TINY_PIPELINES[model](batch=batch)
+def generation(model: str, batch: int = 2, **sizes: int) -> tuple[Any, Callable[[], torch.Tensor]]:
+    pipe, call = TINY_PIPELINES[model](batch=batch, **sizes)
     pipe.set_progress_bar_config(disable=True)
 
     def generate() -> torch.Tensor:
@@ -489,7 +489,7 @@ def test_compiled_blocks_are_compiled_at_most_once_a_bucket(static_kv: str, grap
     """Each kind of block meets `BUCKETS` token counts; attention hooks cut its graph in two."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    pipe, generate = generation("flux", batch=1)
+    pipe, generate = generation("flux", batch=1, num_layers=2, num_single_layers=1)
     transformer = pipe.transformer
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.forward = torch.compile(block.forward, backend=counter, dynamic=False)

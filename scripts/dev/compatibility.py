@@ -82,8 +82,8 @@ def _compiling() -> list[Check]:
         *(
             row(f"{what}, {when} the cache", model, compiles(how, when), slow=slow)
             for what, how, model, when, slow in (
-                (regional, compile_blocks, "flux", BEFORE, False),
-                (regional, compile_blocks, "flux", AFTER, False),
+                (regional, compile_blocks, "flux", BEFORE, True),
+                (regional, compile_blocks, "flux", AFTER, True),
                 (by_hand, compile_blocks, "sd3", BEFORE, True),
                 (by_hand, compile_blocks, "sd3", AFTER, True),
                 (by_hand, compile_blocks, "pixart", BEFORE, True),

@@ -1,4 +1,4 @@
-"""Starts scripts/serve.py on real ranks for the tests, and ends it."""
+"""Starts scripts/serve.py on real ranks for the tests, by its launcher or forked, and ends it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,65 @@ import re
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from support.worlds import ROOT, WorldFailed
+from support.worlds import ROOT, WorldFailed, begin
 
 _READY = re.compile(r"serving .* on (http://\S+) with .* kill (\d+)")
+START_S = 180.0
+Start = Callable[..., Any]
 _LEFT = re.compile(r"rank (\d+) has left")
+
+
+class Forked:
+    """What a `subprocess.Popen` is to a service, of ranks that are forked as worlds are.
+
+    Args:
+        printed: file that what they print is added to.
+        ranks: number of processes.
+        *flags: of scripts/serve.py.
+    """
+
+    def __init__(self, printed: str, ranks: int, *flags: str):
+        self._world = begin(ROOT / "scripts" / "serve.py", ranks, *flags, printed=printed)
+        assert self._world.pid is not None
+        self.pid: int = self._world.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status; None while it runs."""
+        return self._world.exitcode
+
+    def wait(self, seconds: float) -> int:
+        """Return the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `seconds`.
+        """
+        self._world.join(seconds)
+        if self._world.exitcode is None:
+            raise subprocess.TimeoutExpired("serve", seconds)
+        return self._world.exitcode
+
+    def terminate(self) -> None:
+        """Ask it to end; its ranks end with it."""
+        self._world.terminate()
+
+
+def launched(printed: str, ranks: int, *flags: str) -> subprocess.Popen[bytes]:
+    """Start a service as an operator does, with all imports of its own; see `Forked`."""
+    launcher = str(ROOT / "scripts" / "launch_single_node.sh")
+    environment = {"FASTCACHE_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(printed, "ab") as file:
+        return subprocess.Popen(
+            ["bash", launcher, "serve", "--nproc_per_node", str(ranks), *flags],
+            cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 class Served:
@@ -26,47 +74,29 @@ class Served:
     Args:
         ranks: number of processes on this machine.
         *flags: of scripts/serve.py; the port is chosen.
-        start_s: longest wait for its first answer, in seconds.
+        start: `Forked`, or `launched`.
 
     Attributes:
         url: where it answers.
         leader: process id of rank 0.
     """
 
-    def __init__(self, ranks: int, *flags: str, start_s: float = 180.0):
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [
-                "bash", str(ROOT / "scripts" / "launch_single_node.sh"), "serve",
-                "--nproc_per_node", str(ranks), "--port", "0", *flags,
-            ],
-            cwd=ROOT,
-            env={
-                **os.environ, "FASTCACHE_VENV": sys.prefix, "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-            },
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    def __init__(self, ranks: int, *flags: str, start: Start = Forked):
+        self._printed = tempfile.NamedTemporaryFile("r")
+        self.process = start(self._printed.name, ranks, "--port", "0", *flags)
         try:
-            found = self.expect(_READY, start_s)
+            found = self.expect(_READY, START_S)
         except WorldFailed:
             self.end()
             raise
         self.url, self.leader = found[1], int(found[2])
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        self.lines.extend(iter(self.process.stdout.readline, ""))
-
     @property
     def output(self) -> str:
         """What the ranks have printed so far."""
-        return "".join(self.lines)
+        self._printed.seek(0)
+        return self._printed.read()
 
     def expect(self, pattern: re.Pattern[str], seconds: float) -> re.Match[str]:
         """Wait for a line in the output.
@@ -77,8 +107,6 @@ class Served:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             ended = self.process.poll() is not None
-            if ended:
-                self._reader.join(5)
             found = pattern.search(self.output)
             if found:
                 return found
@@ -88,18 +116,16 @@ class Served:
         raise WorldFailed(f"no {pattern.pattern!r} in {seconds} s", self.output, True)
 
     def ranks(self) -> dict[int, int]:
-        """Process ids by rank."""
-        found = {}
-        for status in Path("/proc").glob("[0-9]*/status"):
+        """Process ids by rank: they are started one after the other."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-                environment = (status.parent / "environ").read_bytes().split(b"\0")
+                fields = stat.read_text().rsplit(")", 1)[1].split()
             except OSError:
                 continue  # it has ended meanwhile
-            if int(fields["PPid"]) == self.process.pid:
-                (rank,) = [v[5:] for v in environment if v.startswith(b"RANK=")]
-                found[int(rank)] = int(fields["Pid"])
-        return found
+            if int(fields[1]) == self.process.pid:
+                found.append((int(fields[19]), int(stat.parent.name)))
+        return {rank: process for rank, (_, process) in enumerate(sorted(found))}
 
     def draw(self, prompt: str = "a large red ring, top left, on dark blue", **body: Any) -> Any:
         """POST /generate and return the response."""
@@ -135,7 +161,6 @@ class Served:
         except subprocess.TimeoutExpired:
             self.end()
             raise WorldFailed(f"still running after {seconds} s", self.output, True) from None
-        self._reader.join(5)
         return status
 
     def end(self) -> None:
@@ -143,4 +168,3 @@ class Served:
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait(60)
-        self._reader.join(5)

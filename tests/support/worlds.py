@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ from support.signals import restore_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_RANKS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-# What ranks find imported. xfuser is not among them, nor is what we patch it by.
+# What interpreters find imported. xfuser is not among them, nor is what we patch it by.
 IMPORTED = (
     "torch._dynamo",
     "diffusers.models.transformers",
@@ -36,6 +37,9 @@ IMPORTED = (
 _SERVER = multiprocessing.get_context("forkserver")
 _FORK = multiprocessing.get_context("fork")
 _SERVER.set_forkserver_preload(list(IMPORTED))
+# Ranks come from a server of their own, which has imported xfuser, too: half a second for each.
+_OF_RANKS = forkserver.ForkServer()
+_OF_RANKS.set_forkserver_preload([*IMPORTED, "support.warmed"])
 _REPORT = "REPORT "
 
 
@@ -56,9 +60,10 @@ class WorldFailed(AssertionError):
 def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 240.0) -> str:
     """Run a script of tests/ as torchrun does, and return what its ranks printed.
 
-    Ranks are forked from a process that has imported torch and diffusers and done nothing else:
-    imports are most of what a small world takes otherwise. torchrun's own agent waits for ever for
-    a forked rank that leaves by `os._exit`.
+    Ranks are forked from a process that has imported torch, diffusers and, on the CPU platform,
+    xfuser, and done nothing else: imports are most of what a small world takes otherwise. That
+    scripts import in the right order is for `python` to show. torchrun's own agent waits for ever
+    for a forked rank that leaves by `os._exit`.
 
     Args:
         script: file name in tests/, or a path.
@@ -70,14 +75,7 @@ def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 2
         WorldFailed: non-zero exit, or time over.
     """
     with tempfile.NamedTemporaryFile("r") as printed:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, **OF_RANKS, "PYTHONPATH": path}
-        world = _SERVER.Process(
-            target=_agent,
-            args=(str(ROOT / "tests" / script), ranks, arguments, environment, printed.name),
-        )
-        with mock.patch.dict(os.environ, OF_RANKS):  # The first world starts the server, too.
-            world.start()
+        world = begin(script, ranks, *arguments, printed=printed.name)
         world.join(timeout_s)
         timed_out = world.exitcode is None
         if timed_out:
@@ -91,6 +89,30 @@ def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 2
     if world.exitcode:
         raise WorldFailed(f"{name}: exited with {world.exitcode}", output, False)
     return output
+
+
+def begin(script: str | Path, ranks: int, *arguments: str, printed: str) -> BaseProcess:
+    """Begin what `launch` runs, and return the process that started the ranks.
+
+    Args:
+        script: as for `launch`.
+        ranks: likewise.
+        *arguments: likewise.
+        printed: file that what they print is added to.
+    """
+    folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(filter(None, folders))
+    environment = {**os.environ, **OF_RANKS, "PYTHONPATH": path}
+    world = _SERVER.Process(
+        target=_agent, args=(str(ROOT / "tests" / script), ranks, arguments, environment, printed)
+    )
+    connect = _OF_RANKS.connect_to_new_process
+    with (
+        mock.patch.dict(os.environ, environment),  # The first world starts the server, too.
+        mock.patch.object(forkserver, "connect_to_new_process", connect),
+    ):
+        world.start()
+    return world
 
 
 def run_world(
