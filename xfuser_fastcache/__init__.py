@@ -15,6 +15,14 @@ if TYPE_CHECKING:
         reset_cache_statistics,
     )
     from xfuser_fastcache.clock.ownership import TransformerInUse
+    from xfuser_fastcache.config.by_backend import (
+        AdaCacheConfig,
+        CustomCacheConfig,
+        FastCacheConfig,
+        FbCacheConfig,
+        TaylorCacheConfig,
+        TeaCacheConfig,
+    )
     from xfuser_fastcache.config.cache_config import CacheConfig
     from xfuser_fastcache.consensus.errors import ConsensusError, ConsensusTimeout
     from xfuser_fastcache.reports.views import (
@@ -27,9 +35,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaCacheConfig",
     "CacheConfig",
     "ConsensusError",
     "ConsensusTimeout",
+    "CustomCacheConfig",
+    "FastCacheConfig",
+    "FbCacheConfig",
+    "TaylorCacheConfig",
+    "TeaCacheConfig",
     "TransformerInUse",
     "apply_cache_on_pipeline",
     "apply_cache_on_transformer",
@@ -45,6 +59,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaCacheConfig": "config.by_backend",
+    "CustomCacheConfig": "config.by_backend",
+    "FastCacheConfig": "config.by_backend",
+    "FbCacheConfig": "config.by_backend",
+    "TaylorCacheConfig": "config.by_backend",
+    "TeaCacheConfig": "config.by_backend",
     "CacheConfig": "config.cache_config",
     "ConsensusError": "consensus.errors",
     "ConsensusTimeout": "consensus.errors",
@@ -65,5 +85,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# xfuser itself is not imported by it; see docs/xdit.md.
+# Neither xfuser nor diffusers is imported by it; see docs/xdit.md.
 install()

@@ -7,7 +7,6 @@ the patched functions do what xfuser's do. `uninstall` restores all of it.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
@@ -17,11 +16,12 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from xfuser_fastcache import enable_cache
+from xfuser_fastcache.patching import AliasFinder, Changes, PatchingFinder
 from xfuser_fastcache.plugins import BUILT_IN, GATES
 from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
 from xfuser_fastcache.xdit.families import family_of
 from xfuser_fastcache.xdit.inputs import told
-from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
 
 if TYPE_CHECKING:
     from xfuser_fastcache.config.cache_config import CacheConfig
@@ -67,7 +67,7 @@ class Patch:
         self.apply(module)
 
 
-_undo: list[Callable[[], Any]] = []
+_CHANGES = Changes()
 
 
 def install() -> None:
@@ -81,7 +81,7 @@ def install() -> None:
     if _FINDERS[0] in sys.meta_path:
         return
     try:
-        for name, patch in PATCHES.items():
+        for name, patch in _ALL.items():
             if name in sys.modules:
                 patch(sys.modules[name])
     except BaseException:
@@ -106,8 +106,8 @@ def uninstall() -> None:
     for finder in _FINDERS:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
-    while _undo:
-        _undo.pop()()
+    _CHANGES.undo()
+    enable_cache.CHANGES.undo()
     for name in ALIASES:
         module = sys.modules.get(name)
         if module is not None and module.__loader__ is _FINDERS[1]:
@@ -222,15 +222,8 @@ def _put_on(pipe: Any, config: CacheConfig) -> None:
 def _wrap(module: ModuleType, path: str, around: Callable[[Any], Callable[..., Any]]) -> None:
     """Put `around(original)` in place of a function or method of xfuser, until `uninstall`."""
     require(module, path)
-    owner_path, _, name = path.rpartition(".")
-    owner = require(module, owner_path) if owner_path else module
-    previous = vars(owner)[name]
-    original = getattr(previous, "__func__", previous)
-    made: Any = functools.wraps(original)(around(original))
-    if isinstance(previous, (classmethod, staticmethod)):
-        made = type(previous)(made)
-    setattr(owner, name, made)
-    _undo.append(functools.partial(setattr, owner, name, previous))
+    owner, _, name = path.rpartition(".")
+    _CHANGES.wrap(require(module, owner) if owner else module, name, around)
 
 
 def _patch_args(module: ModuleType) -> None:
@@ -371,6 +364,17 @@ def _patch_runner(module: ModuleType) -> None:
     _wrap(module, "xFuserModel._apply_step_cache", with_ours)
 
 
+def _patch_wrapper(module: ModuleType) -> None:
+    """A wrapper has its cache on itself: what it hands on goes to the model inside."""
+    wrapper = require(module, "xFuserTransformerBaseWrapper")
+    for name, around in enable_cache.METHODS.items():
+        _CHANGES.add(wrapper, name, around(_handed_on(name)))
+
+
+def _handed_on(name: str) -> Callable[..., Any]:
+    return lambda self, *given: getattr(self.module, name)(*given)
+
+
 def _without_accelerator(error: Exception) -> Exception:
     """Say how xfuser runs without an accelerator, where it is that which its import misses."""
     if not isinstance(error, NotImplementedError):
@@ -396,5 +400,8 @@ PATCHES: dict[str, Patch] = {
     f"{_PIPELINES}.pipeline_pixart_alpha": Patch(_patch_pipeline("xFuserPixArtAlphaPipeline")),
     f"{_PIPELINES}.pipeline_pixart_sigma": Patch(_patch_pipeline("xFuserPixArtSigmaPipeline")),
     f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),
+    "xfuser.model_executor.models.transformers.base_transformer": Patch(_patch_wrapper),
 }
-_FINDERS = (PatchingFinder(PATCHES, {"xfuser": _without_accelerator}), AliasFinder(ALIASES))
+# diffusers' modules, too, where its users look for a cache.
+_ALL: dict[str, Callable[[ModuleType], None]] = {**PATCHES, **enable_cache.PATCHES}
+_FINDERS = (PatchingFinder(_ALL, {"xfuser": _without_accelerator}), AliasFinder(ALIASES))
