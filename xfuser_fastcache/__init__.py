@@ -31,12 +31,14 @@ if TYPE_CHECKING:
         statistics_table,
         write_trace,
     )
+    from xfuser_fastcache.summaries import CacheSummary, summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaCacheConfig",
     "CacheConfig",
+    "CacheSummary",
     "ConsensusError",
     "ConsensusTimeout",
     "CustomCacheConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "reset_cache_statistics",
     "save_heat_map",
     "statistics_table",
+    "summary",
     "write_trace",
 ]
 
@@ -73,6 +76,8 @@ _HOME = {
     "save_heat_map": "reports.views",
     "statistics_table": "reports.views",
     "write_trace": "reports.views",
+    "CacheSummary": "summaries",
+    "summary": "summaries",
 }
 
 
