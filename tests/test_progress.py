@@ -50,6 +50,18 @@ def test_lines_come_now_and_then() -> None:
     assert stream.getvalue().splitlines() == ["many: 0 of 1000", "many: 1000 of 1000, 0 s"]
 
 
+def test_without_news_lines_are_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress("lines", stream).task("waiting", 2) as task:
+        for second in range(130):
+            now[0] = float(second)
+            task.reach(0)
+    said = stream.getvalue().splitlines()
+    assert said[1:] == [f"waiting: 0 of 2, {second} s" for second in (60, 120, 129)]
+
+
 def test_json_is_an_object_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.loads(x) for x in shown("json", io.StringIO(), monkeypatch).splitlines()]
     assert [line["done"] for line in lines] == [0, 1, 2, 3, 4, 4]

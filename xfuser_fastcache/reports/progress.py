@@ -90,9 +90,11 @@ class Task:
 
     def reach(self, done: int) -> None:
         """Note how many steps are done."""
+        # Without news a sign of life is enough.
+        wait_s = EVERY_S if done != self.done else 12 * EVERY_S
         self.done = done
         now = time.monotonic()
-        if self._bar is not None or now - self._said >= EVERY_S:
+        if self._bar is not None or now - self._said >= wait_s:
             self._say(now)
 
     def _say(self, now: float, ended: bool = False) -> None:
@@ -112,9 +114,10 @@ class Task:
             line = json.dumps(said | ({} if share is None else {"skipped": round(share, 4)}))
         else:
             line = f"{self.title}: {self.done} of {self.total}"
-            if self.done:
+            if self.done or spent >= 1:
                 line += f", {spent:.0f} s"
-                line += "" if ended else f", about {left:.0f} s left"
+            if left is not None and not ended:
+                line += f", about {left:.0f} s left"
             line += "" if share is None else f", {share:.0%} skipped"
         print(line, file=self.progress.stream, flush=True)
 
