@@ -19,6 +19,7 @@ import pytest
 from support.worlds import python
 
 from xfuser_fastcache.backends import BACKENDS
+from xfuser_fastcache.cli import doctor
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.xdit import integration, points
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError, has_accelerator
@@ -190,6 +191,9 @@ def test_every_place_is_there_in_the_installed_xfuser_and_nothing_else_is_change
     xfuser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert points.probed() == {name: [] for name in integration.PATCHES}
+    rows = doctor.integration()
+    assert {row["module"] for row in rows} == set(integration.PATCHES)
+    assert all(row["brings"] and not row["missing"] for row in rows)
     loaded = {name: importlib.import_module(name) for name in integration.PATCHES}
     wrapped: list[str] = []
     monkeypatch.setattr(integration, "_wrap", lambda _module, path, _around: wrapped.append(path))

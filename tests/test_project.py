@@ -132,6 +132,6 @@ def test_the_sdist_brings_the_toys_and_what_it_is_made_of(tmp_path: Path) -> Non
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     tracked = {name for name in files.split("\0") if name and not name.startswith(".")}
-    assert tracked - inside == {"docker/cpu.Dockerfile", "docker/cuda.Dockerfile"}
+    assert tracked <= inside
     assert main(["toys", str(tmp_path / "toys"), "--source", str(sdist)]) == 0
     assert {path.partition("/")[0] for path in written(tmp_path / "toys")} == set(TOYS)
