@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import textwrap
+import types
 from typing import Any
 
 import diffusers
@@ -159,6 +160,13 @@ def test_cache_context_and_the_registry_tell_the_truth() -> None:
     assert "apply_first_block_cache" in inspect.getsource(CacheMixin.enable_cache)
     flux.transformer.disable_cache()
     assert hooks_of(flux.transformer) == []
+
+
+def test_another_diffusers_still_imports(caplog: pytest.LogCaptureFixture) -> None:
+    for name, patch in PATCHES.items():
+        patch(types.ModuleType(name))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "use apply_cache_on_transformer" in message
 
 
 def fresh(code: str) -> Any:

@@ -6,11 +6,13 @@ Whatever else is asked of them, diffusers answers as it does without us.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from xfuser_fastcache.patching import Changes
 
+logger = logging.getLogger("xfuser_fastcache")
 CHANGES = Changes()
 
 
@@ -77,14 +79,22 @@ class _Lacking:
 
 
 def _patch_mixin(module: Any) -> None:
+    mixin = getattr(module, "CacheMixin", None)
+    if not all(name in getattr(mixin, "__dict__", {}) for name in METHODS):
+        logger.warning(
+            "enable_cache of this diffusers takes no config of xfuser_fastcache, since its "
+            "CacheMixin is not as it is known; use apply_cache_on_transformer"
+        )
+        return
     for name, around in METHODS.items():
-        CHANGES.wrap(module.CacheMixin, name, around)
+        CHANGES.wrap(mixin, name, around)
 
 
 def _give(model_class: str) -> Callable[[Any], None]:
     def patch(module: Any) -> None:
-        owner = getattr(module, model_class)
-        if hasattr(owner, "enable_cache"):  # a diffusers that has made the mixin a base of it
+        owner = getattr(module, model_class, None)
+        # A diffusers that has made the mixin a base of it, or has moved it.
+        if owner is None or hasattr(owner, "enable_cache"):
             return
         for name, value in vars(_Lacking).items():
             if not name.startswith("__"):
