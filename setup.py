@@ -1,34 +1,63 @@
 """Package metadata; tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "xfuser_fastcache" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 # The ends of these ranges are tested: connections build on a class of uvicorn, heads on ASGI alone.
 SERVE = ["fastapi>=0.115,<0.166", "uvicorn>=0.30,<0.55", "prometheus-client"]
 
 setup(
     name="xfuser-fastcache",
-    version="0.1.0",
+    version=VERSION,
     description="A step cache for xDiT (xfuser) that takes the same branch on every rank",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    keywords=["diffusion", "transformers", "cache", "xDiT", "diffusers", "distributed"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={
+        "xDiT": "https://github.com/xdit-project/xDiT",
+        "FastCache": "https://arxiv.org/abs/2505.20353",
+    },
     packages=find_packages(
         include=["xfuser_fastcache", "xfuser_fastcache.*", "diffusers_adapters"],
     ),
-    package_data={"xfuser_fastcache.calibration.prompts": ["*.txt"]},
+    package_data={
+        "xfuser_fastcache": ["py.typed"],
+        "diffusers_adapters": ["py.typed"],
+        "xfuser_fastcache.calibration.prompts": ["*.txt"],
+    },
     install_requires=[
         "torch>=2.6",
         # xfuser imports triton even where there is no GPU, and does not ask for it.
         'triton; platform_system=="Linux"',
         # Older ones do not import beside transformers 5.
         "diffusers>=0.37",
-        # The compatibility layer is written against the internals of this minor version.
-        "xfuser>=0.7,<0.8",
+        # Tested with 0.7.0; what another release lacks is probed, and left alone with a warning.
+        "xfuser>=0.7,<0.9",
         "yunchang",
         "transformers",
         "tokenizers",

@@ -5,11 +5,17 @@ Pure CPU. A page that code names in a docstring or a message has to be there, to
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+import xfuser_fastcache as fc
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -105,4 +111,47 @@ def test_the_readmes_program_prints_what_the_readme_says(
     monkeypatch.chdir(tmp_path)
     runpy.run_path("program.py")
     assert capsys.readouterr().out.strip() == said
+    assert (tmp_path / "ring.png").stat().st_size > 0
+
+
+def test_the_site_has_every_page_once() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    docs = ROOT / site["docs_dir"]
+
+    def pages(nav: list[dict[str, Any]]) -> list[str]:
+        held = [value for entry in nav for value in entry.values()]
+        return [p for value in held for p in (pages(value) if isinstance(value, list) else [value])]
+
+    listed = pages(site["nav"])
+    there = {str(p.relative_to(docs)) for p in docs.rglob("*.md")}
+    left_out = {page for page in there if page.startswith("decisions/")}
+    assert len(set(listed)) == len(listed) and set(listed) <= there
+    assert there - set(listed) <= left_out
+    assert site["strict"] and listed[0] == "index.md"
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert f"/{site['site_dir'].split('/')[0]}/" in ignored
+
+
+def test_every_name_of_the_api_page_is_there() -> None:
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    exported = set()
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        found = pkgutil.resolve_name(name)
+        exported |= {attribute} if hasattr(import_module(module), attribute) else set()
+        assert found is not None
+    by_backend = {name for name in fc.__all__ if name.endswith("CacheConfig")} - {"CacheConfig"}
+    assert set(fc.__all__) - by_backend <= exported
+    assert "xfuser_fastcache.config.by_backend" in named
+
+
+def test_the_program_of_the_start_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    (tmp_path / "program.py").write_text(program(text))
+    (tmp_path / "toys").symlink_to(ROOT / "toys")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("program.py")
+    assert "64.3%" in capsys.readouterr().out
     assert (tmp_path / "ring.png").stat().st_size > 0

@@ -19,8 +19,9 @@ import pytest
 from support.worlds import python
 
 from xfuser_fastcache.backends import BACKENDS
+from xfuser_fastcache.cli import doctor
 from xfuser_fastcache.config.cache_config import CacheConfig
-from xfuser_fastcache.xdit import integration
+from xfuser_fastcache.xdit import integration, points
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError, has_accelerator
 from xfuser_fastcache.xdit.integration import CPU_SWITCH
 
@@ -68,7 +69,7 @@ def test_import_loads_neither_xfuser_nor_torch() -> None:
 # the runner's settings.
 SNAPSHOT = """
 import importlib, json
-from xfuser_fastcache.xdit import integration
+from xfuser_fastcache.xdit import integration, points
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
 
 def snapshot():
@@ -122,20 +123,85 @@ print(json.dumps([*ways, changed(in_place, twice), left]))
         assert any(key.startswith(f"{name}.") for key in in_place), f"{name} is not patched"
 
 
-@pytest.mark.parametrize("version", ["0.6.3", "0.8.0"])
-@pytest.mark.parametrize("name", sorted(integration.PATCHES))
-def test_every_patch_refuses_an_xfuser_it_was_not_tested_on(
-    monkeypatch: pytest.MonkeyPatch, name: str, version: str
+@pytest.mark.parametrize("version", ["0.6.3", "0.9.0"])
+def test_a_release_that_is_not_tried_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: version)
-    with pytest.raises(IncompatibleXfuserError, match=f"xfuser {version} .*expected 0.7.x"):
-        integration.PATCHES[name](types.ModuleType(name))
+    said = f"xfuser {version} .*expected 0.7.x or 0.8.x"
+    for name, patch in integration.PATCHES.items():
+        with pytest.raises(IncompatibleXfuserError, match=said):
+            patch(types.ModuleType(name))
 
 
 @pytest.mark.parametrize("name", sorted(integration.PATCHES))
-def test_every_patch_refuses_a_module_without_its_attributes(name: str) -> None:
-    with pytest.raises(IncompatibleXfuserError, match=rf"{name}\.\w+.* does not exist"):
-        integration.PATCHES[name](types.ModuleType(name))
+def test_a_place_that_is_gone_is_left_alone_and_named(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    patch = integration.PATCHES[name]
+    patch(module := types.ModuleType(name))
+    assert [key for key in vars(module) if not key.startswith("__")] == []
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"{patch.brings} does not work here: {name}.")
+    assert patch.needs[0] in message and "does not exist" in message
+
+
+@pytest.mark.parametrize("version", ["0.7.1", "0.8.0"])
+def test_an_untested_release_is_told_with_what_was_probed(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    version: str,
+) -> None:
+    package = tmp_path / "xfuser"
+    base = package / "model_executor" / "pipelines" / "base_pipeline.py"
+    base.parent.mkdir(parents=True)
+    base.write_text("class xFuserPipelineBaseWrapper:\n    def __init__(self): ...\n")
+    (package / "config").mkdir()
+    (package / "config" / "args.py").write_text(
+        "class xFuserArgs:\n    def add_cli_args(self): ...\n    create_config = None\n"
+    )
+    spec = types.SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(points.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: version)
+    points._warn_of.cache_clear()
+    found = points.probed()
+    assert found["xfuser.model_executor.pipelines.base_pipeline"] == []
+    assert found["xfuser.config.args"] == ["xFuserArgs.add_runner_args", "xFuserArgs.create_config"]
+    assert found["xfuser.model_executor.models.runner_models.base_model"] == ["the module"]
+    # The others go on: this one is there.
+    module = types.ModuleType("xfuser.model_executor.models.transformers.base_transformer")
+    module.xFuserTransformerBaseWrapper = type("xFuserTransformerBaseWrapper", (), {})
+    try:
+        for _ in range(2):
+            integration.PATCHES[module.__name__](module)
+        assert hasattr(module.xFuserTransformerBaseWrapper, "enable_cache")
+    finally:
+        wrapper = module.xFuserTransformerBaseWrapper
+        integration._CHANGES._undo[:] = [
+            undo for undo in integration._CHANGES._undo if undo.args[0] is not wrapper
+        ]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert f"xfuser {version} was not tested" in message and "0.7.0" in message
+    assert "xfuser.config.args: xFuserArgs.add_runner_args, xFuserArgs.create_config" in message
+    assert "base_pipeline: all there" in message
+
+
+def test_every_place_is_there_in_the_installed_xfuser_and_nothing_else_is_changed(
+    xfuser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert points.probed() == {name: [] for name in integration.PATCHES}
+    rows = doctor.integration()
+    assert {row["module"] for row in rows} == set(integration.PATCHES)
+    assert all(row["brings"] and not row["missing"] for row in rows)
+    loaded = {name: importlib.import_module(name) for name in integration.PATCHES}
+    wrapped: list[str] = []
+    monkeypatch.setattr(integration, "_wrap", lambda _module, path, _around: wrapped.append(path))
+    monkeypatch.setattr(integration._CHANGES, "add", lambda *_: None)
+    for name, patch in integration.PATCHES.items():
+        wrapped.clear()
+        patch(loaded[name])
+        assert sorted(wrapped) == sorted(patch.needs if wrapped else ())
 
 
 def test_a_module_that_xfuser_has_itself_is_left_alone(tmp_path: Path) -> None:

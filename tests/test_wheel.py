@@ -31,7 +31,11 @@ def test_the_wheel_holds_every_module_and_the_prompts(tmp_path: Path) -> None:
     packages = [ROOT / "xfuser_fastcache", ROOT / "diffusers_adapters"]
     wanted = {p.relative_to(ROOT) for package in packages for p in package.rglob("*.py")}
     prompts = Path("xfuser_fastcache", "calibration", "prompts")
-    assert found == wanted | {prompts / f"{use}.txt" for use in (CALIBRATE, AUDIT)}
+    typed = {package.relative_to(ROOT) / "py.typed" for package in packages}
+    assert found == wanted | typed | {prompts / f"{use}.txt" for use in (CALIBRATE, AUDIT)}
+    # A wheel is such an archive of them, and must stay small enough to be no burden.
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", built)
+    assert os.path.getsize(packed) < 2**20
 
 
 def test_the_shipped_prompts_are_a_hundred_of_each_and_none_is_both() -> None:

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
         reset_cache_statistics,
     )
     from xfuser_fastcache.clock.ownership import TransformerInUse
+    from xfuser_fastcache.config.by_backend import (
+        AdaCacheConfig,
+        CustomCacheConfig,
+        FastCacheConfig,
+        FbCacheConfig,
+        TaylorCacheConfig,
+        TeaCacheConfig,
+    )
     from xfuser_fastcache.config.cache_config import CacheConfig
     from xfuser_fastcache.consensus.errors import ConsensusError, ConsensusTimeout
     from xfuser_fastcache.reports.views import (
@@ -23,13 +31,21 @@ if TYPE_CHECKING:
         statistics_table,
         write_trace,
     )
+    from xfuser_fastcache.summaries import CacheSummary, summary
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaCacheConfig",
     "CacheConfig",
+    "CacheSummary",
     "ConsensusError",
     "ConsensusTimeout",
+    "CustomCacheConfig",
+    "FastCacheConfig",
+    "FbCacheConfig",
+    "TaylorCacheConfig",
+    "TeaCacheConfig",
     "TransformerInUse",
     "apply_cache_on_pipeline",
     "apply_cache_on_transformer",
@@ -41,10 +57,17 @@ __all__ = [
     "reset_cache_statistics",
     "save_heat_map",
     "statistics_table",
+    "summary",
     "write_trace",
 ]
 
 _HOME = {
+    "AdaCacheConfig": "config.by_backend",
+    "CustomCacheConfig": "config.by_backend",
+    "FastCacheConfig": "config.by_backend",
+    "FbCacheConfig": "config.by_backend",
+    "TaylorCacheConfig": "config.by_backend",
+    "TeaCacheConfig": "config.by_backend",
     "CacheConfig": "config.cache_config",
     "ConsensusError": "consensus.errors",
     "ConsensusTimeout": "consensus.errors",
@@ -53,6 +76,8 @@ _HOME = {
     "save_heat_map": "reports.views",
     "statistics_table": "reports.views",
     "write_trace": "reports.views",
+    "CacheSummary": "summaries",
+    "summary": "summaries",
 }
 
 
@@ -65,5 +90,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# xfuser itself is not imported by it; see docs/xdit.md.
+# Neither xfuser nor diffusers is imported by it; see docs/xdit.md.
 install()

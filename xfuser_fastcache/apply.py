@@ -157,7 +157,9 @@ def apply_cache_on_pipeline(
 
     Args:
         pipe: a diffusers pipeline, or xfuser's class around one.
-        config, process_group, **options: as of `apply_cache_on_transformer`.
+        config: as of `apply_cache_on_transformer`, and so are the others.
+        process_group: likewise.
+        **options: likewise.
 
     Returns:
         The same pipeline.

@@ -8,7 +8,6 @@ weights of a skipped block gathered where FSDP has cut them.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -22,10 +21,9 @@ from torch import nn
 from xfuser_fastcache.clock.clock import Reader
 from xfuser_fastcache.clock.ownership import TransformerInUse
 from xfuser_fastcache.engine import CacheEngine
+from xfuser_fastcache.models.cache_note import CacheNote
 from xfuser_fastcache.models.wrappers import acts_in_call, beneath_accelerate
 from xfuser_fastcache.tokens.base import CannotForecast
-
-logger = logging.getLogger("xfuser_fastcache")
 
 HOOK = "xfuser_fastcache"
 CONTEXT_HOOK = "xfuser_fastcache_context"
@@ -127,7 +125,7 @@ class TransformerHook(_CacheHook):
         if torch.compiler.is_compiling():
             _refuse_tracing(module)
         self.attachment.follow_compilation()
-        self.attachment.warn_of_diffusers(self.engine.config.use_cache)
+        self.attachment.note.warn(self.engine.config.use_cache)
         engine = self.engine
         with engine.clock.ownership.visit(self.reader.scheduler.pass_over):
             try:
@@ -302,12 +300,11 @@ class Attachment:
         self._block_hooks: list[tuple[nn.Module, BlockHook]] = []
         # Modules in front of whose call we stand.
         self._called: list[nn.Module] = []
-        # Configuration of a cache of diffusers' that was warned of.
-        self._beside: Any = None
+        self.note = CacheNote(model)
 
     def attach(self, engine: CacheEngine, reader: Reader) -> None:
         """Put the hooks on, all or none."""
-        self.warn_of_diffusers(engine.config.use_cache)
+        self.note.warn(engine.config.use_cache)
         try:
             self._attach(engine, reader)
         except BaseException:
@@ -324,6 +321,7 @@ class Attachment:
                 self._block_hooks.append((block, hook))
                 for name, module in engine.attention_of(index, block).items():
                     self._register(module, AttentionHook(engine, (index, name)))
+        self.note.write(engine.config)
         _forget_children(self.model)
 
     def follow_compilation(self) -> None:
@@ -333,24 +331,6 @@ class Attachment:
             if compiled is not None and _Call.of(block) is None:
                 self._unregister(block)
                 self._put(block, hook)
-
-    def warn_of_diffusers(self, own: str) -> None:
-        """Say once where diffusers' `enable_cache` has put a cache of its own beside this one.
-
-        Args:
-            own: name of ours.
-        """
-        config, warned_of = getattr(self.model, "_cache_config", None), self._beside
-        self._beside = config
-        if config is None or config is warned_of:
-            return
-        logger.warning(
-            "Two caches are on this %s: %s of xfuser_fastcache, and diffusers' by "
-            "enable_cache(%s). Each skips what the other would have measured, and diffusers' "
-            "decides on each rank by itself. Call remove_cache(transformer) and "
-            "transformer.disable_cache(), then put one of them on again.",
-            *(type(self.model).__name__, own, type(config).__name__),
-        )
 
     def _put(self, module: nn.Module, hook: ModelHook) -> None:
         if acts_in_call(module):
@@ -380,6 +360,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the hooks off."""
+        self.note.erase()
         for module in list(self._before):
             self._unregister(module)
         for module in self._called:

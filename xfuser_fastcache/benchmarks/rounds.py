@@ -1,4 +1,4 @@
-"""Runs the workers of a benchmark to their end, with a progress bar."""
+"""Runs the workers of a benchmark to their end, and says how far they are."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from xfuser_fastcache.benchmarks.processes import end, last_error, spawn
 from xfuser_fastcache.benchmarks.settings import Settings
 from xfuser_fastcache.benchmarks.worker import outcomes, read_records
+from xfuser_fastcache.reports.progress import Progress
 
 # A method that is tried alone in a layout and has not ended by then waits for another rank.
 TRY_LIMIT_S = 180
@@ -88,22 +81,14 @@ def try_alone(settings: Settings, directory: Path, console: Console) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def measure(settings: Settings, directory: Path, console: Console) -> None:
-    """Run the workers to their end, with a progress bar.
+def measure(settings: Settings, directory: Path, progress: Progress) -> None:
+    """Run the workers to their end.
 
     Raises:
         RuntimeError: a worker failed; with the end of its log.
         KeyboardInterrupt: the workers are ended, their records are whole.
     """
     total = len(settings.rounds) * sum(len(values) for values in settings.methods.values())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
     logs = [directory / f"worker_{worker}.log" for worker in range(settings.workers)]
     streams = [log.open("a") for log in logs]
     workers = [
@@ -111,11 +96,10 @@ def measure(settings: Settings, directory: Path, console: Console) -> None:
         for worker, stream in enumerate(streams)
     ]
     try:
-        with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-            task = progress.add_task("measuring", total=total)
+        with progress.task("measuring", total) as task:
             while True:
                 running = [worker.poll() is None for worker in workers]
-                progress.update(task, completed=measured(settings, directory))
+                task.reach(measured(settings, directory))
                 failed = [w for w, worker in enumerate(workers) if worker.poll()]
                 if failed:
                     text = logs[failed[0]].read_text(errors="replace")[-3000:]
@@ -131,7 +115,7 @@ def measure(settings: Settings, directory: Path, console: Console) -> None:
 
 
 def measured(settings: Settings, directory: Path) -> int:
-    """Settings times rounds that are measured or will never be, for the progress bar."""
+    """Settings times rounds that are measured or will never be, for the progress."""
     failed, points = outcomes(read_records(directory))
     left = [point for point in points if point[1] != "baseline" and point[1:] not in failed]
     return len(left) + len(failed) * len(settings.rounds)

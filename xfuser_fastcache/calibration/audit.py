@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.runs import Runs
+from xfuser_fastcache.reports.progress import Progress
 
 
-def audit(runs: Runs, path: Path, console: Console) -> dict[str, Any]:
+def audit(runs: Runs, path: Path, progress: Progress) -> dict[str, Any]:
     """Run fresh generations with the cache on, and say how often its skips did harm.
 
     Args:
         runs: of prompts that the calibration has not seen.
         path: the calibration.
-        console: for progress.
+        progress: shows it.
     """
     fitted = load_fitted(path)
-    indices = track(range(len(runs.prompts)), "audit", console=console)
+    indices = progress.track(range(len(runs.prompts)), "audit")
     alphas = sorted(fitted.scales)
     report: dict[str, Any] = {"calibration": str(path), "levels": {}}
     records: dict[float, list[Any]] = {alpha: [] for alpha in alphas}

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
@@ -22,6 +21,7 @@ from xfuser_fastcache.calibration.runs import Runs, saved
 from xfuser_fastcache.calibration.search import MaskSearch, step_impact
 from xfuser_fastcache.calibration.steering import FullRun, Observer, SteeringForecaster
 from xfuser_fastcache.clock.schedule import even_mask
+from xfuser_fastcache.reports.progress import Progress
 
 # Generations that the impact of steps is measured on, and that corrections are tried on.
 IMPACT, TRIED = 2, 6
@@ -45,7 +45,7 @@ class MaskTrials:
         fitted: the calibration so far.
         parts: the records.
         given: masks to better, by number of computed steps.
-        console: for progress.
+        progress: shows it.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class MaskTrials:
         fitted: Fitted,
         parts: build.Parts,
         given: dict[int, list[int]],
-        console: Console,
+        progress: Progress,
     ):
-        self.runs, self.options, self.console = runs, options, console
+        self.runs, self.options, self.progress = runs, options, progress
         self.fitted, self.parts = fitted, parts
         self.given = given
         self.steps = len(fitted.noise_levels)
@@ -84,7 +84,7 @@ class MaskTrials:
         )
         masks: dict[int, list[int]] = {}
         report: dict[str, Any] = {}
-        for budget in track(budgets, "masks", console=self.console):
+        for budget in self.progress.track(budgets, "masks"):
             proposed = {
                 "searched": seeker.best(budget),
                 "even": even_mask(self.steps, budget),
@@ -168,7 +168,7 @@ class MaskTrials:
             return np.load(cached)
         references = [self.runs.latents(i) for i in range(IMPACT)]
         moved = np.zeros((IMPACT, self.steps))
-        for step in track(range(1, self.steps), "impact of steps", console=self.console):
+        for step in self.progress.track(range(1, self.steps), "impact of steps"):
             mask = [int(s != step) for s in range(self.steps)]
             for i, reference in enumerate(references):
                 found = self.runs.latents(i, steps_mask=mask)

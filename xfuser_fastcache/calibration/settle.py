@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from xfuser_fastcache.artifacts.calibration import VERSION, Fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.masks import MaskTrials, given_masks
 from xfuser_fastcache.calibration.options import CalibrationOptions
 from xfuser_fastcache.calibration.runs import Runs, saved
+from xfuser_fastcache.reports.progress import Progress
 
 
 def prepare_folder(options: CalibrationOptions, prompts: list[str]) -> Path:
@@ -43,7 +41,7 @@ def prepare_folder(options: CalibrationOptions, prompts: list[str]) -> Path:
 
 
 def calibrate(
-    runs: Runs, options: CalibrationOptions, console: Console
+    runs: Runs, options: CalibrationOptions, progress: Progress
 ) -> tuple[Fitted, dict[str, Any]]:
     """Record, fit, search masks, choose scales.
 
@@ -57,7 +55,7 @@ def calibrate(
     given = given_masks(options.start_from, options.num_inference_steps)
     indices = list(range(len(runs.prompts)))
     runs.latents(0)  # also sets the scheduler's steps
-    full = [runs.record(i, "full") for i in track(indices, "full computation", console=console)]
+    full = [runs.record(i, "full") for i in progress.track(indices, "full computation")]
     parts = build.split(full)
     metadata = {**runs.metadata(), "significance_levels": options.significance_level}
     fitted = build.fit(
@@ -65,11 +63,11 @@ def calibrate(
     )
     report: dict[str, Any] = {}
     if options.computed_steps:
-        fitted, report["masks"] = MaskTrials(runs, options, fitted, parts, given, console).search()
+        fitted, report["masks"] = MaskTrials(runs, options, fitted, parts, given, progress).search()
     first = build.conformal_scales(fitted, parts.calibrate, alphas)
     scales, report["scales_full"], report["scales_cached"] = {}, first, {}
     for alpha in alphas:
-        scales[alpha], tried = settle(runs, options, fitted, parts, alpha, first[alpha], console)
+        scales[alpha], tried = settle(runs, options, fitted, parts, alpha, first[alpha], progress)
         report["scales_cached"][alpha] = tried
     return replace(fitted, scales=scales), report
 
@@ -81,7 +79,7 @@ def settle(
     parts: build.Parts,
     alpha: float,
     first: float,
-    console: Console,
+    progress: Progress,
 ) -> tuple[float, dict[float, float]]:
     """Choose a scale again on runs with the cache on, whose states are not those of full runs.
 
@@ -97,7 +95,7 @@ def settle(
         title = f"cache on, alpha {alpha}, scale {scale:.3f}"
         with saved(replace(fitted, scales={alpha: scale}), options.output) as path:
             cache = {"calibration": path, "significance_level": alpha}
-            tail = track(range(count - len(parts.calibrate), count), title, console=console)
+            tail = progress.track(range(count - len(parts.calibrate), count), title)
             cached = [runs.record(index, name, **cache) for index in tail]
         tried[scale] = build.conformal_scales(fitted, cached, [alpha])[alpha]
         return tried[scale]

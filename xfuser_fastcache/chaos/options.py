@@ -29,8 +29,8 @@ from xfuser_fastcache.chaos.specimens import MASK, STEPS, calibration, maps, sub
 from xfuser_fastcache.chaos.trials import Verdict
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.config.checks import shown
-from xfuser_fastcache.config.composition import OTHER_NAMES
 from xfuser_fastcache.config.lightx2v import write
+from xfuser_fastcache.config.other_names import OTHER_NAMES
 from xfuser_fastcache.plugins import FORECASTERS, GATES, TOKEN_PLANS
 
 # A generation takes well below a second.

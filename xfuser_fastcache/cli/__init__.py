@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "layouts": ("xfuser_fastcache.cli.layouts", "run the embedded toys in every layout"),
     "chaos": ("xfuser_fastcache.cli.chaos", "break things on purpose and see what gets through"),
     "models": ("xfuser_fastcache.cli.models", "say which models it runs on, where, and why not"),
+    "toys": ("xfuser_fastcache.cli.toys", "write the toy models, from a checkout or an sdist"),
     "doctor": ("xfuser_fastcache.cli.doctor", "say what is installed, registered and refused"),
 }
 

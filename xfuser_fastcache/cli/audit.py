@@ -17,6 +17,7 @@ from xfuser_fastcache.calibration.audit import audit, print_audit
 from xfuser_fastcache.calibration.options import RunOptions, options_of
 from xfuser_fastcache.calibration.prompts import AUDIT
 from xfuser_fastcache.calibration.runs import Runs
+from xfuser_fastcache.cli.flags import progress_of
 from xfuser_fastcache.cli.recording import prompts_of, recording_flags, write_report
 
 GENERATIONS = 64
@@ -32,7 +33,9 @@ def main(arguments: list[str]) -> int:
     given = flags.parse_args(arguments)
     console = Console(width=100)
     prompts = prompts_of(given, AUDIT, GENERATIONS)
-    report = audit(Runs(options_of(RunOptions, given), prompts), given.calibration, console)
+    report = audit(
+        Runs(options_of(RunOptions, given), prompts), given.calibration, progress_of(given)
+    )
     print_audit(report, console)
     write_report(given.report, report)
     return 0

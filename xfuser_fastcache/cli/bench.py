@@ -36,7 +36,7 @@ from xfuser_fastcache.benchmarks.settings import (
 )
 from xfuser_fastcache.calibration.checkout import is_toy, toys_of_checkout
 from xfuser_fastcache.calibration.prompts import AUDIT, prompts_for, read_prompts
-from xfuser_fastcache.cli.flags import flags_of
+from xfuser_fastcache.cli.flags import flags_of, progress_flags, progress_of
 from xfuser_fastcache.xdit.loaded import DTYPES, call_arguments
 
 
@@ -71,6 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="JSON with further arguments of the pipeline's call; default MODEL/call.json",
     )
     flags.add_argument("--dtype", choices=DTYPES, help="default bfloat16, float32 without a GPU")
+    progress_flags(flags)
     flags.add_argument("--layout", default="", help='such as "ulysses=2" or "cfg=2,pipefusion=2"')
     flags.add_argument(
         "--workers", type=int, help="processes that share the rounds; default 2, on a GPU 1"
@@ -167,7 +168,7 @@ def main(arguments: list[str]) -> int:
     try:
         if settings.layout:
             try_alone(settings, directory, console)
-        measure(settings, directory, console)
+        measure(settings, directory, progress_of(options))
     except KeyboardInterrupt:
         console.print("interrupted; the same command with --resume goes on", style="yellow")
         status = 130

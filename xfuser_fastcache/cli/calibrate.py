@@ -27,6 +27,7 @@ from xfuser_fastcache.calibration.options import CalibrationOptions, options_of
 from xfuser_fastcache.calibration.prompts import CALIBRATE
 from xfuser_fastcache.calibration.runs import Runs
 from xfuser_fastcache.calibration.settle import calibrate, prepare_folder
+from xfuser_fastcache.cli.flags import progress_of
 from xfuser_fastcache.cli.recording import prompts_of, recording_flags, write_report
 
 
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> int:
             f"needs {needed}: give more prompts or allow a larger --significance_level"
         )
     folder = prepare_folder(options, prompts)
-    fitted, report = calibrate(Runs(options, prompts, folder), options, console)
+    fitted, report = calibrate(Runs(options, prompts, folder), options, progress_of(given))
     fitted.save(options.output)
     console.print(f"written: {options.output}", markup=False, soft_wrap=True)
     console.print(f"scales: {fitted.scales}", markup=False)

@@ -27,10 +27,12 @@ from xfuser_fastcache.cli import models
 from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.plugins import everything_registered
 from xfuser_fastcache.xdit.compat import (
+    INSTALL,
     IncompatibleXfuserError,
     check_xfuser_version,
     has_accelerator,
 )
+from xfuser_fastcache.xdit.points import integration_rows, probed
 
 OURS = "xfuser-fastcache"
 PACKAGES = (
@@ -124,7 +126,7 @@ def refusals() -> list[dict[str, str]]:
     try:
         check_xfuser_version()
     except IncompatibleXfuserError as error:
-        refuse("every layout of xDiT", str(error), 'pip install "xfuser>=0.7,<0.8"')
+        refuse("every layout of xDiT", str(error), INSTALL)
     if not has_accelerator():
         refuse(
             "import xfuser",
@@ -147,6 +149,15 @@ def refusals() -> list[dict[str, str]]:
     return found
 
 
+def integration() -> list[dict[str, str]]:
+    """Return the places in xfuser that are changed, with what is missing there; none without it."""
+    try:
+        check_xfuser_version()
+        return integration_rows(probed())
+    except IncompatibleXfuserError:
+        return []
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report as tables."""
     table = Table("package", "version", title="versions")
@@ -165,6 +176,15 @@ def show(report: dict[str, Any], console: Console) -> None:
         for row in report["registered"]
         if row["error"]
     ]
+    places = report["integration"]
+    found = [row for row in places if not row["missing"]]
+    if places:
+        lines.append(f"xfuser: {len(found)} of {len(places)} places that are changed are there")
+    lines += [
+        f"does not work: {row['brings']}: {row['module']} lacks {row['missing']}"
+        for row in places
+        if row["missing"]
+    ]
     lines += [f"refused: {row['what']}: {row['why']}; {row['mend']}" for row in report["refused"]]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -181,6 +201,7 @@ def main(arguments: list[str]) -> int:
         "versions": versions(),
         "devices": devices(),
         "registered": registered(),
+        "integration": integration(),
         "refused": refusals(),
     }
     broken = any(row["error"] for row in report["registered"])

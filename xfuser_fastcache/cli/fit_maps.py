@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from xfuser_fastcache.artifacts.linear_maps import FittedMaps
@@ -33,6 +32,7 @@ from xfuser_fastcache.calibration.options import RunOptions, options_of
 from xfuser_fastcache.calibration.prompts import CALIBRATE
 from xfuser_fastcache.calibration.runs import Runs
 from xfuser_fastcache.calibration.stack import Place, StackRecorder, StackSums
+from xfuser_fastcache.cli.flags import progress_of
 from xfuser_fastcache.cli.recording import prompts_of, recording_flags
 
 # Every so many generations one is held out; of the held-out ones `choose` needs two.
@@ -77,7 +77,7 @@ def fit(options: argparse.Namespace) -> tuple[FittedMaps, dict[Place, Choice]]:
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     sums = None
     with StackRecorder(transformer, runs.adapter, options.max_tokens) as recorder:
-        for index in track(range(len(prompts)), "full computation", transient=True):
+        for index in progress_of(options).track(range(len(prompts)), "full computation"):
             runs.latents(index)
             if sums is None:
                 levels = runs.levels().tolist()

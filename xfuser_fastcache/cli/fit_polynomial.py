@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from rich.progress import track
 
 from xfuser_fastcache.calibration.options import RunOptions, options_of
 from xfuser_fastcache.calibration.polynomial import ChangeRecorder, Fit, fit_polynomial
 from xfuser_fastcache.calibration.prompts import CALIBRATE
 from xfuser_fastcache.calibration.runs import Runs
+from xfuser_fastcache.cli.flags import progress_of
 from xfuser_fastcache.cli.recording import prompts_of, recording_flags
 
 
@@ -40,7 +40,7 @@ def record(options: argparse.Namespace) -> list[tuple[float, float]]:
     runs = Runs(options_of(RunOptions, options), prompts)
     pairs = []
     with ChangeRecorder(runs.pipe.transformer, runs.adapter) as recorder:
-        for index in track(range(len(prompts)), "full computation", transient=True):
+        for index in progress_of(options).track(range(len(prompts)), "full computation"):
             runs.latents(index)
             pairs += recorder.take()
     return pairs

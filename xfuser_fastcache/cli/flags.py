@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from xfuser_fastcache.reports.progress import STYLES, Progress
+
 
 def flags_of(program: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """Return an empty parser that shows its description as it is written.
@@ -18,3 +20,22 @@ def flags_of(program: str, description: str | None, **options: Any) -> argparse.
     return argparse.ArgumentParser(
         prog=program, description=description, formatter_class=shown, **options
     )
+
+
+def progress_flags(flags: argparse.ArgumentParser) -> None:
+    """Add what says how progress is shown; `progress_of` reads it."""
+    flags.add_argument(
+        "--progress",
+        choices=STYLES,
+        default="auto",
+        help="on standard error: a bar, lines, a JSON object a line, or nothing; default a bar on "
+        "a terminal, else lines",
+    )
+    flags.add_argument(
+        "--quiet", action="store_const", const="none", dest="progress", help="--progress none"
+    )
+
+
+def progress_of(options: argparse.Namespace) -> Progress:
+    """Return the progress that the flags ask for."""
+    return Progress(options.progress)

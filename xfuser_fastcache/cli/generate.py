@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from xfuser_fastcache.cli.flags import progress_flags, progress_of
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.config.mappings import read_mapping
 from xfuser_fastcache.reports.clips import (
@@ -107,6 +108,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     ours.add_argument("--baseline", action="store_true", help="also run uncached and compare")
     ours.add_argument("--repeat", type=int, default=1, help="timed runs; medians are reported")
     ours.add_argument("--output_dir", default="runs/generate", help="where pictures go")
+    progress_flags(flags)
     ours.add_argument("--report", help="JSON report; default OUTPUT_DIR/report.json")
     options = read_flags(flags, arguments)
     if isinstance(options.prompt, str):
@@ -277,7 +279,8 @@ def main(arguments: list[str]) -> int:
     start()
     options = options_from(arguments)
     config = cache_config(options)
-    generator = Generator(load_in_layout(options, options.dtype), options)
+    pipe = load_in_layout(options, options.dtype)
+    generator = Generator(pipe, options, progress_of(options))
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
 

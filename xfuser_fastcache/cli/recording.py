@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xfuser_fastcache.calibration.prompts import prompts_for, read_prompts
-from xfuser_fastcache.cli.flags import flags_of
+from xfuser_fastcache.cli.flags import flags_of, progress_flags
 from xfuser_fastcache.xdit.loaded import DTYPES
 
 
@@ -38,6 +38,7 @@ def recording_flags(
     flags.add_argument("--num_inference_steps", type=int, default=28)
     flags.add_argument("--call", type=json.loads, help="JSON: arguments of the pipeline's call")
     flags.add_argument("--dtype", choices=DTYPES, help="default bfloat16, float32 without a GPU")
+    progress_flags(flags)
     return flags
 
 

@@ -30,6 +30,7 @@ from xfuser_fastcache.config.checks import (
 from xfuser_fastcache.config.flat import checked_flat, flat, flat_names
 from xfuser_fastcache.config.mappings import read_mapping
 from xfuser_fastcache.config.methods import Methods, methods_of
+from xfuser_fastcache.config.other_names import renamed
 from xfuser_fastcache.config.parts import parts_of
 
 _CUTS = integer(1)
@@ -250,8 +251,8 @@ class CacheConfig(CheckedOptions):
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> CacheConfig:
-        """Build a config from a mapping; `rel_l1_thresh` is xDiT's name for the threshold."""
-        options = composition.renamed(options)
+        """Build a config from a mapping; names of other caches are taken as in `renamed`."""
+        options = renamed(options, options.get("use_cache", cls.use_cache))
         known = [found.name for found in dataclasses.fields(cls)]
         for key in options:
             if key not in known:

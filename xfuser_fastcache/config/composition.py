@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from xfuser_fastcache.config.checks import Check, is_number, shown
+from xfuser_fastcache.config.checks import Check, shown
+from xfuser_fastcache.config.other_names import renamed
 
 COMBINATIONS = ("all_of", "any_of")
-# xDiT's name of a threshold -> ours.
-OTHER_NAMES = {"rel_l1_thresh": "cache_ratio_threshold"}
 ONE = "{'name': NAME, OPTION: VALUE, ...}"
 GATE = f"a gate's name, {ONE}, {{'all_of': [GATES]}} or {{'any_of': [GATES]}}"
 
@@ -30,27 +29,6 @@ class Spec(NamedTuple):
     options: dict[str, Any]
 
 
-def renamed(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options under our names.
-
-    Raises:
-        ValueError: two names of one option, with two values.
-    """
-    options = dict(options)
-    for theirs, ours in OTHER_NAMES.items():
-        if theirs in options:
-            given = options.pop(theirs)
-            other = options.setdefault(ours, given)
-            # Of what is no number nothing is asked: two arrays are neither equal nor different.
-            equal = is_number(given) and is_number(other) and given == other
-            if other is not given and not equal:
-                raise ValueError(
-                    f"{theirs}={shown(given)} and {ours}={shown(other)} are two names of one "
-                    "option; give one of them"
-                )
-    return options
-
-
 def spec_of(kind: str, given: Any) -> Spec:
     """Read a method's name or mapping.
 
@@ -60,7 +38,7 @@ def spec_of(kind: str, given: Any) -> Spec:
 
     Raises:
         TypeError: neither.
-        ValueError: a mapping without a name.
+        ValueError: a mapping without a name, or an option by a name that `renamed` refuses.
 
     Example:
         >>> spec_of("gate", {"name": "Fb", "rel_l1_thresh": 0.1})
@@ -74,7 +52,8 @@ def spec_of(kind: str, given: Any) -> Spec:
     named = isinstance(given.get("name"), str)
     if not named or not all(isinstance(key, str) for key in given):
         raise ValueError(f"{kind}={shown(given)} is not allowed; give {allowed}")
-    return Spec(given["name"], renamed({k: v for k, v in given.items() if k != "name"}))
+    options = {key: value for key, value in given.items() if key != "name"}
+    return Spec(given["name"], renamed(options, given["name"]))
 
 
 def combination(given: Any) -> str | None:

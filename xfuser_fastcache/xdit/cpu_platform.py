@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xfuser_fastcache.patching import PatchingFinder
 from xfuser_fastcache.xdit.compat import (
     IncompatibleXfuserError,
     check_xfuser_version,
@@ -27,7 +28,6 @@ from xfuser_fastcache.xdit.compat import (
     require,
 )
 from xfuser_fastcache.xdit.gloo_waits import PIPELINE, pending_sends, receive, send
-from xfuser_fastcache.xdit.loading import PatchingFinder
 
 logger = logging.getLogger("xfuser_fastcache")
 

@@ -21,6 +21,7 @@ from xfuser_fastcache.apply import (
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.reports.clips import drawn_by
 from xfuser_fastcache.reports.measured import DenoisingTimer, PeakMemory
+from xfuser_fastcache.reports.progress import Progress
 
 
 @dataclass
@@ -91,15 +92,17 @@ class Generator:
     Args:
         pipe: xfuser's.
         options: flags of xDiT's.
+        progress: shows titled runs; default as on a terminal or in a file.
 
     Attributes:
         replica: index of this rank's, where data parallelism has several.
     """
 
-    def __init__(self, pipe: Any, options: argparse.Namespace):
+    def __init__(self, pipe: Any, options: argparse.Namespace, progress: Progress | None = None):
         from xfuser.core.distributed import get_data_parallel_rank, get_world_group
 
         self.pipe = pipe
+        self.progress = progress or Progress()
         self.arguments = _call_of(pipe, options)
         self.world = get_world_group()
         self.replica: int = get_data_parallel_rank()
@@ -107,9 +110,9 @@ class Generator:
         self.seed = options.seed + self.replica
 
     def run(self, title: str, config: CacheConfig | None = None, **changes: Any) -> Run:
-        """Generate once, cached where a config is given; a titled progress bar shows on rank 0."""
+        """Generate once, cached where a config is given; progress with a title shows on rank 0."""
         pipe = self.pipe
-        pipe.set_progress_bar_config(disable=self.world.rank != 0 or not title, desc=title)
+        self._show(title, config is not None)
         if config is not None:
             apply_cache_on_pipeline(pipe, config=config)
         noise = torch.Generator("cpu").manual_seed(self.seed)
@@ -127,6 +130,24 @@ class Generator:
             if config is not None:
                 remove_cache_from_pipeline(pipe)
         return run
+
+    def _show(self, title: str, cached: bool) -> None:
+        """Let the pipeline's loop tell its progress to ours."""
+        silent = self.world.rank != 0 or not title
+        progress = Progress("none") if silent else self.progress
+        transformer = self.pipe.transformer
+
+        def skipped() -> float:
+            share: float = get_cache_statistics(transformer)["block_approx_ratio"]
+            return share
+
+        def progress_bar(iterable: Any = None, total: int | None = None) -> Any:
+            if iterable is not None:
+                return progress.track(list(iterable), title)
+            return progress.task(title, total or 0, skipped if cached else None)
+
+        # On the pipeline of diffusers, also where xfuser's class is around it.
+        vars(getattr(self.pipe, "module", self.pipe))["progress_bar"] = progress_bar
 
     def gather(self, run: Run) -> list[Run]:
         """Return every rank's run on rank 0, nothing elsewhere."""

@@ -7,29 +7,28 @@ the patched functions do what xfuser's do. `uninstall` restores all of it.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from xfuser_fastcache import enable_cache
+from xfuser_fastcache.patching import AliasFinder, Changes, PatchingFinder
 from xfuser_fastcache.plugins import BUILT_IN, GATES
-from xfuser_fastcache.xdit.compat import SUPPORTED, check_xfuser_version, require
+from xfuser_fastcache.xdit.compat import CPU_SWITCH, require, without_accelerator
 from xfuser_fastcache.xdit.families import family_of
 from xfuser_fastcache.xdit.inputs import told
-from xfuser_fastcache.xdit.loading import AliasFinder, PatchingFinder
+from xfuser_fastcache.xdit.points import PATCHES, Patch
 
 if TYPE_CHECKING:
     from xfuser_fastcache.config.cache_config import CacheConfig
 
 # What --cache_method and cache_args call our backends.
 METHODS: dict[str, str] = {"fastcache": "Fast", **{name: name for name in BUILT_IN[GATES.group]}}
-# Environment variable that switches the CPU platform on, as `enable_cpu_platform` does.
-CPU_SWITCH = "XFUSER_FASTCACHE_CPU"
 _OLD_SWITCHES = ("use_teacache", "use_fbcache")
 # Attribute of xfuser's runtime config that carries what the command line asked for.
 _REQUEST = "step_cache"
@@ -45,43 +44,21 @@ ALIASES: dict[str, Mapping[str, tuple[str, str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Patch:
-    """What is changed in one module of xfuser.
-
-    Attributes:
-        apply: patches the module in place.
-        tested: release of xfuser that it was tested on; another one is an error.
-    """
-
-    apply: Callable[[ModuleType], None]
-    tested: str = SUPPORTED
-
-    def __call__(self, module: ModuleType) -> None:
-        """Patch the module.
-
-        Raises:
-            IncompatibleXfuserError: xfuser is another release, or lacks what is to be replaced.
-        """
-        check_xfuser_version(self.tested)
-        self.apply(module)
-
-
-_undo: list[Callable[[], Any]] = []
+_CHANGES = Changes()
 
 
 def install() -> None:
     """Make xfuser know our caches; calling again changes nothing.
 
     Raises:
-        IncompatibleXfuserError: xfuser is loaded, and not a release that the patches were tested
-            on. Where it is not loaded yet, its import raises this.
+        IncompatibleXfuserError: xfuser is loaded, and no release that is tried. Where it is not
+            loaded yet, its import raises this. What a tried release lacks is warned of.
         ValueError: the environment variable `XFUSER_FASTCACHE_CPU` is neither 0 nor 1.
     """
     if _FINDERS[0] in sys.meta_path:
         return
     try:
-        for name, patch in PATCHES.items():
+        for name, patch in _ALL.items():
             if name in sys.modules:
                 patch(sys.modules[name])
     except BaseException:
@@ -106,8 +83,8 @@ def uninstall() -> None:
     for finder in _FINDERS:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
-    while _undo:
-        _undo.pop()()
+    _CHANGES.undo()
+    enable_cache.CHANGES.undo()
     for name in ALIASES:
         module = sys.modules.get(name)
         if module is not None and module.__loader__ is _FINDERS[1]:
@@ -222,15 +199,8 @@ def _put_on(pipe: Any, config: CacheConfig) -> None:
 def _wrap(module: ModuleType, path: str, around: Callable[[Any], Callable[..., Any]]) -> None:
     """Put `around(original)` in place of a function or method of xfuser, until `uninstall`."""
     require(module, path)
-    owner_path, _, name = path.rpartition(".")
-    owner = require(module, owner_path) if owner_path else module
-    previous = vars(owner)[name]
-    original = getattr(previous, "__func__", previous)
-    made: Any = functools.wraps(original)(around(original))
-    if isinstance(previous, (classmethod, staticmethod)):
-        made = type(previous)(made)
-    setattr(owner, name, made)
-    _undo.append(functools.partial(setattr, owner, name, previous))
+    owner, _, name = path.rpartition(".")
+    _CHANGES.wrap(require(module, owner) if owner else module, name, around)
 
 
 def _patch_args(module: ModuleType) -> None:
@@ -371,30 +341,59 @@ def _patch_runner(module: ModuleType) -> None:
     _wrap(module, "xFuserModel._apply_step_cache", with_ours)
 
 
-def _without_accelerator(error: Exception) -> Exception:
-    """Say how xfuser runs without an accelerator, where it is that which its import misses."""
-    if not isinstance(error, NotImplementedError):
-        return error
-    return NotImplementedError(
-        f"{error}. Without an accelerator xfuser runs on the CPU over gloo, for tests and for "
-        "trying things out: call xfuser_fastcache.xdit.cpu_platform.enable_cpu_platform() before "
-        f"the first import of xfuser, or set {CPU_SWITCH}=1 before the import of xfuser_fastcache"
-    )
+def _patch_wrapper(module: ModuleType) -> None:
+    """A wrapper has its cache on itself: what it hands on goes to the model inside."""
+    wrapper = require(module, "xFuserTransformerBaseWrapper")
+    for name, around in enable_cache.METHODS.items():
+        _CHANGES.add(wrapper, name, around(_handed_on(name)))
+
+
+def _handed_on(name: str) -> Callable[..., Any]:
+    return lambda self, *given: getattr(self.module, name)(*given)
 
 
 _PIPELINES = "xfuser.model_executor.pipelines"
 _RUNNER_MODELS = "xfuser.model_executor.models.runner_models"
-PATCHES: dict[str, Patch] = {
-    "xfuser.config.args": Patch(_patch_args),
-    f"{_PIPELINES}.base_pipeline": Patch(_patch_base_pipeline),
-    f"{_PIPELINES}.pipeline_flux": Patch(_patch_pipeline("xFuserFluxPipeline")),
-    f"{_PIPELINES}.pipeline_flux2": Patch(_patch_pipeline("xFuserFlux2PipelineBase")),
-    f"{_PIPELINES}.pipeline_stable_diffusion_3": Patch(
-        _patch_pipeline("xFuserStableDiffusion3Pipeline")
+PATCHES |= {
+    "xfuser.config.args": Patch(
+        "--cache_method with a name of ours",
+        ("xFuserArgs.add_cli_args", "xFuserArgs.add_runner_args", "xFuserArgs.create_config"),
+        _patch_args,
     ),
-    f"{_PIPELINES}.pipeline_cogvideox": Patch(_patch_pipeline("xFuserCogVideoXPipeline")),
-    f"{_PIPELINES}.pipeline_pixart_alpha": Patch(_patch_pipeline("xFuserPixArtAlphaPipeline")),
-    f"{_PIPELINES}.pipeline_pixart_sigma": Patch(_patch_pipeline("xFuserPixArtSigmaPipeline")),
-    f"{_RUNNER_MODELS}.base_model": Patch(_patch_runner),
+    f"{_PIPELINES}.base_pipeline": Patch(
+        "cache_args, --cache_method and enable_fastcache on xfuser's pipelines",
+        ("xFuserPipelineBaseWrapper.__init__",),
+        _patch_base_pipeline,
+    ),
+    f"{_RUNNER_MODELS}.base_model": Patch(
+        "our methods in xDiT's runner",
+        tuple(
+            f"xFuserModel.{name}"
+            for name in ("_validate_config", "_load_model_checked", "_apply_step_cache")
+        ),
+        _patch_runner,
+    ),
+    "xfuser.model_executor.models.transformers.base_transformer": Patch(
+        "enable_cache on xfuser's wrappers of transformers",
+        ("xFuserTransformerBaseWrapper",),
+        _patch_wrapper,
+    ),
 }
-_FINDERS = (PatchingFinder(PATCHES, {"xfuser": _without_accelerator}), AliasFinder(ALIASES))
+PATCHES |= {
+    f"{_PIPELINES}.{module}": Patch(
+        f"cache_args of {name}.from_pretrained",
+        (f"{name}.from_pretrained", f"{name}.__call__"),
+        _patch_pipeline(name),
+    )
+    for module, name in {
+        "pipeline_flux": "xFuserFluxPipeline",
+        "pipeline_flux2": "xFuserFlux2PipelineBase",
+        "pipeline_stable_diffusion_3": "xFuserStableDiffusion3Pipeline",
+        "pipeline_cogvideox": "xFuserCogVideoXPipeline",
+        "pipeline_pixart_alpha": "xFuserPixArtAlphaPipeline",
+        "pipeline_pixart_sigma": "xFuserPixArtSigmaPipeline",
+    }.items()
+}
+# diffusers' modules, too, where its users look for a cache.
+_ALL: dict[str, Callable[[ModuleType], None]] = {**PATCHES, **enable_cache.PATCHES}
+_FINDERS = (PatchingFinder(_ALL, {"xfuser": without_accelerator}), AliasFinder(ALIASES))

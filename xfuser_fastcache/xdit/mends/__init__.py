@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from xfuser_fastcache.xdit.compat import check_xfuser_version, replace, require
+from xfuser_fastcache.xdit.compat import (
+    IncompatibleXfuserError,
+    check_xfuser_version,
+    replace,
+    require,
+)
 from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, qwen, z_image
 
 logger = logging.getLogger("xfuser_fastcache")
@@ -58,13 +63,18 @@ def mend_xfuser() -> list[str]:
         What was mended by this call, one line each.
 
     Raises:
-        IncompatibleXfuserError: an xfuser that is not known.
+        IncompatibleXfuserError: an xfuser that is not tried.
     """
     check_xfuser_version()
     lines = []
     for mend in MENDS:
-        module = importlib.import_module(mend.module)
-        if mend.is_needed(module):
+        try:
+            module = importlib.import_module(mend.module)
+            needed = mend.is_needed(module)
+        except (ModuleNotFoundError, IncompatibleXfuserError) as error:
+            logger.warning("not looked for in this xfuser, %s: %s", mend.line, error)
+            continue
+        if needed:
             mend.apply(module)
             mended(module).append(mend.line)
             lines.append(mend.line)

@@ -1,7 +1,8 @@
-"""Changes modules of xfuser as they load, and adds importable names beside them."""
+"""Changes modules of other packages as they load, and takes every change back."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -80,3 +81,36 @@ class AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         for name, (home, attribute) in self.aliases[module.__name__].items():
             setattr(module, name, getattr(importlib.import_module(home), attribute))
         module.__doc__ = "Names of xfuser_fastcache under the module name of FastCache's documents."
+
+
+class Changes:
+    """What was set in other packages' modules and classes; `undo` takes all of it back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+
+    def wrap(self, owner: Any, name: str, around: Callable[[Any], Callable[..., Any]]) -> None:
+        """Put `around(original)` in place of a function or method.
+
+        Args:
+            owner: the module or class that defines it itself.
+            name: of the function.
+            around: given the plain function, also where it is a class or static method.
+        """
+        previous = vars(owner)[name]
+        original = getattr(previous, "__func__", previous)
+        made: Any = functools.wraps(original)(around(original))
+        if isinstance(previous, (classmethod, staticmethod)):
+            made = type(previous)(made)
+        setattr(owner, name, made)
+        self._undo.append(functools.partial(setattr, owner, name, previous))
+
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute that the owner itself does not have."""
+        setattr(owner, name, value)
+        self._undo.append(functools.partial(delattr, owner, name))
+
+    def undo(self) -> None:
+        """Put back what stood there before; calling again changes nothing."""
+        while self._undo:
+            self._undo.pop()()
