@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from xfuser_fastcache.benchmarks.pipelining import pipeline_allows
 from xfuser_fastcache.benchmarks.processes import QUIET, spawn
-from xfuser_fastcache.calibration.checkout import ROOT, toy_module
+from xfuser_fastcache.benchmarks.quality import drawn_by_toys
+from xfuser_fastcache.calibration.checkout import ROOT
 from xfuser_fastcache.calibration.prompts import AUDIT, prompts_for
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 
@@ -192,26 +193,29 @@ def run_cell(model: str, layout: str, options: argparse.Namespace) -> dict[str, 
 def run_captions(model: str, options: argparse.Namespace) -> dict[str, float]:
     """Return the share of unseen captions that pictures pass, in percent: baseline and cached."""
     captions = prompts_for(toy_of(model), AUDIT, options.captions, seed=0)
-    checker = toy_module("checker")
-    assert checker is not None, "a cell has run"
+    drawn = drawn_by_toys(captions)
+    assert drawn is not None, "a cell has run"
     directory = Path(options.output_dir) / model / "captions"
     flags = (f"--output_dir={directory}", "--prompt", *captions)
     launch(command(model, ONE_RANK, *flags), options.limit_s)
     passed = {}
     for kind in ("baseline", "cached"):
-        pictures = [
-            np.array(Image.open(ROOT / directory / f"{kind}_{i}.png"))
-            for i in range(options.captions)
-        ]
-        results = [
-            checker.check_caption(p, c).passed for p, c in zip(pictures, captions, strict=True)
-        ]
+        items = [_saved(ROOT / directory / f"{kind}_{i}.png") for i in range(options.captions)]
+        results = [drawn.check(x, c).passed for x, c in zip(items, drawn.captions, strict=True)]
         passed[kind] = 100.0 * sum(results) / options.captions
     report = json.loads((ROOT / directory / "report.json").read_text())
     return passed | {
         "psnr_db": report["psnr_db"],
         "hits": report["statistics"]["block_approx_ratio"],
     }
+
+
+def _saved(picture: Path) -> np.ndarray:
+    """Return a picture that was saved, or where there is none, the frames of the clip beside it."""
+    if picture.exists():
+        return np.array(Image.open(picture))
+    frames = ImageSequence.Iterator(Image.open(picture.with_suffix(".webp")))
+    return np.stack([np.array(frame.convert("RGB")) for frame in frames])
 
 
 def shortfalls(model: str, layout: str, report: dict[str, Any], gain_kept: float) -> list[str]:

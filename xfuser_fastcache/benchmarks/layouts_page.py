@@ -59,17 +59,20 @@ def document(
     first = next(iter(reports.values()))
     environment = first["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "diffusers", "xfuser"))
+    sizes = {
+        model: f"{model}: {of['num_inference_steps']} steps, {of['height']} x {of['width']}"
+        for (model, _), of in reports.items()
+    }
     lines = [
         "# Every model in every layout",
         "",
         f"Written by `{command}` on {environment['device']}, {versions}, "
         "over gloo, one thread a rank.",
         "",
-        f"Each row is the embedded toy of that model, {first['num_inference_steps']} steps, "
-        f"{options.sequences} sequences a step (so many pictures, with guidance half of them) of "
-        f"{first['height']} x {first['width']}, with "
-        "`configs/toy_MODEL_fast.yaml`; times are of the denoising loop (slowest rank, median of "
-        f"{first['repeat']} runs, uncached and cached in turn). PSNR and SSIM compare with the "
+        f"Each row is the embedded toy of that model ({'; '.join(sizes.values())}), "
+        f"{options.sequences} sequences a step (so many pictures, with guidance half of them), "
+        "with `configs/toy_MODEL_fast.yaml`; times are of the denoising loop (slowest rank, median "
+        f"of {first['repeat']} runs, uncached and cached in turn). PSNR and SSIM compare with the "
         "uncached pictures of the same layout. *Gain kept* is the speedup divided by that of "
         f"1 rank. Where ranks outnumber the cores ({os.cpu_count()} here), they share them, and "
         "times say only how uncached and cached compare. PipeFusion runs asynchronously after one "
@@ -88,7 +91,7 @@ def document(
             "## Do the pictures still show what the caption says?",
             "",
             f"{options.captions} captions that training has not seen, marked by "
-            "`toys/checker.py`, 1 rank.",
+            "the toys' checkers, 1 rank.",
             "",
             "| model | uncached | cached | PSNR | blocks skipped |",
             "| --- | --- | --- | --- | --- |",

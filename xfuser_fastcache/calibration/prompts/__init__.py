@@ -50,9 +50,15 @@ def prompts_for(model: str, use: str, count: int, seed: int) -> list[str]:
     Raises:
         ValueError: more than the package ships.
     """
-    captions = toy_module("captions") if is_toy(model) else None
-    if captions is not None:
-        return captions.sample_captions(count, seed=seed, split=_SPLITS[use])
+    if is_toy(model):
+        from xfuser_fastcache.xdit.loaded import call_arguments  # here: it imports torch
+
+        draws_clips = "num_frames" in call_arguments(model)
+        language = toy_module("clips" if draws_clips else "captions")
+        assert language is not None
+        sample = language.sample_clip_captions if draws_clips else language.sample_captions
+        found: list[str] = sample(count, seed=seed, split=_SPLITS[use])
+        return found
     found = shipped(use)
     if not 1 <= count <= len(found):
         raise ValueError(
