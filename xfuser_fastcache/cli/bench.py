@@ -35,7 +35,7 @@ from xfuser_fastcache.benchmarks.settings import (
     parse_layout,
 )
 from xfuser_fastcache.calibration.checkout import is_toy, toys_of_checkout
-from xfuser_fastcache.calibration.prompts import AUDIT, prompts_for, read_prompts
+from xfuser_fastcache.calibration.prompts import AUDIT, draws_clips, prompts_for, read_prompts
 from xfuser_fastcache.cli.flags import flags_of, progress_flags, progress_of
 from xfuser_fastcache.xdit.loaded import DTYPES, call_arguments
 
@@ -103,7 +103,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     toys = toys_of_checkout() if is_toy(options.model) else None
     if options.prompts is not None:
         prompts = read_prompts(options.prompts, options.num_prompts)
-    elif options.seed is None and toys is not None:
+    elif options.seed is None and toys is not None and not draws_clips(options.model):
         prompts = read_prompts(toys / TOY_PROMPTS, options.num_prompts)
     else:
         prompts = prompts_for(options.model, AUDIT, options.num_prompts or 64, options.seed or 0)

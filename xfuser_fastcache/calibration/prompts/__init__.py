@@ -51,12 +51,10 @@ def prompts_for(model: str, use: str, count: int, seed: int) -> list[str]:
         ValueError: more than the package ships.
     """
     if is_toy(model):
-        from xfuser_fastcache.xdit.loaded import call_arguments  # here: it imports torch
-
-        draws_clips = "num_frames" in call_arguments(model)
-        language = toy_module("clips" if draws_clips else "captions")
+        clips = draws_clips(model)
+        language = toy_module("clips" if clips else "captions")
         assert language is not None
-        sample = language.sample_clip_captions if draws_clips else language.sample_captions
+        sample = language.sample_clip_captions if clips else language.sample_captions
         found: list[str] = sample(count, seed=seed, split=_SPLITS[use])
         return found
     found = shipped(use)
@@ -66,6 +64,13 @@ def prompts_for(model: str, use: str, count: int, seed: int) -> list[str]:
             "file with --prompts"
         )
     return random.Random(seed).sample(found, count)
+
+
+def draws_clips(toy: str) -> bool:
+    """Say whether an embedded toy draws clips."""
+    from xfuser_fastcache.xdit.loaded import call_arguments  # here: it imports torch
+
+    return "num_frames" in call_arguments(toy)
 
 
 def _lines(text: str) -> list[str]:
