@@ -163,7 +163,7 @@ def test_any_sharding_gives_the_same_decision(
 
 @pytest.mark.gloo
 def test_a_pipeline_runs_under_plain_torch_distributed() -> None:
-    reports = run_world("plain_worker.py", 2, timeout_s=120).values()
+    reports = run_world("plain_worker.py", 2, timeout_s=120, with_xfuser=False).values()
     assert not any(report["xfuser"] for report in reports)
     assert all(report["never"]["exact"] and not report["ever"]["exact"] for report in reports)
     assert all(report["ever"]["block_approx_ratio"] >= 0.4 for report in reports)

@@ -465,6 +465,15 @@ class MendedWan:
         self.attention_kwargs["valid_kv_len"] = hidden_states.shape[1] - pad_amount
 
 
+class MendedCacheManager:
+    """How xfuser could mend its cache of keys and values itself."""
+
+    def _sequence_parallel_cache_update(self, kv_list: Any, ranks: int, patches: int) -> list[Any]:
+        return [
+            kv_list[rank][pp_patch_idx] for pp_patch_idx in range(patches) for rank in range(ranks)
+        ]
+
+
 @pytest.mark.parametrize("mend", mends.MENDS, ids=lambda mend: mend.line)
 def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module = types.ModuleType("mended")
@@ -482,6 +491,7 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserHunyuanVideoTransformer3DWrapper = MendedWan
     module.xFuserQwenImageTransformerWrapper = MendedQwen
     module.xFuserZImageTransformer2DWrapper = MendedZImage
+    module.CacheManager = MendedCacheManager
     assert not mend.is_needed(module)
 
 

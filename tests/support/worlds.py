@@ -57,7 +57,13 @@ class WorldFailed(AssertionError):
         self.timed_out = timed_out
 
 
-def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 240.0) -> str:
+def launch(
+    script: str | Path,
+    ranks: int,
+    *arguments: str,
+    timeout_s: float = 240.0,
+    with_xfuser: bool = True,
+) -> str:
     """Run a script of tests/ as torchrun does, and return what its ranks printed.
 
     Ranks are forked from a process that has imported torch, diffusers and, on the CPU platform,
@@ -70,12 +76,13 @@ def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 2
         ranks: number of processes on this machine.
         *arguments: of the script.
         timeout_s: seconds after which the ranks are ended.
+        with_xfuser: whether they have xfuser imported.
 
     Raises:
         WorldFailed: non-zero exit, or time over.
     """
     with tempfile.NamedTemporaryFile("r") as printed:
-        world = begin(script, ranks, *arguments, printed=printed.name)
+        world = begin(script, ranks, *arguments, printed=printed.name, with_xfuser=with_xfuser)
         world.join(timeout_s)
         timed_out = world.exitcode is None
         if timed_out:
@@ -91,7 +98,9 @@ def launch(script: str | Path, ranks: int, *arguments: str, timeout_s: float = 2
     return output
 
 
-def begin(script: str | Path, ranks: int, *arguments: str, printed: str) -> BaseProcess:
+def begin(
+    script: str | Path, ranks: int, *arguments: str, printed: str, with_xfuser: bool = True
+) -> BaseProcess:
     """Begin what `launch` runs, and return the process that started the ranks.
 
     Args:
@@ -99,6 +108,7 @@ def begin(script: str | Path, ranks: int, *arguments: str, printed: str) -> Base
         ranks: likewise.
         *arguments: likewise.
         printed: file that what they print is added to.
+        with_xfuser: as for `launch`.
     """
     folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
     path = os.pathsep.join(filter(None, folders))
@@ -106,7 +116,8 @@ def begin(script: str | Path, ranks: int, *arguments: str, printed: str) -> Base
     world = _SERVER.Process(
         target=_agent, args=(str(ROOT / "tests" / script), ranks, arguments, environment, printed)
     )
-    connect = _OF_RANKS.connect_to_new_process
+    server = _OF_RANKS if with_xfuser else forkserver._forkserver
+    connect = server.connect_to_new_process
     with (
         mock.patch.dict(os.environ, environment),  # The first world starts the server, too.
         mock.patch.object(forkserver, "connect_to_new_process", connect),
@@ -116,14 +127,14 @@ def begin(script: str | Path, ranks: int, *arguments: str, printed: str) -> Base
 
 
 def run_world(
-    script: str | Path, ranks: int, *arguments: str, timeout_s: float = 240.0
+    script: str | Path, ranks: int, *arguments: str, timeout_s: float = 240.0, **how: bool
 ) -> dict[int, dict[str, Any]]:
     """Run a script as `launch` does, and return what each rank handed to `report`.
 
     Raises:
         WorldFailed: also where a rank reported nothing.
     """
-    output = launch(script, ranks, *arguments, timeout_s=timeout_s)
+    output = launch(script, ranks, *arguments, timeout_s=timeout_s, **how)
     reports = {}
     for line in output.splitlines():
         if line.startswith(_REPORT):
