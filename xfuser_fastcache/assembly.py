@@ -23,6 +23,7 @@ from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load
 from xfuser_fastcache.backends import forecaster_of, gate_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.budget import budget_of
 from xfuser_fastcache.config.methods import made
 from xfuser_fastcache.config.parts import parts_of
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
@@ -110,8 +111,9 @@ class Request:
 
 def _for_family(config: CacheConfig, forecaster: str | None) -> CacheConfig:
     """Return a config with its family's forecaster where `Fast` would bring its own, and nothing
-    that was asked for needs what that withholds."""
-    asked = config.forecaster or config.calibration or config.linear_maps
+    that was asked for needs what that withholds. A budget's own forecaster is kept: it holds as
+    little as any family asks for, and is better."""
+    asked = config.forecaster or config.calibration or config.linear_maps or budget_of(config)
     if forecaster is None or asked or config.use_cache != FAST:
         return config
     withheld = made("forecaster", forecaster).withholds
