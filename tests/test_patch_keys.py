@@ -168,6 +168,19 @@ def test_slopes_lie_between_steps_that_were_computed(monkeypatch: pytest.MonkeyP
     assert layer.keys.nbytes() == 0
 
 
+def test_what_was_forgotten_is_never_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a NaN, between two patches of a step."""
+    layer = Layer(monkeypatch)
+    layer(0, None)
+    layer(1, 0)
+    layer.keys.forget()
+    layer(1, 1)
+    layer(2, 0, attends=False), layer(2, 1, attends=False)
+    found = layer(3, 0)
+    assert not layer.carried
+    assert torch.equal(layer.patch(found, 1), layer.patch(layer.at(LEVELS[1]), 1))
+
+
 def test_another_batch_is_never_carried(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(monkeypatch)
     layer(0, None)

@@ -171,12 +171,18 @@ def test_an_anchor_outlives_the_buffer_that_it_came_in() -> None:
     assert stack.flags == [0, 0, 1, 1] and stack.ran == []
 
 
-def test_a_pipeline_computes_at_the_first_decision_that_knows_of_a_nan() -> None:
+def test_a_pipeline_computes_at_the_first_decision_that_knows_of_a_nan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And forgets what keys and values were."""
     stack = Stack(group=FIRST_OF_TWO, num_warmup_steps=0, max_consecutive_skips=99)
+    forgotten: list[int] = []
+    monkeypatch.setattr(stack.engine.plan.keys, "forget", lambda: forgotten.append(index))
     for index in range(9):
         x = ones(torch.nan if index == 4 else 1.0)
         stack.pipelined(x, 1 - index / 10, patched=index > 0)
     assert stack.flags == [0, 0, 1, 1, 1, 0, 1, 1, 1]
+    assert forgotten == [5, 5]  # of each patch
     assert stack.engine.statistics()["nonfinite_steps"] == 1
 
 

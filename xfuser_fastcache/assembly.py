@@ -112,7 +112,7 @@ class Request:
 def _for_family(config: CacheConfig, forecaster: str | None) -> CacheConfig:
     """Return a config with its family's forecaster where `Fast` would bring its own, and nothing
     that was asked for needs what that withholds. A budget's own forecaster is kept: it holds as
-    little as any family asks for, and is better."""
+    little (docs/video.md has how it compares)."""
     asked = config.forecaster or config.calibration or config.linear_maps or budget_of(config)
     if forecaster is None or asked or config.use_cache != FAST:
         return config

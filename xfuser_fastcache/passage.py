@@ -90,6 +90,8 @@ class Passage:
             CannotForecast: see `_leave_unfinished`.
         """
         self.agreement.counters.carried_keys += self.plan.keys.close()
+        if self.step_plan.distrust:
+            self.plan.keys.forget()  # a slope may hold the NaN, and bring it up again
         self._leave_unfinished()
         self._take_decision()  # no block ran here; the other ranks wait all the same
 
