@@ -2,11 +2,11 @@
 
     fastcache bench-gpu --output docs/gpu.json --page docs/gpu.md
     fastcache bench-gpu --small
-    fastcache bench-gpu --read docs/gpu.json --page docs/gpu.md
+    fastcache bench-gpu --read images.json video.json --output docs/gpu.json --page docs/gpu.md
 
 The first measures every family until the budget is spent; the file holds at any time what was
 measured so far. The second rehearses all of it on any machine in less than a minute. The third
-measures nothing and writes the page of an earlier report.
+measures nothing: it joins earlier reports of one device, and writes their page.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import shlex
 from pathlib import Path
 
+from xfuser_fastcache.artifacts.file import replace_file
 from xfuser_fastcache.benchmarks.gpu.families import FAMILIES
 
 
@@ -25,9 +26,17 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--output", type=Path, default=Path("runs/gpu.json"), help="JSON to write")
+    flags.add_argument(
+        "--output", type=Path, help="JSON to write; runs/gpu.json where it is measured"
+    )
     flags.add_argument("--page", type=Path, help="Markdown page to write from the report")
-    flags.add_argument("--read", type=Path, help="report to write the page from, without measuring")
+    flags.add_argument(
+        "--read",
+        type=Path,
+        nargs="+",
+        metavar="REPORT",
+        help="reports to join and to write the page from, without measuring",
+    )
     flags.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     flags.add_argument("--budget_s", type=float, default=480.0, help="seconds for all of it")
     flags.add_argument("--steps", type=int, help="of a generation; default 28, small 12")
@@ -50,15 +59,23 @@ def main(arguments: list[str]) -> int:
         flags.error("give at least 8 --steps, 1 of --rounds and a --budget_s above 0")
     from xfuser_fastcache.benchmarks.gpu.page import page_of
     from xfuser_fastcache.benchmarks.gpu.record import ERROR
-    from xfuser_fastcache.benchmarks.gpu.schema import errors_of
+    from xfuser_fastcache.benchmarks.gpu.schema import errors_of, joined
 
     if given.read:
-        if not given.page:
-            flags.error("--read FILE needs --page FILE, the page to write")
-        report = json.loads(given.read.read_text(encoding="utf-8"))
-        wrong = errors_of(report)
-        if wrong:
-            flags.error(f"{given.read} is no report of this command: {'; '.join(wrong[:3])}")
+        if not given.page and not given.output:
+            flags.error("--read needs --page FILE or --output FILE, what to write")
+        reports = []
+        for path in given.read:
+            reports.append(json.loads(path.read_text(encoding="utf-8")))
+            wrong = errors_of(reports[-1])
+            if wrong:
+                flags.error(f"{path} is no report of this command: {'; '.join(wrong[:3])}")
+        try:
+            report = joined(reports)
+        except ValueError as error:
+            flags.error(str(error))
+        if given.output:
+            replace_file(given.output, (json.dumps(report, indent=1) + "\n").encode())
     else:
         from xfuser_fastcache.benchmarks.gpu.run import Plan, default_device, run
 
@@ -74,8 +91,9 @@ def main(arguments: list[str]) -> int:
             device=device,
         )
         command = shlex.join(["fastcache", "bench-gpu", *arguments])
-        report = run(plan, given.output, given.budget_s, command)
-        print(f"report in {given.output}")
+        output = given.output or Path("runs/gpu.json")
+        report = run(plan, output, given.budget_s, command)
+        print(f"report in {output}")
     if given.page:
         given.page.parent.mkdir(parents=True, exist_ok=True)
         given.page.write_text(page_of(report), encoding="utf-8")

@@ -20,7 +20,8 @@ from xfuser_fastcache.benchmarks.gpu.speed import NEVER, UNCACHED
 from xfuser_fastcache.benchmarks.gpu.subject import Subject, computed_mask
 from xfuser_fastcache.measurements.moments import Reference, measure
 
-MEMORY_FORECASTERS = ("reuse", "taylor", "damped_taylor", "taylor2", "output")
+MEMORY_FORECASTERS = ("reuse", "taylor", "damped_taylor", "taylor2", "output", "data")
+MEMORY_FORECASTERS_LONG = ("damped_taylor", "output", "data")
 _TORCH = str(Path(torch.__file__).parent)
 _PROFILED_STEPS = 4
 

@@ -43,7 +43,7 @@ def page_of(report: dict[str, Any]) -> str:
         "whatever else a host does only ever adds to a time.",
         "",
         "```bash",
-        report["command"],
+        *report["command"].splitlines(),
         "```",
         "",
         f"It took {report['spent_s']:.0f} s"
@@ -53,8 +53,13 @@ def page_of(report: dict[str, Any]) -> str:
     for family, title in report["families"].items():
         own = [cell for cell in cells if cell["family"] == family]
         lines += [f"## {title}", ""]
-        for section in (_speed, _facts, _compiled, _peers, _memory, _costs):
-            lines += section(own)
+        steps = _of(own, "build").get("model", {}).get("steps", report["steps"])
+        if steps != report["steps"]:
+            lines += [f"{steps} steps a generation.", ""]
+        lines += (
+            _speed(own) + _facts(own) + _compiled(own, "") + _compiled(own, " with CUDA graphs")
+        )
+        lines += _peers(own) + _memory(own) + _costs(own)
     lines += _toys(cells, report["families"]) + _consensus(cells)
     lines += [_UNTOLD.strip(), ""] + _unmeasured(cells)
     return "\n".join(lines).rstrip() + "\n"
@@ -141,9 +146,9 @@ def _facts(cells: list[Cell]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _compiled(cells: list[Cell]) -> list[str]:
-    work = _of(cells, "compile")
-    table = _table(_SPEED_HEAD, _speed_rows(_of(cells, "compiled speed")))
+def _compiled(cells: list[Cell], of_graphs: str) -> list[str]:
+    work = _of(cells, f"compile{of_graphs}")
+    table = _table(_SPEED_HEAD, _speed_rows(_of(cells, f"compiled speed{of_graphs}")))
     if "uncached" not in work or not table:
         return []
     first = work["uncached"]

@@ -169,6 +169,8 @@ PEERS: dict[str, Prepare] = {
     "diffusers TaylorSeer lite, interval 3": _taylorseer(True),
     "diffusers TaylorSeer, interval 3": _taylorseer(False),
 }
+# The one that skips the same steps.
+PEERS_LONG = ("cache-dit DBCache, mask",)
 
 
 def peer(subject: Subject, name: str, changes: torch.Tensor, repeat: int) -> Figures:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from xfuser_fastcache.benchmarks.gpu import costs, peers, toys, wire
-from xfuser_fastcache.benchmarks.gpu.compiled import compiled
+from xfuser_fastcache.benchmarks.gpu.compiled import GRAPHS, compiled
 from xfuser_fastcache.benchmarks.gpu.families import FAMILIES
 from xfuser_fastcache.benchmarks.gpu.machine import describe
 from xfuser_fastcache.benchmarks.gpu.record import BudgetSpent, Figures, Record
 from xfuser_fastcache.benchmarks.gpu.speed import (
     MEASURES,
     SKIPPED,
+    SKIPPED_LONG,
     UNCACHED,
     ZERO,
     Rounds,
@@ -113,7 +114,8 @@ def run(plan: Plan, output: Path, budget_s: float, command: str) -> dict[str, An
                 _with_subject(record, plan, name, "build", _family)
             _wire_and_toys(record, plan)
             for name in plan.families:
-                _with_subject(record, plan, name, "build to compile", _compiled)
+                if not FAMILIES[name].long:
+                    _with_subject(record, plan, name, "build to compile", _compiled)
     except BudgetSpent:
         print("the budget is spent; what was measured is kept", flush=True)
     finished = record.left_s > 0
@@ -135,7 +137,7 @@ def _with_subject(
         subject = Subject(name, FAMILIES[name], plan.device, plan.small, plan.steps)
         subject.synchronize()
         held.append(subject)
-        return {"parameters": subject.parameters}
+        return {"parameters": subject.parameters, "steps": subject.steps}
 
     try:
         if record.measure(name, cell, "model", build, 0.0 if plan.small else 15.0):
@@ -161,10 +163,12 @@ def _family(record: Record, plan: Plan, subject: Subject) -> None:
 
     if not record.measure(name, "warm-up", "all", warm):
         return
-    rounds = Rounds(record, "speed", subject, variants(plan.steps, SKIPPED))
+    long = subject.family.long
+    shares = SKIPPED_LONG if long else SKIPPED
+    rounds = Rounds(record, "speed", subject, variants(subject.steps, shares))
     # The first round alone is worth more than all that follows; the others make it a median.
-    rounds.run(plan.rounds)
-    generation_s = 0.0 if plan.small else rounds.uncached_ms * plan.steps / 1000
+    rounds.run(1 if long else plan.rounds)
+    generation_s = 0.0 if plan.small else rounds.uncached_ms * subject.steps / 1000
     if rounds.times[UNCACHED]:
         plain = rounds.pictures[UNCACHED]
 
@@ -175,7 +179,8 @@ def _family(record: Record, plan: Plan, subject: Subject) -> None:
 
         record.measure(name, "identity", ZERO, identity, generation_s)
         record.measure(name, "digest", "two generations", partial(_digest, subject), generation_s)
-    for forecaster in (None, *costs.MEMORY_FORECASTERS):
+    held = costs.MEMORY_FORECASTERS_LONG if long else costs.MEMORY_FORECASTERS
+    for forecaster in (None, *held):
         record.measure(
             name,
             "memory",
@@ -186,9 +191,10 @@ def _family(record: Record, plan: Plan, subject: Subject) -> None:
     free()
     options: dict[str, dict[str, Any] | None] = {
         UNCACHED: None,
-        MEASURES: variants(plan.steps, ())[MEASURES],
+        MEASURES: variants(subject.steps, ())[MEASURES],
         "mask, damped_taylor": {"forecaster": "damped_taylor", "steps_mask": [1, 0, 1]},
         "mask, output": {"forecaster": "output", "steps_mask": [1, 0, 1]},
+        "mask, data": {"forecaster": "data", "steps_mask": [1, 0, 1]},
     }
     for variant, given in options.items():
         record.measure(
@@ -223,17 +229,21 @@ def _digest(subject: Subject) -> Figures:
 
 
 def _peers(record: Record, plan: Plan, subject: Subject, generation_s: float) -> None:
+    long = subject.family.long
     changes: list[torch.Tensor] = []
 
     def note() -> Figures:
         changes.append(peers.residual_changes(subject))
-        computed = sum(computed_mask(plan.steps, peers.SKIPPED))
+        computed = sum(computed_mask(subject.steps, peers.SKIPPED))
         return {"threshold": peers.threshold_for(changes[0], computed)}
 
-    if not record.measure(subject.name, "peers", "first block's changes", note, 2 * generation_s):
+    if long:
+        # Their peers go by a mask.
+        changes.append(torch.zeros(0))
+    elif not record.measure(subject.name, "peers", "first block's changes", note, 2 * generation_s):
         return
-    repeat = 1 if plan.small else 2
-    for peer in peers.PEERS:
+    repeat = 1 if plan.small or long else 2
+    for peer in peers.PEERS_LONG if long else peers.PEERS:
         record.measure(
             subject.name,
             "peers",
@@ -245,7 +255,8 @@ def _peers(record: Record, plan: Plan, subject: Subject, generation_s: float) ->
 
 def _wire_and_toys(record: Record, plan: Plan) -> None:
     needs_s = 0.0 if plan.small else 10.0
-    for name in plan.families[:1] if plan.small else plan.families:
+    toys_of = [name for name in plan.families if FAMILIES[name].toy is not None]
+    for name in toys_of[:1] if plan.small else toys_of:
         found: list[list[int]] = []
 
         def draw(name: str, dtype: str, found: list[list[int]]) -> Figures:
@@ -273,6 +284,8 @@ def _wire_and_toys(record: Record, plan: Plan) -> None:
 def _compiled(record: Record, plan: Plan, subject: Subject) -> None:
     try:
         compiled(record, subject, "eager" if plan.small else "inductor", min(plan.rounds, 2))
+        if subject.device.type == "cuda":
+            compiled(record, subject, GRAPHS, min(plan.rounds, 2))
     finally:
         torch.compiler.reset()
 

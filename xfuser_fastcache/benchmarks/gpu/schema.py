@@ -103,6 +103,37 @@ def errors_of(report: Any, shape: Shape = GPU) -> list[str]:
     return found
 
 
+def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one report of several that were measured on the same device.
+
+    Args:
+        reports: well formed; a cell that several have is the first one's.
+
+    Raises:
+        ValueError: they are of different devices, versions, steps or sizes.
+    """
+    first = reports[0]
+    for key in ("device", "machine", "steps", "small"):
+        given = [report[key] for report in reports]
+        if any(value != given[0] for value in given):
+            raise ValueError(f"reports to join differ in {key}: {given}")
+    cells: dict[tuple[str, str, str], dict[str, Any]] = {}
+    families: dict[str, str] = {}
+    for report in reports:
+        families |= report["families"]
+        for cell in report["cells"]:
+            cells.setdefault((cell["family"], cell["cell"], cell["variant"]), cell)
+    return {
+        **first,
+        "command": "\n".join(report["command"] for report in reports),
+        "families": families,
+        "budget_s": sum(report["budget_s"] for report in reports),
+        "spent_s": round(sum(report["spent_s"] for report in reports), 1),
+        "finished": all(report["finished"] for report in reports),
+        "cells": list(cells.values()),
+    }
+
+
 def _wrong(mapping: Any, types: dict[str, Any], place: str) -> list[str]:
     if not isinstance(mapping, dict):
         return [f"{place} is no mapping"]

@@ -16,7 +16,9 @@ from xfuser_fastcache.benchmarks.gpu.subject import Subject, computed_mask, same
 # Small enough to refuse every change, and not the 0 that needs no test.
 NEVER = 1e-9
 SKIPPED = (0.5, 0.64, 0.75, 0.82)
-FORECASTERS = ("output", "damped_taylor")
+# Where one generation takes long.
+SKIPPED_LONG = (0.64,)
+FORECASTERS = ("output", "data", "damped_taylor")
 UNCACHED, MEASURES, ZERO = "uncached", "gate never passes", "threshold 0"
 
 

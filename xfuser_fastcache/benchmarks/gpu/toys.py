@@ -75,7 +75,7 @@ def toy(
             num_inference_steps=STEPS,
             generator=[torch.Generator().manual_seed(seed) for seed in range(pictures)],
             output_type=output_type,
-            **FAMILIES[name].toy,
+            **(FAMILIES[name].toy or {}),
         )
         return content_of(output)
 
