@@ -7,6 +7,7 @@ so as the reason of its cell.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 import time
@@ -19,12 +20,13 @@ import torch
 from support.worlds import python
 
 from xfuser_fastcache import cli
+from xfuser_fastcache.apply import get_cache_statistics
 from xfuser_fastcache.benchmarks.gpu import costs, peers, run
 from xfuser_fastcache.benchmarks.gpu.families import FAMILIES
 from xfuser_fastcache.benchmarks.gpu.page import page_of
 from xfuser_fastcache.benchmarks.gpu.record import ERROR, LEFT_OUT, OK, LeftOut, Record
-from xfuser_fastcache.benchmarks.gpu.schema import errors_of
-from xfuser_fastcache.benchmarks.gpu.speed import MEASURES, SKIPPED, Rounds, variants
+from xfuser_fastcache.benchmarks.gpu.schema import errors_of, joined
+from xfuser_fastcache.benchmarks.gpu.speed import FORECASTERS, MEASURES, SKIPPED, Rounds, variants
 from xfuser_fastcache.benchmarks.gpu.subject import Subject, computed_mask, same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +74,7 @@ def test_the_skipped_share_is_the_masks(report: dict[str, Any]) -> None:
     speed = cells_of(report, "speed")
     for share in SKIPPED:
         mask = computed_mask(STEPS, share)
-        for forecaster in ("output", "damped_taylor"):
+        for forecaster in FORECASTERS:
             figures = speed[f"{forecaster}, {share:.0%} skipped"]["figures"]
             assert figures["share_skipped"] == pytest.approx(1 - sum(mask) / len(mask))
             assert figures["differs_from_uncached"] and figures["finite"]
@@ -234,6 +236,51 @@ def test_the_schema_finds_what_is_wrong(report: dict[str, Any]) -> None:
         wrong = copy.deepcopy(report)
         change(wrong)
         assert any(words in error for error in errors_of(wrong)), words
+
+
+def test_a_long_family_gets_half_the_steps_and_the_middle_mask(tmp_path: Path) -> None:
+    """On a CPU its sizes are small, and its steps all; what is measured is what a card would."""
+    plan = run.Plan(["wan-1.3b"], STEPS, 2, True, ROOT / "toys", torch.device("cpu"))
+    report = run.run(plan, tmp_path / "gpu.json", 100.0, "test")
+    assert errors_of(report) == []
+    assert [c for c in report["cells"] if c["status"] == ERROR] == []
+    speed = cells_of(report, "speed")
+    assert set(speed) == {"uncached", MEASURES, *(f"{name}, 64% skipped" for name in FORECASTERS)}
+    assert {len(c["figures"]["ms_of_each_run"]) for c in speed.values()} == {1}
+    assert not cells_of(report, "compile") and not cells_of(report, "toy")
+
+    full = FAMILIES["wan-1.3b"]
+    cut = dataclasses.replace(full, full=full.small)
+    assert Subject("wan-1.3b", cut, torch.device("cpu"), False, 28).steps == 14
+
+
+def test_guidance_by_two_calls_names_its_branches() -> None:
+    """Without the names, the second call of a step would be taken for the next step."""
+    subject = small("qwen-image", steps=8)
+    with subject.cached(steps_mask=computed_mask(8, 0.5), forecaster="output"):
+        subject.denoise()
+        statistics = get_cache_statistics(subject.model)
+    assert statistics["steps"] == 8 and statistics["collectives"] == 16
+    assert statistics["block_approx_ratio"] == pytest.approx(0.5)
+
+
+def test_reports_of_one_device_are_joined(report: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(report)
+    other.update(command="another", families={"sd3": "SD3"}, finished=False, spent_s=1.0)
+    for cell in other["cells"]:
+        cell["family"] = "sd3" if cell["family"] == "flux" else cell["family"]
+    paths = [tmp_path / name for name in ("one.json", "two.json")]
+    for path, made in zip(paths, (report, other), strict=True):
+        path.write_text(json.dumps(made))
+    output, page = tmp_path / "both.json", tmp_path / "page.md"
+    arguments = ["bench-gpu", "--read", *paths, "--output", output, "--page", page]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    both = json.loads(output.read_text())
+    assert errors_of(both) == [] and not both["finished"]
+    assert {cell["family"] for cell in both["cells"]} == {"flux", "sd3", "any"}
+    assert "## SD3" in page.read_text() and "another" in page.read_text()
+    with pytest.raises(ValueError, match="differ in device"):
+        joined([report, {**other, "device": "another card"}])
 
 
 def test_the_command_lists_commands_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:

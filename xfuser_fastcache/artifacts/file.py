@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +139,23 @@ def read_file(path: str | Path, kind: Kind) -> Held:
             f"another. Copy it again, or make it anew with {kind.script}"
         )
     return Held(tables, meta, _digest(tables, meta))
+
+
+def kind_of(path: str | Path, kinds: Sequence[Kind]) -> Kind:
+    """Return which kind a file is of; the first where it is of none, whose reader then says why.
+
+    Args:
+        path: of the file.
+        kinds: that it may be of.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        metadata = {}
+    return next((kind for kind in kinds if kind.key in metadata), kinds[0])
 
 
 def _checksum(content: bytes, written: str) -> str:

@@ -25,7 +25,7 @@ def audit(runs: Runs, path: Path, progress: Progress) -> dict[str, Any]:
     fitted = load_fitted(path)
     indices = progress.track(range(len(runs.prompts)), "audit")
     alphas = sorted(fitted.scales)
-    report: dict[str, Any] = {"calibration": str(path), "levels": {}}
+    report: dict[str, Any] = {"calibration": str(path), "digest": fitted.digest, "levels": {}}
     records: dict[float, list[Any]] = {alpha: [] for alpha in alphas}
     for index in indices:
         for alpha in alphas:

@@ -10,6 +10,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("xfuser_fastcache.cli.generate", "draw pictures with a step cache, on any ranks"),
     "calibrate": ("xfuser_fastcache.cli.calibrate", "fit a cache to one model and scheduler"),
     "audit": ("xfuser_fastcache.cli.audit", "measure how often a calibration skips wrongly"),
+    "inspect": ("xfuser_fastcache.cli.inspect", "say what a calibration or maps hold and cover"),
     "fit-maps": ("xfuser_fastcache.cli.fit_maps", "fit linear maps of the stack of blocks"),
     "fit-polynomial": ("xfuser_fastcache.cli.fit_polynomial", "fit TeaCache's polynomial"),
     "bench": ("xfuser_fastcache.cli.bench", "compare caches, and fewer steps, on one model"),

@@ -150,7 +150,7 @@ def save_heat_map(
         fontsize=8,
         frameon=False,
     )
-    _save_png(figure, path)
+    save_png(figure, path)
 
 
 def _panels(trace: list[dict[str, Any]], blocks: list[str]) -> dict[int, np.ndarray]:
@@ -228,10 +228,11 @@ def comparison_sheet(
     for row, label in enumerate(("baseline", "cached", "difference x 10")):
         axes[row][0].set_ylabel(label)
     figure.tight_layout()
-    _save_png(figure, path)
+    save_png(figure, path)
 
 
-def _save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as a PNG file, in one go."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     replace_file(path, drawn.getvalue())
