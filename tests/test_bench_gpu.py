@@ -238,8 +238,11 @@ def test_the_schema_finds_what_is_wrong(report: dict[str, Any]) -> None:
         assert any(words in error for error in errors_of(wrong)), words
 
 
-def test_a_long_family_gets_half_the_steps_and_the_middle_mask(tmp_path: Path) -> None:
+def test_a_long_family_gets_half_the_steps_and_the_middle_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU its sizes are small, and its steps all; what is measured is what a card would."""
+    monkeypatch.setattr(run.wire, "consensus_cost", lambda backend, repeat: {"ranks": 1})
     plan = run.Plan(["wan-1.3b"], STEPS, 2, True, ROOT / "toys", torch.device("cpu"))
     report = run.run(plan, tmp_path / "gpu.json", 100.0, "test")
     assert errors_of(report) == []
