@@ -20,10 +20,10 @@ from xfuser_fastcache.artifacts.calibration import (
     load_fitted,
 )
 from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
-from xfuser_fastcache.backends import forecaster_of, gate_of
+from xfuser_fastcache.backends import forecaster_of, gate_of, uncovered_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.config.budget import budget_of
+from xfuser_fastcache.config.budget import Budget, budget_of
 from xfuser_fastcache.config.methods import made
 from xfuser_fastcache.config.parts import parts_of
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
@@ -56,12 +56,14 @@ class Request:
         fitted: the calibration, or None.
         maps: linear maps, or None.
         path: of either, for messages.
+        budget: that has chosen the config's mask from the calibration, or None.
     """
 
     config: CacheConfig
     fitted: Fitted | None = None
     maps: FittedMaps | None = None
     path: str = ""
+    budget: Budget | None = None
 
     @classmethod
     def of(cls, config: CacheConfig, adapter: type[ModelAdapter]) -> Request:
@@ -77,7 +79,9 @@ class Request:
             config = replace(config, linear_maps=maps.digest)
             return cls(config.resolved(), maps=maps, path=path)
         fitted = load_fitted(path) if path else None
-        return cls(config.resolved(fitted), fitted, path=path)
+        found = config.resolved(fitted)
+        chosen = fitted is not None and found.steps_mask is not None
+        return cls(found, fitted, path=path, budget=budget_of(config) if chosen else None)
 
     @property
     def whole_forward(self) -> bool:
@@ -213,6 +217,8 @@ def drawn(
         config=config,
         gate=gate,
         forecaster=forecaster_of(config, request.fitted, group, maps, mixture),
+        uncovered=None if request.fitted is None else uncovered_of(group, mixture),
+        budget=request.budget,
         blocks=infos,
         contracts=contracts,
         first_block=first,

@@ -12,6 +12,7 @@ from xfuser_fastcache.config.composition import combination
 from xfuser_fastcache.config.methods import made
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.forecasters.base import Forecaster
+from xfuser_fastcache.forecasters.data import DataForecaster
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.gates.base import Rule
 from xfuser_fastcache.gates.calibrated import CalibratedGate
@@ -83,3 +84,13 @@ def forecaster_of(
     last = group.stage == group.stages - 1
     correction = fitted.trajectory_correction(config.steps_mask, sees_latents) if last else None
     return OutputForecaster(fitted if last else None, sees_latents, correction, group.branch)
+
+
+def uncovered_of(group: DecisionGroup, mixture: Callable[[float], Mixture]) -> Forecaster:
+    """Return what stands in where a calibration does not cover a generation: that of a budget.
+
+    Args:
+        group: of the rank.
+        mixture: of the model's latents and predictions, at a noise level.
+    """
+    return DataForecaster().on_model(mixture, group.stages == 1)

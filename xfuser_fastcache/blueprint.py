@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from xfuser_fastcache.artifacts.calibration import Fitted
+from xfuser_fastcache.clock.schedule import Schedule
 from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.config.budget import Budget
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import NoPatchKeys, PatchKeys
 from xfuser_fastcache.decisions.policy import Rules
@@ -38,6 +40,8 @@ class Blueprint:
         first_block: index in `blocks` of the first one that this rank holds.
         dim: width of a token that is measured, `hidden_states.shape[-1]`.
         fitted: what a calibration left for this model, or None.
+        uncovered: stands in where a calibration does not cover a generation; None without one.
+        budget: that chose a mask of the calibration, and is spread over such a generation; or None.
         modulated: from the first block's arguments, its normed and modulated input; None where
             this rank does not hold that block.
         tokens: which tokens computed spans run on; for one stage only.
@@ -52,6 +56,8 @@ class Blueprint:
     first_block: int
     dim: int
     fitted: Fitted | None = None
+    uncovered: Forecaster | None = None
+    budget: Budget | None = None
     modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None
     tokens: TokenPlan = field(default_factory=NoTokenPlan)
     keys: PatchKeys = field(default_factory=NoPatchKeys)
@@ -69,6 +75,18 @@ class Blueprint:
             lag=_lag(groups, consensus),
             history=self.forecaster.depth,
         )
+
+    def rules_uncovered(self, rules: Rules) -> Rules:
+        """Return what decisions go by where the calibration does not cover a generation.
+
+        A budget is spread evenly, as without a calibration. A mask of the user's stays. The gate
+        has no threshold for it, and nothing is skipped.
+        """
+        if self.budget is None and self.config.steps_mask is not None:
+            return rules
+        if self.budget is None:
+            return replace(rules, config=replace(self.config, enable_block_approx=False))
+        return replace(rules, instead=Schedule(None, self.budget, self.config.num_warmup_steps))
 
     def prober(self, rules: Rules, counts_tokens: bool) -> Prober:
         """Return what takes the moments of the blocks that this rank holds."""

@@ -31,7 +31,7 @@ from torch import nn
 
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.clock.clock import Clock
-from xfuser_fastcache.clock.plan_check import refused_plan
+from xfuser_fastcache.clock.plan_check import not_covered
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.collective import Consensus
@@ -49,6 +49,12 @@ from xfuser_fastcache.state.local import LocalState
 from xfuser_fastcache.state.shared import count_groups
 
 logger = logging.getLogger("xfuser_fastcache")
+
+_UNCOVERED = (
+    "The calibration is not for this generation: %s. It goes on without: %s. For its gain give the "
+    "scheduler, the number of steps and the size of picture that it was made with, or make another "
+    "with fastcache calibrate. (Said once.)"
+)
 
 
 class CacheEngine:
@@ -77,6 +83,9 @@ class CacheEngine:
         weakref.finalize(self, self.watchdog.close)
         self._generation = -1
         self._said_outside = False
+        # Whether the calibration is for the generation under way.
+        self._covered = True
+        self._said_uncovered = False
 
     @property
     def call(self) -> Call | None:
@@ -104,14 +113,11 @@ class CacheEngine:
 
         Raises:
             TransformerInUse: another thread's generation is the current one; see `Ownership`.
-            ValueError: see `refused_plan`; it leaves no generation behind.
+            ValueError: see `Schedule.refuses`; it leaves no generation behind.
         """
         call = self.clock.open(arrival)
-        schedule = self.agreement.rules.schedule
-        refused = refused_plan(call, self.clock.timeline, schedule, self.plan.fitted)
-        if refused is not None:
-            self.clock.timeline.restart()
-            raise ValueError(refused)
+        if call.starts_generation:
+            self._begin_plan(call)
         begins = call.generation != self._generation
         self.inputs.check_call(call.place, arrival.inputs if begins else None)
         if begins:
@@ -136,6 +142,39 @@ class CacheEngine:
         ahead = self._follows_next_step(call.position)
         following = self.clock.timeline.following(call) if ahead else None
         self.passage.step_plan = agreement.step_plan(call, ahead, following)
+
+    def _begin_plan(self, call: Call) -> None:
+        """Go by the calibration where it covers a generation, and without it where it does not.
+
+        A schedule refuses what it cannot hold for here, and never later: what it does not cover
+        then is computed.
+
+        Raises:
+            ValueError: see `Schedule.refuses`; it leaves no generation behind.
+        """
+        timeline, plan = self.clock.timeline, self.plan
+        if plan.fitted is not None and plan.uncovered is not None:
+            differs = not_covered(call, timeline, plan.fitted)
+            if differs is not None and not self._said_uncovered:
+                self._said_uncovered = True
+                logger.warning(_UNCOVERED, differs, self._instead())
+            if self._covered != (differs is None):
+                self._covered = differs is None
+                self.forecaster = plan.forecaster if self._covered else plan.uncovered
+                rules = plan.rules(self.consensus)
+                self.agreement.rules = rules if self._covered else plan.rules_uncovered(rules)
+        schedule = self.agreement.rules.schedule
+        refused = schedule and schedule.refuses(timeline.planned_steps, call.steps)
+        if refused:
+            timeline.restart()
+            raise ValueError(refused)
+
+    def _instead(self) -> str:
+        if self.plan.budget is not None:
+            return f"{self.plan.budget} is spread evenly, and forecasts are those without one"
+        if self.agreement.rules.schedule is not None:
+            return "the mask runs with forecasts that are not corrected"
+        return "the gate skips nothing"
 
     def _decide(self) -> None:
         """Take the consensus of the step that is open, and act on it."""

@@ -20,6 +20,7 @@ import torch
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.clock.schedule import Schedule
+from xfuser_fastcache.config.budget import budget_of
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.reports.clips import animation, are_clips
 from xfuser_fastcache.reports.measured import picture_of
@@ -156,14 +157,18 @@ class Painter:
 
     @contextmanager
     def _planned(self, config: CacheConfig | None) -> Iterator[None]:
-        """Refuse a plan of steps that a calibration or schedule does not fit, as it is made.
+        """Refuse a plan of steps that a schedule does not fit, as it is made.
 
         The cache would refuse it at the first step. Then a later stage of a pipeline already waits
         for the first one; here every rank still refuses alike.
         """
-        fitted = None if not config or not config.calibration else load_fitted(config.calibration)
-        schedule = None if config is None else Schedule.of(config.resolved(fitted))
-        if fitted is None and schedule is None:
+        if config is None or (config.calibration and budget_of(config)):
+            # What a calibration does not cover goes on without it.
+            yield
+            return
+        fitted = load_fitted(config.calibration) if config.calibration else None
+        schedule = Schedule.of(config.resolved(fitted))
+        if schedule is None:
             yield
             return
         # xDiT's wrapper hands what is set on it to the scheduler, but does not take it back.
@@ -175,14 +180,7 @@ class Painter:
         def checked(*arguments: Any, **options: Any) -> None:
             plan(*arguments, **options)
             levels = [step.noise_level for step in adapter.plan(scheduler)]
-            wrong = fitted.differs_from(levels) if fitted else None
-            if wrong:
-                raise ValueError(
-                    f"the service's calibration is not for this request: {wrong}. Give the number "
-                    "of steps and the size of picture that it was made with, or cache_config "
-                    "without it"
-                )
-            refused = schedule and schedule.refuses(len(levels), len(levels))
+            refused = schedule.refuses(len(levels), len(levels))
             if refused:
                 raise ValueError(refused)
 
