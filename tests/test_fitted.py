@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from safetensors.torch import save_file
 from support.calibrations import fitted_for, fitted_on
-from support.flux import STEPS, Flux
+from support.flux import STEPS, Flux, tiny_vae
 from support.loops import Branch, alone, denoise
 from support.tiny import TINY_PIPELINES
 from support.tiny.flux import tiny_flux
@@ -405,6 +405,25 @@ def test_a_plan_that_a_calibration_does_not_cover_goes_on_as_without(
     assert not torch.equal(covered, wanted)
     said = [r.getMessage() for r in caplog.records if "calibration is not for" in r.getMessage()]
     assert len(said) == 1 and words in said[0]
+
+
+@pytest.mark.parametrize(("strength", "skips"), [(0.5, False), (1.0, True)])
+def test_the_gate_skips_nothing_where_image_to_image_enters_the_plan(
+    strength: float, skips: bool, tmp_path: Path
+) -> None:
+    """Its noise levels are those of the calibration, whose cells promise nothing for it."""
+    flux = Flux()
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxImg2ImgPipeline(
+        scheduler=flux.pipe.scheduler, transformer=flux.transformer, vae=tiny_vae(), **parts
+    )
+    pipe.set_progress_bar_config(disable=True)
+    call = flux.call | {"num_inference_steps": STEPS, "image": torch.zeros(1, 3, 128, 128)}
+    often = {"cache_ratio_threshold": 50.0}
+    path = saved(tmp_path / "file", fitted_for(flux.pipe, STEPS, metadata=often))
+    apply_cache_on_transformer(pipe.transformer, scheduler=pipe.scheduler, calibration=path)
+    pipe(**call, strength=strength)
+    assert (get_cache_statistics(pipe.transformer)["block_approx_ratio"] > 0) == skips
 
 
 def test_a_mask_of_the_users_runs_uncorrected_at_other_noise_levels(
