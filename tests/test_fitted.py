@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from safetensors.torch import save_file
-from support.calibrations import fitted_for, fitted_on
+from support.calibrations import even_levels, fitted_for, fitted_on
 from support.flux import STEPS, Flux, tiny_vae
 from support.loops import Branch, alone, denoise
 from support.tiny import TINY_PIPELINES
@@ -23,6 +23,7 @@ from support.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.artifacts.calibration import CALIBRATION, VERSION, Fitted, load_fitted
 from xfuser_fastcache.artifacts.file import Kind, write_file
+from xfuser_fastcache.artifacts.moved import moved
 from xfuser_fastcache.hooks import hook_on
 
 TABLES = (
@@ -341,7 +342,7 @@ def test_a_calibration_finds_its_pipelines_scheduler_and_is_refused_without_any(
 OTHER_PLANS = pytest.mark.parametrize(
     ("steps", "shift", "words"),
     [
-        (STEPS - 1, 1.0, "it plans 8 steps, this one 7. It goes on without"),
+        (STEPS - 1, 1.0, "it plans 8 steps, this one 7. It goes on"),
         # s -> 3 s / (1 + 2 s) moves most where s is sqrt(3) - 1 over 2: step 5 of 0 to 7.
         (STEPS, 3.0, "step 5 has the noise level 0.37500 there and 0.64286 here"),
     ],
@@ -424,6 +425,49 @@ def test_the_gate_skips_nothing_where_image_to_image_enters_the_plan(
     apply_cache_on_transformer(pipe.transformer, scheduler=pipe.scheduler, calibration=path)
     pipe(**call, strength=strength)
     assert (get_cache_statistics(pipe.transformer)["block_approx_ratio"] > 0) == skips
+
+
+def random_steering(masks: dict[int, list[int]], steps: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(scale=0.1, size=(len(masks), steps, 5)).astype(np.float32)
+    blind = np.ascontiguousarray(weights[..., :3])
+    return {"masks": masks, "steering": weights, "steering_blind": blind}
+
+
+def test_a_mask_and_its_corrections_move_to_the_same_places_of_another_plan() -> None:
+    mask = [1, 0, 0, 0, 1, 0, 0, 1]
+    fitted = fitted_on(np.linspace(1, 0.125, 8), **random_steering({3: mask}, 8))
+    same = moved(fitted, 3, list(fitted.noise_levels))
+    assert same is not None and same.masks == {3: mask}
+    np.testing.assert_allclose(same.steering, fitted.steering, atol=1e-6)
+    finer = moved(fitted, 3, list(np.linspace(1, 0.0625, 16)))
+    assert finer is not None and finer.masks == {3: [int(i in (0, 8, 14)) for i in range(16)]}
+    # Every other step of the finer plan is one of the file's; between them it is linear.
+    np.testing.assert_allclose(finer.steering[0, ::2], fitted.steering[0], atol=1e-6)
+    np.testing.assert_allclose(finer.steering[0, 3], fitted.steering[0, 1:3].mean(0), atol=1e-6)
+    for computed, steps in ((2, 20), (3, 6)):
+        assert moved(fitted, computed, list(np.linspace(1, 1 / steps, steps))) is None
+    assert moved(dataclasses.replace(fitted, steering=fitted.steering[:0]), 3, [1.0] * 20) is None
+
+
+def test_a_travelling_budget_is_that_of_a_file_for_the_other_plan(
+    flux: Flux, tmp_path: Path
+) -> None:
+    fitted = fitted_for(flux.pipe, STEPS, **random_steering({3: [1, 0, 0, 1, 0, 0, 1, 0]}, STEPS))
+    levels = even_levels(24)
+    other = moved(fitted, 3, list(levels))
+    assert other is not None
+    found = []
+    for name, file in (("own", fitted), ("other", other)):
+        path = saved(tmp_path / name, file)
+        apply_cache_on_transformer(flux.transformer, calibration=path, computed_steps=3)
+        found.append(flux(num_inference_steps=24))
+        assert flux.flags == [1 - flag for flag in other.masks[3]]
+        remove_cache(flux.transformer)
+    # The scheduler's noise levels are those of the file but for rounding.
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+    apply_cache_on_transformer(flux.transformer, forecaster="output", steps_mask=other.masks[3])
+    assert (flux(num_inference_steps=24) - found[0]).abs().max() > 0.01
 
 
 def test_a_mask_of_the_users_runs_uncorrected_at_other_noise_levels(

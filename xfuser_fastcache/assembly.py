@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -20,6 +20,7 @@ from xfuser_fastcache.artifacts.calibration import (
     load_fitted,
 )
 from xfuser_fastcache.artifacts.linear_maps import LINEAR_MAPS, FittedMaps, load_maps
+from xfuser_fastcache.artifacts.moved import moved
 from xfuser_fastcache.backends import forecaster_of, gate_of, uncovered_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
@@ -28,6 +29,7 @@ from xfuser_fastcache.config.methods import made
 from xfuser_fastcache.config.parts import parts_of
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.measurements.probes import Probe
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract
@@ -213,11 +215,20 @@ def drawn(
         found = getattr(scheduler(), "config", {})
         return adapter.noise.mixture(level, found.get("prediction_type", ""))
 
+    def uncovered(levels: Sequence[float] | None) -> tuple[Forecaster, list[int] | None]:
+        fitted, budget = request.fitted, request.budget
+        if fitted is not None and budget is not None and levels:
+            found = moved(fitted, budget.of(len(levels)), levels)
+            if found is not None:
+                (mask,) = found.masks.values()
+                return forecaster_of(replace(config, steps_mask=mask), found, group), mask
+        return uncovered_of(group, mixture), None
+
     return Blueprint(
         config=config,
         gate=gate,
         forecaster=forecaster_of(config, request.fitted, group, maps, mixture),
-        uncovered=None if request.fitted is None else uncovered_of(group, mixture),
+        uncovered=None if request.fitted is None else uncovered,
         budget=request.budget,
         blocks=infos,
         contracts=contracts,

@@ -40,7 +40,9 @@ class Blueprint:
         first_block: index in `blocks` of the first one that this rank holds.
         dim: width of a token that is measured, `hidden_states.shape[-1]`.
         fitted: what a calibration left for this model, or None.
-        uncovered: stands in where a calibration does not cover a generation; None without one.
+        uncovered: for a generation that the calibration does not cover, of planned noise levels
+            (None where it does not begin with the first, or they are unknown), what stands in and
+            the mask that was moved to it (None without); None without a calibration.
         budget: that chose a mask of the calibration, and is spread over such a generation; or None.
         modulated: from the first block's arguments, its normed and modulated input; None where
             this rank does not hold that block.
@@ -56,7 +58,7 @@ class Blueprint:
     first_block: int
     dim: int
     fitted: Fitted | None = None
-    uncovered: Forecaster | None = None
+    uncovered: Callable[[Sequence[float] | None], tuple[Forecaster, list[int] | None]] | None = None
     budget: Budget | None = None
     modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None
     tokens: TokenPlan = field(default_factory=NoTokenPlan)
@@ -76,12 +78,14 @@ class Blueprint:
             history=self.forecaster.depth,
         )
 
-    def rules_uncovered(self, rules: Rules) -> Rules:
+    def rules_uncovered(self, rules: Rules, mask: list[int] | None) -> Rules:
         """Return what decisions go by where the calibration does not cover a generation.
 
-        A budget is spread evenly, as without a calibration. A mask of the user's stays. The gate
-        has no threshold for it, and nothing is skipped.
+        A budget takes the mask that was moved, or is spread evenly, as without a calibration. A
+        mask of the user's stays. The gate has no threshold for it, and nothing is skipped.
         """
+        if mask is not None:
+            return replace(rules, instead=Schedule(tuple(mask)))
         if self.budget is None and self.config.steps_mask is not None:
             return rules
         if self.budget is None:

@@ -51,7 +51,7 @@ from xfuser_fastcache.state.shared import count_groups
 logger = logging.getLogger("xfuser_fastcache")
 
 _UNCOVERED = (
-    "The calibration is not for this generation: %s. It goes on without: %s. For its gain give the "
+    "The calibration is not for this generation: %s. It goes on: %s. For all of its gain give the "
     "scheduler, the number of steps and the size of picture that it was made with, or make another "
     "with fastcache calibrate. (Said once.)"
 )
@@ -83,8 +83,8 @@ class CacheEngine:
         weakref.finalize(self, self.watchdog.close)
         self._generation = -1
         self._said_outside = False
-        # Whether the calibration is for the generation under way.
-        self._covered = True
+        # Noise levels of the plan that the calibration does not cover; None while it does.
+        self._instead_for: tuple[tuple[float, ...] | None] | None = None
         self._said_uncovered = False
 
     @property
@@ -155,26 +155,35 @@ class CacheEngine:
         timeline, plan = self.clock.timeline, self.plan
         if plan.fitted is not None and plan.uncovered is not None:
             differs = not_covered(call, timeline, plan.fitted)
-            if differs is not None and not self._said_uncovered:
-                self._said_uncovered = True
-                logger.warning(_UNCOVERED, differs, self._instead())
-            if self._covered != (differs is None):
-                self._covered = differs is None
-                self.forecaster = plan.forecaster if self._covered else plan.uncovered
-                rules = plan.rules(self.consensus)
-                self.agreement.rules = rules if self._covered else plan.rules_uncovered(rules)
+            levels = None if call.planned_step else tuple(timeline.planned_levels)
+            instead_for = None if differs is None else (levels,)
+            if self._instead_for != instead_for:
+                self._instead_for, mask = instead_for, None
+                self.forecaster, self.agreement.rules = plan.forecaster, plan.rules(self.consensus)
+                if differs is not None:
+                    self.forecaster, mask = plan.uncovered(levels)
+                    self.agreement.rules = plan.rules_uncovered(self.agreement.rules, mask)
+                    self._say_uncovered(differs, mask is not None)
         schedule = self.agreement.rules.schedule
         refused = schedule and schedule.refuses(timeline.planned_steps, call.steps)
         if refused:
             timeline.restart()
             raise ValueError(refused)
 
-    def _instead(self) -> str:
-        if self.plan.budget is not None:
-            return f"{self.plan.budget} is spread evenly, and forecasts are those without one"
-        if self.agreement.rules.schedule is not None:
-            return "the mask runs with forecasts that are not corrected"
-        return "the gate skips nothing"
+    def _say_uncovered(self, differs: str, moves: bool) -> None:
+        if self._said_uncovered:
+            return
+        self._said_uncovered = True
+        budget = self.plan.budget
+        if moves:
+            instead = f"the mask of {budget} and its corrections are moved to these noise levels"
+        elif budget is not None:
+            instead = f"{budget} is spread evenly, and forecasts are those without a calibration"
+        elif self.agreement.rules.schedule is not None:
+            instead = "the mask runs with forecasts that are not corrected"
+        else:
+            instead = "the gate skips nothing"
+        logger.warning(_UNCOVERED, differs, instead)
 
     def _decide(self) -> None:
         """Take the consensus of the step that is open, and act on it."""
