@@ -155,7 +155,7 @@ class CacheConfig(CheckedOptions):
         None,
         path(),
         "file of `fastcache calibrate`: fitted output forecasts, thresholds, masks; options that "
-        "are not given take its values. A generation that it does not cover takes what can be moved",
+        "are not given take its values. A generation that it does not cover takes what moves",
     )
     computed_steps: int | None = option(
         None,
