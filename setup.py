@@ -105,6 +105,7 @@ setup(
             "wan_vace = diffusers_adapters.wan:WanVACEAdapter",
             "qwen_image = diffusers_adapters.qwen_image:QwenImageAdapter",
             "z_image = diffusers_adapters.z_image:ZImageAdapter",
+            "krea2 = diffusers_adapters.krea2:Krea2Adapter",
             "hunyuan_video = diffusers_adapters.hunyuan_video:HunyuanVideoAdapter",
             "hunyuan_video15 = diffusers_adapters.hunyuan_video15:HunyuanVideo15Adapter",
             "cogvideox = diffusers_adapters.cogvideox:CogVideoXAdapter",

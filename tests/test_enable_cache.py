@@ -212,7 +212,12 @@ def test_it_works_after_the_import_and_is_gone_after_uninstall() -> None:
     )
     names = ("disable_cache", "enable_cache")
     given = ("_cache_config", "disable_cache", "enable_cache", "is_cache_enabled")
-    models = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel")
+    models = (
+        "Krea2Transformer2DModel",
+        "PixArtTransformer2DModel",
+        "SD3Transformer2DModel",
+        "ZImageTransformer2DModel",
+    )
     mixin = [f"CacheMixin.{name}" for name in names]
     assert changed == sorted(mixin + [f"{model}.{name}" for model in models for name in given])
     assert (again, left, lacking) == (True, True, True)

@@ -458,6 +458,12 @@ class MendedZImage:
     def forward(self, x: Any, joint_attention_kwargs: Any = None) -> None: ...
 
 
+class MendedKrea2:
+    """How xfuser could mend its Krea-2 itself."""
+
+    def forward(self, hidden_states: Any, encoder_attention_mask: Any = None) -> None: ...
+
+
 class MendedWan:
     """How xfuser could mend its Wan itself."""
 
@@ -491,6 +497,7 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserHunyuanVideoTransformer3DWrapper = MendedWan
     module.xFuserQwenImageTransformerWrapper = MendedQwen
     module.xFuserZImageTransformer2DWrapper = MendedZImage
+    module.xFuserKrea2Transformer2DWrapper = MendedKrea2
     module.CacheManager = MendedCacheManager
     assert not mend.is_needed(module)
 

@@ -206,6 +206,7 @@ DECLARED = {
     ("xfuser_fastcache.adapters", "wan_vace"): "diffusers_adapters.wan:WanVACEAdapter",
     ("xfuser_fastcache.adapters", "qwen_image"): "diffusers_adapters.qwen_image:QwenImageAdapter",
     ("xfuser_fastcache.adapters", "z_image"): "diffusers_adapters.z_image:ZImageAdapter",
+    ("xfuser_fastcache.adapters", "krea2"): "diffusers_adapters.krea2:Krea2Adapter",
     ("xfuser_fastcache.adapters", "hunyuan_video"): (
         "diffusers_adapters.hunyuan_video:HunyuanVideoAdapter"
     ),

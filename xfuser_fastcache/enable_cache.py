@@ -110,4 +110,5 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     f"{_TRANSFORMERS}.transformer_sd3": _give("SD3Transformer2DModel"),
     f"{_TRANSFORMERS}.pixart_transformer_2d": _give("PixArtTransformer2DModel"),
     f"{_TRANSFORMERS}.transformer_z_image": _give("ZImageTransformer2DModel"),
+    f"{_TRANSFORMERS}.transformer_krea2": _give("Krea2Transformer2DModel"),
 }

@@ -33,6 +33,7 @@ IMPORTED = (
     "diffusers.pipelines.wan",
     "diffusers.pipelines.qwenimage",
     "diffusers.pipelines.z_image",
+    "diffusers.pipelines.krea2",
 )
 _SERVER = multiprocessing.get_context("forkserver")
 _FORK = multiprocessing.get_context("fork")

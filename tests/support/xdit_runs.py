@@ -22,6 +22,7 @@ _RUNNER_MODELS = {
     "QwenImageEditPipeline": ("qwen", "xFuserQwenImageEditModel"),
     "ZImagePipeline": ("z_image", "xFuserZImageModel"),
     "ZImageTurboPipeline": ("z_image", "xFuserZImageTurboModel"),
+    "Krea2Pipeline": ("krea2", "xFuserKrea2RawModel"),
     "HunyuanVideoPipeline": ("hunyuan", "xFuserHunyuanvideoModel"),
     "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
 }

@@ -141,7 +141,13 @@ FAMILIES = (
         adapter="z_image",
         example=Example("Tongyi-MAI/Z-Image", (16, 128, 128), 4, 3840),
     ),
-    Family("Krea-2", ("krea-2",), why_not=f"{_NOT_YET}; xfuser needs diffusers from source"),
+    Family(
+        "Krea-2 Raw, Turbo",
+        ("krea-2",),
+        adapter="krea2",
+        since="0.39",
+        example=Example("krea/krea-2-raw", (16, 256, 256), 4, 6144),
+    ),
     Family(
         "Lumina-Image 2.0",
         ("lumina",),

@@ -29,6 +29,7 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_z_image",
         "xFuserZImageTransformer2DWrapper",
     ),
+    "Krea2Transformer2DModel": (f"{_MODELS}.transformer_krea2", "xFuserKrea2Transformer2DWrapper"),
     "HunyuanVideoTransformer3DModel": (
         f"{_MODELS}.transformer_hunyuan_video",
         "xFuserHunyuanVideoTransformer3DWrapper",
@@ -55,6 +56,8 @@ OF_PIPEFUSION = ("Flux2Pipeline", "Flux2KleinPipeline")
 
 # Those whose transformer shares guidance out by itself: both branches come in one batch.
 GUIDED_IN_A_BATCH = ("ZImagePipeline",)
+# Those that mask text, which ring attention in xDiT does not.
+WITHOUT_RING = ("Krea2Pipeline",)
 
 
 def is_of_runner(pipeline: Any, parallel: Any) -> bool:
@@ -97,6 +100,9 @@ def as_the_runner_has_it(pipeline: Any, engine_config: Any) -> Any:
     own = PIPELINES.get(type(pipeline).__name__)
     if own is not None:
         pipeline.__class__ = _class_of(own)  # its call alone differs
+    if type(pipeline).__name__ == "Krea2Pipeline":
+        # xDiT's state reads it there, and the runner puts it there.
+        pipeline.transformer.config.patch_size = pipeline.patch_size
     initialize_runtime_state(pipeline, engine_config)
     # Attention of FLUX.1 reads how long the text may be, which it needs under PipeFusion alone.
     get_runtime_state().max_condition_sequence_length = 0
@@ -116,6 +122,7 @@ def refuse(pipeline: Any, parallel: Any) -> None:
     name = type(pipeline).__name__
     refused = {
         "pipefusion_parallel_degree": parallel.pp_degree > 1,
+        "ring_degree": parallel.ring_degree > 1 and name in WITHOUT_RING,
         "use_cfg_parallel": parallel.cfg_degree > 1
         and name not in (*PIPELINES, *GUIDED_IN_A_BATCH),
     }
@@ -123,7 +130,8 @@ def refuse(pipeline: Any, parallel: Any) -> None:
         if asked:
             raise ValueError(
                 f"{name} does not support {flag} in xDiT, which has no pipeline class for it; give "
-                "ulysses_degree, ring_degree or data_parallel_degree"
+                + ("ulysses_degree" if name in WITHOUT_RING else "ulysses_degree, ring_degree")
+                + " or data_parallel_degree"
             )
 
 

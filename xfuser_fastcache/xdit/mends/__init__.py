@@ -17,7 +17,7 @@ from xfuser_fastcache.xdit.compat import (
     replace,
     require,
 )
-from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, qwen, z_image
+from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, krea2, qwen, z_image
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -326,6 +326,13 @@ MENDS = (
         z_image.INIT,
         lambda source: "**kwargs" in source,
         z_image.name_sizes,
+    ),
+    Mend(
+        "Krea-2: the mask of a text is taken for that of a later one at the same address",
+        krea2.MODULE,
+        krea2.FORWARD,
+        lambda source: "data_ptr" in source,
+        krea2.keep_masks_by_tensor,
     ),
     Mend(
         "HunyuanVideo: tokens that do not divide by the ranks end in an error of gloo or NCCL",
