@@ -56,7 +56,7 @@ OF_PIPEFUSION = ("Flux2Pipeline", "Flux2KleinPipeline")
 
 # Those whose transformer shares guidance out by itself: both branches come in one batch.
 GUIDED_IN_A_BATCH = ("ZImagePipeline",)
-# Those that mask text, which ring attention in xDiT does not.
+# Those that xDiT's runner refuses ring attention for.
 WITHOUT_RING = ("Krea2Pipeline",)
 
 
