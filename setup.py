@@ -109,6 +109,7 @@ setup(
             "hunyuan_video = diffusers_adapters.hunyuan_video:HunyuanVideoAdapter",
             "hunyuan_video15 = diffusers_adapters.hunyuan_video15:HunyuanVideo15Adapter",
             "cogvideox = diffusers_adapters.cogvideox:CogVideoXAdapter",
+            "consisid = diffusers_adapters.consisid:ConsisIDAdapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

@@ -63,4 +63,5 @@ class CogVideoXAdapter(ModelAdapter):
         """That of the model's size and version."""
         config = model.config
         given = config.in_channels > config.out_channels
-        return _TEA.get((cls.dim(model), config.patch_size_t, given))
+        frames = getattr(config, "patch_size_t", None)
+        return _TEA.get((cls.dim(model), frames, given))

@@ -214,6 +214,7 @@ DECLARED = {
         "diffusers_adapters.hunyuan_video15:HunyuanVideo15Adapter"
     ),
     ("xfuser_fastcache.adapters", "cogvideox"): "diffusers_adapters.cogvideox:CogVideoXAdapter",
+    ("xfuser_fastcache.adapters", "consisid"): "diffusers_adapters.consisid:ConsisIDAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

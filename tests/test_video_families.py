@@ -1,4 +1,4 @@
-"""HunyuanVideo, HunyuanVideo-1.5 and CogVideoX in plain diffusers."""
+"""HunyuanVideo, HunyuanVideo-1.5, CogVideoX and ConsisID in plain diffusers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from support.tiny.hunyuan_video import tiny_hunyuan_video
 from support.tiny.model import picture
 
 from diffusers_adapters.cogvideox import CogVideoXAdapter
+from diffusers_adapters.consisid import ConsisIDAdapter
 from diffusers_adapters.hunyuan_video import HunyuanVideoAdapter
 from diffusers_adapters.hunyuan_video15 import HunyuanVideo15Adapter
 from xfuser_fastcache import (
@@ -51,7 +52,12 @@ def made(name: str, **sizes: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
 
 
 # Tokens of a video, pixels of a latent in one, and how many videos go in one batch.
-SIZES = {"hunyuan-video": (12, 4, 1), "hunyuan-video15": (48, 1, 1), "cogvideox": (48, 4, 2)}
+SIZES = {
+    "hunyuan-video": (12, 4, 1),
+    "hunyuan-video15": (48, 1, 1),
+    "cogvideox": (48, 4, 2),
+    "consisid": (48, 4, 2),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "spans": {"granularity": 2},
@@ -88,6 +94,7 @@ OTHERS: dict[str, Any] = {
     "hunyuan-video": {"size": 48, "real_text": 5},
     "hunyuan-video15": {"size": 24},
     "cogvideox": {"size": 48},
+    "consisid": {"size": 48},
 }
 
 
@@ -96,7 +103,7 @@ def test_sizes_and_lengths_of_text_may_change_in_between(name: str) -> None:
     pipe, generate = made(name)
     _, call = TINY_PIPELINES[name](**OTHERS[name])
     text = {key: value for key, value in call.items() if "prompt" in key}
-    if name == "cogvideox":
+    if name in ("cogvideox", "consisid"):
         text = {key: value[:, :5] for key, value in text.items()}
     sizes = {key: call[key] for key in ("height", "width")}
     wanted = generate(), generate(**sizes, **text)
@@ -159,6 +166,39 @@ def test_cogvideox_runs_with_the_scheduler_of_5b() -> None:
             assert torch.equal(found, again)
             assert (statistics["clock"], statistics["steps"]) == ("plan", 2 * STEPS)
             assert (statistics["block_approx_ratio"] > 0) == (threshold > 0)
+
+
+@pytest.mark.parametrize("granularity", ["stack", 2, "block"])
+def test_a_face_between_blocks_is_in_what_stands_in_for_them_once(granularity: Any) -> None:
+    """Of a model that is given the same at each step, a skipped step puts out what all do."""
+    pipe, call = TINY_PIPELINES["consisid"]()
+    model = pipe.transformer
+    for parameter in model.time_embedding.parameters():
+        parameter.data.zero_()
+    given = {
+        "hidden_states": torch.randn(1, 3, 8, 8, 8),
+        "encoder_hidden_states": call["prompt_embeds"],
+        "id_cond": call["id_cond"],
+        "id_vit_hidden": call["id_vit_hidden"],
+        "return_dict": False,
+    }
+    pipe.scheduler.set_timesteps(STEPS)
+    (wanted,) = model(timestep=torch.tensor([500]), **given)
+    (other,) = model(timestep=torch.tensor([500]), **{**given, "id_cond": -call["id_cond"]})
+    assert (wanted - other).norm() > 0.01 * wanted.norm()
+    apply_cache_on_transformer(
+        model,
+        scheduler=pipe.scheduler,
+        cache_ratio_threshold=12.0,
+        forecaster="reuse",
+        granularity=granularity,
+    )
+    for timestep in pipe.scheduler.timesteps:
+        (found,) = model(timestep=timestep[None], **given)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    statistics = get_cache_statistics(model)
+    remove_cache(model)
+    assert statistics["block_approx_ratio"] > 0.3
 
 
 def test_padded_text_is_seen_by_nobody_on_few_tokens_either() -> None:
@@ -245,6 +285,7 @@ def test_of_65_channels_the_first_32_are_measured() -> None:
         (CogVideoXAdapter, {"patch_size_t": 2}, 250.210439),
         (CogVideoXAdapter, {"patch_size_t": 2, "in_channels": 32}, 122.842302),
         (CogVideoXAdapter, {"num_attention_heads": 2}, None),
+        (ConsisIDAdapter, {"in_channels": 32}, -1538.80483),
     ],
 )
 def test_published_polynomials_are_for_their_models(

@@ -1,4 +1,4 @@
-"""xDiT's runner on tiny HunyuanVideo pipelines where its registry points; CogVideoX loaded."""
+"""xDiT's runner on tiny HunyuanVideo pipelines; CogVideoX and ConsisID loaded by xfuser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from support.tiny.cogvideox import tiny_cogvideox
+from support.tiny import TINY_PIPELINES
 from support.tiny.hunyuan_video import tiny_hunyuan_video, tiny_hunyuan_video15
 from support.worlds import ROOT, launch, run_world
 from transformers import (
@@ -123,32 +123,39 @@ def test_the_runner_draws_cached(
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_xfusers_pipeline_of_cogvideox_takes_cache_args(tmp_path: Path) -> None:
-    """In `from_pretrained`, and so in the constructor that it calls."""
-    pipe, _ = tiny_cogvideox()
-    pipe.save_pretrained(tmp_path / "cogvideox")
+@pytest.mark.parametrize("name", ["CogVideoX", "ConsisID"])
+def test_xfusers_pipeline_takes_cache_args(tmp_path: Path, name: str) -> None:
+    """In `from_pretrained`, and so in the constructor that it calls.
+
+    diffusers has ConsisID's class only beside OpenCV, which nothing here calls.
+    """
+    pipe, _ = TINY_PIPELINES[name.lower()]()
+    pipe.save_pretrained(tmp_path / name)
     script = tmp_path / "load.py"
     script.write_text(
         textwrap.dedent(
             f"""
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-            from support.tiny.cogvideox import tiny_cogvideox
+            import diffusers
+            from support.tiny import TINY_PIPELINES
             from support.worlds import report
             from xfuser_fastcache import get_cache_statistics
             from xfuser_fastcache.xdit import cpu_platform
+            tiny, call = TINY_PIPELINES[{name.lower()!r}]()
+            setattr(diffusers, type(tiny).__name__, type(tiny))
             cpu_platform.enable_cpu_platform()
             import torch.distributed as dist
-            from xfuser import xFuserArgs, xFuserCogVideoXPipeline
+            from xfuser import xFuserArgs, xFuser{name}Pipeline
             engine_config, _ = xFuserArgs(height=64, width=64, ulysses_degree=2).create_config()
-            pipe = xFuserCogVideoXPipeline.from_pretrained(
-                {str(tmp_path / "cogvideox")!r},
+            pipe = xFuser{name}Pipeline.from_pretrained(
+                {str(tmp_path / name)!r},
                 engine_config=engine_config,
                 cache_args={{"use_cache": "Fast", "cache_ratio_threshold": 12.0}},
-                **dict.fromkeys(("text_encoder", "tokenizer", "vae")),
+                **dict.fromkeys(("text_encoder", "tokenizer")),
+                vae=tiny.vae,
             )
             pipe.set_progress_bar_config(disable=True)
-            _, call = tiny_cogvideox()
             pipe(**{{**call, "num_inference_steps": 8}})
             found = get_cache_statistics(pipe.transformer)
             report(dist.get_rank(), found=[found["steps"], found["block_approx_ratio"] > 0])
@@ -161,7 +168,8 @@ def test_xfusers_pipeline_of_cogvideox_takes_cache_args(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.gloo
-def test_cogvideox_is_refused_under_pipefusion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["cogvideox", "consisid"])
+def test_a_model_is_refused_under_pipefusion(tmp_path: Path, model: str) -> None:
     """xDiT draws something wrong there, and says nothing."""
     script = tmp_path / "refused.py"
     script.write_text(
@@ -175,7 +183,7 @@ def test_cogvideox_is_refused_under_pipefusion(tmp_path: Path) -> None:
             from xfuser_fastcache.xdit import cpu_platform
             cpu_platform.enable_cpu_platform()
             import torch.distributed as dist
-            pipe, _ = build("cogvideox", 1, pipefusion_parallel_degree=2)
+            pipe, _ = build({model!r}, 1, pipefusion_parallel_degree=2)
             try:
                 apply_cache_on_transformer(pipe.transformer)
             except ValueError as error:

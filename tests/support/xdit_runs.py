@@ -27,6 +27,8 @@ _RUNNER_MODELS = {
     "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
 }
 _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
+# Without OpenCV, xfuser registers a class for another class of the pipeline's name.
+_PIPELINE_CLASSES = {"ConsisIDPipeline": "xFuserConsisIDPipeline"}
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
@@ -37,10 +39,10 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     Returns:
         The wrapped pipeline and xfuser's ``InputConfig``.
     """
-    from xfuser import xFuserArgs
+    import xfuser
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
-    arguments = xFuserArgs(
+    arguments = xfuser.xFuserArgs(
         height=call["height"],
         width=call["width"],
         num_inference_steps=call["num_inference_steps"],
@@ -60,7 +62,9 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     parallel = engine_config.parallel_config
     if parallel.pp_degree == 1 and is_of_runner(pipeline, parallel):
         return as_the_runner_has_it(pipeline, engine_config), input_config
-    return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config), input_config
+    named = _PIPELINE_CLASSES.get(type(pipeline).__name__)
+    made = getattr(xfuser, named) if named else xFuserPipelineWrapperRegister.get_class(pipeline)
+    return made(pipeline, engine_config), input_config
 
 
 def latents_of(output: Any) -> Any:
@@ -75,7 +79,8 @@ def latents_of(output: Any) -> Any:
 def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     """This data-parallel replica's samples, with generators that start anew.
 
-    xfuser splits a list of prompts itself, but leaves embeddings alone.
+    xfuser splits a list of prompts itself, but leaves embeddings alone. What is one for all, in a
+    tuple or a tensor of one row, each replica has.
     """
     import torch
     from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
@@ -83,7 +88,9 @@ def own_share(call: dict[str, Any], batch: int) -> dict[str, Any]:
     size = batch // get_data_parallel_world_size()
     share = slice(get_data_parallel_rank() * size, (get_data_parallel_rank() + 1) * size)
     own = {
-        name: value[share] if isinstance(value, torch.Tensor | list) else value
+        name: value[share]
+        if isinstance(value, torch.Tensor | list) and len(value) == batch
+        else value
         for name, value in call.items()
     }
     generators = [torch.Generator("cpu").manual_seed(1000 + i) for i in range(batch)][share]

@@ -98,11 +98,14 @@ EXCLUDED = (
             ("hunyuan_video15", CFG, _SEQUENCE_ALONE),
         )
     ),
-    Exclusion(
-        "cogvideox",
-        f"{PIPEFUSION}=2",
-        "each stage runs its own blocks on the latents, and hands nothing on",
-        None,
+    *(
+        Exclusion(
+            model,
+            f"{PIPEFUSION}=2",
+            "each stage runs its own blocks on the latents, and hands nothing on",
+            None,
+        )
+        for model in ("cogvideox", "consisid")
     ),
 )
 

@@ -130,6 +130,12 @@ FAMILIES = (
         example=Example("THUDM/CogVideoX-5b", (16, 13, 60, 90), 4, 3072),
     ),
     Family(
+        "ConsisID",
+        pipelines=("ConsisIDPipeline",),
+        adapter="consisid",
+        example=Example("BestWishYsh/ConsisID-preview", (16, 13, 60, 90), 4, 3072),
+    ),
+    Family(
         "Qwen-Image, Qwen-Image-Edit",
         ("qwen-image",),
         adapter="qwen_image",
@@ -177,11 +183,6 @@ FAMILIES = (
         "HunyuanDiT", pipelines=("HunyuanDiTPipeline",), why_not=f"{_NOT_YET}; it has long skips"
     ),
     Family("Latte", pipelines=("LattePipeline",), why_not=_NOT_YET),
-    Family(
-        "ConsisID",
-        pipelines=("ConsisIDPipeline",),
-        why_not=f"{_NOT_YET}; its pipeline needs OpenCV",
-    ),
     Family(
         "Stable Diffusion XL",
         pipelines=("StableDiffusionXLPipeline",),

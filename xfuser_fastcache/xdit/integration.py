@@ -287,7 +287,7 @@ def _patch_pipeline(class_name: str) -> Callable[[ModuleType], None]:
             if "return_org_pipeline" in inspect.signature(from_pretrained).parameters:
                 kw["return_org_pipeline"] = True
                 pipeline = from_pretrained(cls, pretrained_model_name_or_path, engine_config, **kw)
-            else:  # CogVideoX's returns its own alone
+            else:  # CogVideoX's and ConsisID's return their own alone
                 from diffusers import DiffusionPipeline
 
                 pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kw)
@@ -390,6 +390,7 @@ PATCHES |= {
         "pipeline_flux2": "xFuserFlux2PipelineBase",
         "pipeline_stable_diffusion_3": "xFuserStableDiffusion3Pipeline",
         "pipeline_cogvideox": "xFuserCogVideoXPipeline",
+        "pipeline_consisid": "xFuserConsisIDPipeline",
         "pipeline_pixart_alpha": "xFuserPixArtAlphaPipeline",
         "pipeline_pixart_sigma": "xFuserPixArtSigmaPipeline",
     }.items()
