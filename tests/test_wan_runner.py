@@ -129,7 +129,7 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
     for found in run_world(script, 2).values():
         assert found["classes"] == ["xFuserWanTransformer3DWrapper"] * 2
         assert found["close"] and found["kept"]
-    parallel = SimpleNamespace(pp_degree=1, cfg_degree=2)
+    parallel = SimpleNamespace(pp_degree=1, cfg_degree=2, ring_degree=1)
     with pytest.raises(ValueError, match="WanPipeline does not support use_cfg_parallel in xDiT"):
         refuse(tiny_wan()[0], parallel)
     refuse(tiny_wan_i2v()[0], parallel)

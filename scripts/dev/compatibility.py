@@ -195,8 +195,6 @@ def _pipelines() -> list[Check]:
     row = partial(Check, f"pipelines of diffusers, strength {STRENGTH}")
     from_picture = partial(becomes, strength=STRENGTH)
     painted = partial(from_picture, mask=True)
-    calibrated = {"calibration": str(ROOT / "toys" / "flux" / "fastcache.safetensors")}
-    steps = calling(num_inference_steps=28, height=128, width=128)
 
     def masked(subject: Subject) -> str:
         mask = [int(step % 3 == 0) for step in range(subject.scale.steps)]
@@ -212,16 +210,6 @@ def _pipelines() -> list[Check]:
                 generating(from_picture("FluxImg2ImgPipeline"), with_cache(steps_mask=[1, 0])),
                 ValueError,
                 "one entry a step of the scheduler's plan",
-            ),
-            REFUSED,
-        ),
-        row(
-            "the same with a calibration",
-            "flux",
-            meets(
-                generating(from_picture("FluxImg2ImgPipeline"), steps, with_cache(**calibrated)),
-                ValueError,
-                "of the plan, as image-to-image does with strength below 1",
             ),
             REFUSED,
         ),
