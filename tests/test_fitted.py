@@ -447,6 +447,8 @@ def test_a_mask_and_its_corrections_move_to_the_same_places_of_another_plan() ->
     np.testing.assert_allclose(finer.steering[0, 3], fitted.steering[0, 1:3].mean(0), atol=1e-6)
     for computed, steps in ((2, 20), (3, 6)):
         assert moved(fitted, computed, list(np.linspace(1, 1 / steps, steps))) is None
+    twice = np.repeat(np.linspace(1, 0.1, 10), 2)
+    assert moved(fitted, 3, list(twice)) is None
     assert moved(dataclasses.replace(fitted, steering=fitted.steering[:0]), 3, [1.0] * 20) is None
 
 

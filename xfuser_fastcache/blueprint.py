@@ -90,7 +90,7 @@ class Blueprint:
             return rules
         if self.budget is None:
             return replace(rules, config=replace(self.config, enable_block_approx=False))
-        return replace(rules, instead=Schedule(None, self.budget, self.config.num_warmup_steps))
+        return replace(rules, instead=Schedule(None, self.budget))
 
     def prober(self, rules: Rules, counts_tokens: bool) -> Prober:
         """Return what takes the moments of the blocks that this rank holds."""

@@ -24,11 +24,14 @@ def moved(fitted: Fitted, computed: int, levels: Sequence[float]) -> Fitted | No
         levels: of the other plan, falling.
 
     Returns:
-        None where there is nothing to move: no such mask, none with corrections, and where the
-        plan computes half of its steps or more, whose gaps no longer are the file's.
+        None where there is nothing to move: no such mask, none with corrections, where the plan
+        computes half of its steps or more, whose gaps no longer are the file's, and where either
+        plan takes a noise level twice, as Heun's schedulers do, so that a place is none.
     """
     mask = fitted.masks.get(computed)
     if mask is None or not len(fitted.steering) or 2 * computed >= len(levels):
+        return None
+    if any((np.diff(plan) >= 0).any() for plan in (fitted.noise_levels, levels)):
         return None
     at = sorted(fitted.masks).index(computed)
     new = _nearest([fitted.noise_levels[i] for i, flag in enumerate(mask) if flag], levels)
