@@ -213,6 +213,7 @@ def test_it_works_after_the_import_and_is_gone_after_uninstall() -> None:
     names = ("disable_cache", "enable_cache")
     given = ("_cache_config", "disable_cache", "enable_cache", "is_cache_enabled")
     models = (
+        "ConsisIDTransformer3DModel",
         "Krea2Transformer2DModel",
         "PixArtTransformer2DModel",
         "SD3Transformer2DModel",

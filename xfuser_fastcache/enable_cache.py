@@ -111,4 +111,5 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     f"{_TRANSFORMERS}.pixart_transformer_2d": _give("PixArtTransformer2DModel"),
     f"{_TRANSFORMERS}.transformer_z_image": _give("ZImageTransformer2DModel"),
     f"{_TRANSFORMERS}.transformer_krea2": _give("Krea2Transformer2DModel"),
+    f"{_TRANSFORMERS}.consisid_transformer_3d": _give("ConsisIDTransformer3DModel"),
 }
