@@ -9,6 +9,7 @@ import pytest
 from support.stack import config_of
 
 from xfuser_fastcache.backends import gate_of
+from xfuser_fastcache.clock.schedule import Schedule
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.decisions.policy import Rules, evidence, judge, sighting
@@ -35,7 +36,7 @@ def rules_of(spans: int = 1, lag: int = 0, history: int = 1, **options: Any) -> 
     config = config_of(**{"num_warmup_steps": 2, "max_consecutive_skips": 3, **options})
     gate = gate_of(config)
     groups = tuple(groups_of(gate.probes, list(range(spans))))
-    return Rules(config, gate, spans, groups, dim=4, lag=lag, history=history)
+    return Rules(config, gate, spans, groups, 4, lag, history, Schedule.of(config))
 
 
 def level_of(step: int) -> float:

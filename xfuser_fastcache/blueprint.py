@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,21 +76,8 @@ class Blueprint:
             dim=self.dim,
             lag=_lag(groups, consensus),
             history=self.forecaster.depth,
+            schedule=Schedule.of(self.config),
         )
-
-    def rules_uncovered(self, rules: Rules, mask: list[int] | None) -> Rules:
-        """Return what decisions go by where the calibration does not cover a generation.
-
-        A budget takes the mask that was moved, or is spread evenly, as without a calibration. A
-        mask of the user's stays. The gate has no threshold for it, and nothing is skipped.
-        """
-        if mask is not None:
-            return replace(rules, instead=Schedule(tuple(mask)))
-        if self.budget is None and self.config.steps_mask is not None:
-            return rules
-        if self.budget is None:
-            return replace(rules, config=replace(self.config, enable_block_approx=False))
-        return replace(rules, instead=Schedule(None, self.budget))
 
     def prober(self, rules: Rules, counts_tokens: bool) -> Prober:
         """Return what takes the moments of the blocks that this rank holds."""

@@ -21,7 +21,6 @@ pipeline stays full.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -31,13 +30,13 @@ from torch import nn
 
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.clock.clock import Clock
-from xfuser_fastcache.clock.plan_check import not_covered
 from xfuser_fastcache.clock.sources import Arrival
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.inputs import SharedInputs
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.consensus.watchdog import Watchdog
+from xfuser_fastcache.coverage import Coverage
 from xfuser_fastcache.decisions.agreement import Agreement
 from xfuser_fastcache.decisions.log import DecisionLog
 from xfuser_fastcache.forecasters.base import Forecaster
@@ -47,14 +46,6 @@ from xfuser_fastcache.passage import Passage
 from xfuser_fastcache.reports.statistics import Counters
 from xfuser_fastcache.state.local import LocalState
 from xfuser_fastcache.state.shared import count_groups
-
-logger = logging.getLogger("xfuser_fastcache")
-
-_UNCOVERED = (
-    "The calibration is not for this generation: %s. It goes on: %s. For all of its gain give the "
-    "scheduler, the number of steps and the size of picture that it was made with, or make another "
-    "with fastcache calibrate. (Said once.)"
-)
 
 
 class CacheEngine:
@@ -75,6 +66,7 @@ class CacheEngine:
         self.clock = clock
         self.denoiser = clock.admit(self)
         rules = plan.rules(consensus)
+        self._coverage = Coverage(plan, rules)
         self.agreement = Agreement(rules, consensus, plan.tokens.motion)
         self.prober = plan.prober(rules, consensus.group.counts_tokens)
         self.passage = Passage(plan, consensus, self.agreement, self.prober)
@@ -82,10 +74,6 @@ class CacheEngine:
         self.watchdog = Watchdog(plan.config.sync_timeout_s, consensus)
         weakref.finalize(self, self.watchdog.close)
         self._generation = -1
-        self._said_outside = False
-        # Noise levels of the plan that the calibration does not cover; None while it does.
-        self._instead_for: tuple[tuple[float, ...] | None] | None = None
-        self._said_uncovered = False
 
     @property
     def call(self) -> Call | None:
@@ -144,7 +132,7 @@ class CacheEngine:
         self.passage.step_plan = agreement.step_plan(call, ahead, following)
 
     def _begin_plan(self, call: Call) -> None:
-        """Go by the calibration where it covers a generation, and without it where it does not.
+        """Go by the calibration where it covers a generation.
 
         A schedule refuses what it cannot hold for here, and never later: what it does not cover
         then is computed.
@@ -152,38 +140,15 @@ class CacheEngine:
         Raises:
             ValueError: see `Schedule.refuses`; it leaves no generation behind.
         """
-        timeline, plan = self.clock.timeline, self.plan
-        if plan.fitted is not None and plan.uncovered is not None:
-            differs = not_covered(call, timeline, plan.fitted)
-            levels = None if call.planned_step else tuple(timeline.planned_levels)
-            instead_for = None if differs is None else (levels,)
-            if self._instead_for != instead_for:
-                self._instead_for, mask = instead_for, None
-                self.forecaster, self.agreement.rules = plan.forecaster, plan.rules(self.consensus)
-                if differs is not None:
-                    self.forecaster, mask = plan.uncovered(levels)
-                    self.agreement.rules = plan.rules_uncovered(self.agreement.rules, mask)
-                    self._say_uncovered(differs, mask is not None)
+        timeline = self.clock.timeline
+        changed = self._coverage.changed(call, timeline)
+        if changed is not None:
+            self.forecaster, self.agreement.rules = changed
         schedule = self.agreement.rules.schedule
         refused = schedule and schedule.refuses(timeline.planned_steps, call.steps)
         if refused:
             timeline.restart()
             raise ValueError(refused)
-
-    def _say_uncovered(self, differs: str, moves: bool) -> None:
-        if self._said_uncovered:
-            return
-        self._said_uncovered = True
-        budget = self.plan.budget
-        if moves:
-            instead = f"the mask of {budget} and its corrections are moved to these noise levels"
-        elif budget is not None:
-            instead = f"{budget} is spread evenly, and forecasts are those without a calibration"
-        elif self.agreement.rules.schedule is not None:
-            instead = "the mask runs with forecasts that are not corrected"
-        else:
-            instead = "the gate skips nothing"
-        logger.warning(_UNCOVERED, differs, instead)
 
     def _decide(self) -> None:
         """Take the consensus of the step that is open, and act on it."""
@@ -272,9 +237,6 @@ class CacheEngine:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run a block, or stand in for it; see `Passage.run_block`."""
-        if self.passage.call is None:
-            self._say_outside()
-            return forward(*args, **kwargs)
         return self.passage.run_block(index, forward, args, kwargs)
 
     def attention_of(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
@@ -296,16 +258,6 @@ class CacheEngine:
         if call is None or self.passage.recomputes:
             return forward(*args, **kwargs)
         return self.plan.tokens.run_attention((call.branch, *key), forward, args, kwargs)
-
-    def _say_outside(self) -> None:
-        if not self._said_outside:
-            self._said_outside = True
-            logger.warning(
-                "A cached block runs outside of its transformer's hooked forward, uncached. If "
-                "xfuser has wrapped the transformer since the cache was applied, call remove_cache "
-                "on the old one and apply the cache to the pipeline's transformer again. (Said "
-                "once.)"
-            )
 
     # ---- called by apply --------------------------------------------------------------------
 

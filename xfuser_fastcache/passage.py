@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from xfuser_fastcache.state.local import Anchor, LocalState, Memory
 from xfuser_fastcache.state.prober import Prober
 from xfuser_fastcache.state.shared import SharedState, StepPlan
 from xfuser_fastcache.tokens.base import CannotForecast
+
+logger = logging.getLogger("xfuser_fastcache")
 
 
 class SpanVisit(NamedTuple):
@@ -70,6 +73,7 @@ class Passage:
         self._local: LocalState
         self._decide: Callable[[], None] | None = None
         self._visit: SpanVisit | None = None
+        self._said_outside = False
 
     def begin(self, call: Call, local: LocalState, decide: Callable[[], None] | None) -> None:
         """Begin a forward pass.
@@ -148,6 +152,9 @@ class Passage:
         Raises:
             CannotForecast: see `_leave_unfinished`.
         """
+        if self.call is None:
+            self._say_outside()
+            return forward(*args, **kwargs)
         if self.recomputes:
             return forward(*args, **kwargs)
         piece, contract = self.pieces[index], self.plan.contracts[index]
@@ -170,6 +177,16 @@ class Passage:
             self.prober.block_output(index, *streams, self._local, shared, call.position)
         outputs = self._leave(visit, contract.unpack(output)) if is_last else None
         return output if outputs is None else contract.pack(outputs)
+
+    def _say_outside(self) -> None:
+        if not self._said_outside:
+            self._said_outside = True
+            logger.warning(
+                "A cached block runs outside of its transformer's hooked forward, uncached. If "
+                "xfuser has wrapped the transformer since the cache was applied, call remove_cache "
+                "on the old one and apply the cache to the pipeline's transformer again. (Said "
+                "once.)"
+            )
 
     def _here(self) -> tuple[Call, SharedState]:
         assert self.call is not None

@@ -43,7 +43,7 @@ class Rules:
         dim: width of a token.
         lag: a decision rests on the vector of so many steps before; 0 for the step's own.
         history: anchors that the forecaster looks back on.
-        instead: a schedule in place of the config's; None for that.
+        schedule: the steps that are computed by plan; None where the gate decides.
     """
 
     config: CacheConfig
@@ -53,12 +53,7 @@ class Rules:
     dim: int
     lag: int = 0
     history: int = 1
-    instead: Schedule | None = None
-
-    @cached_property
-    def schedule(self) -> Schedule | None:
-        """The steps that are computed by plan; None where the gate decides."""
-        return self.instead or Schedule.of(self.config)
+    schedule: Schedule | None = None
 
     @cached_property
     def decides_at(self) -> int:
