@@ -69,6 +69,12 @@ def test_ranks_at_different_places_all_raise_and_say_what_differs(
 
 
 @pytest.mark.gloo
+def test_ranks_that_have_not_told_their_place_are_named(world: dict[int, dict[str, Any]]) -> None:
+    untold = "ranks [2, 3] at a place that they have not told yet"
+    assert [untold in world[rank]["unheard"] for rank in RANKS] == [True, True, False, False]
+
+
+@pytest.mark.gloo
 def test_the_group_goes_on_after_a_disagreement(world: dict[int, dict[str, Any]]) -> None:
     assert all(world[rank]["after"] == [[6] * SLOTS] for rank in RANKS)
     assert all(world[rank]["async"] == [4, 8, 12] for rank in RANKS)
@@ -83,7 +89,7 @@ def test_what_is_posted_first_enters_first_also_where_one_rank_is_late(
 
 @pytest.mark.gloo
 def test_every_post_is_one_collective(world: dict[int, dict[str, Any]]) -> None:
-    posts = 2 * len(SHARDINGS) + 1 + 6 + 1 + 3
+    posts = 2 * len(SHARDINGS) + 1 + 6 + 1 + 1 + 3
     assert [world[rank]["collectives"] for rank in RANKS] == [posts] * 4
 
 

@@ -44,6 +44,8 @@ def apart() -> Iterator[Executor]:
     [
         # Their sizes would end the process inside gloo: found before anything else is sent.
         (world("other size", "flux", "ulysses 2", 1), ERROR),
+        # It leaves xfuser another table of positions.
+        (world("other size", "pixart", "ring 2", 0), ERROR),
         (world("other batch", "sd3", "cfg 2", 0, **MASK), ERROR),
         (world("other steps", "pixart", "ring 2", 1, **MASK), ERROR),
         (world("other size", "sd3", "pipefusion 2", 1), ERROR),

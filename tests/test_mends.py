@@ -464,6 +464,14 @@ class MendedKrea2:
     def forward(self, hidden_states: Any, encoder_attention_mask: Any = None) -> None: ...
 
 
+class MendedPatchEmbed:
+    """How xfuser could mend its table of positions itself."""
+
+    def forward(self, latent: Any, table: Any) -> Any:
+        pos_embed = table(output_type="pt").float().unsqueeze(0)
+        return latent + pos_embed
+
+
 class MendedWan:
     """How xfuser could mend its Wan itself."""
 
@@ -498,6 +506,7 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserQwenImageTransformerWrapper = MendedQwen
     module.xFuserZImageTransformer2DWrapper = MendedZImage
     module.xFuserKrea2Transformer2DWrapper = MendedKrea2
+    module.xFuserPatchEmbedWrapper = MendedPatchEmbed
     module.CacheManager = MendedCacheManager
     assert not mend.is_needed(module)
 

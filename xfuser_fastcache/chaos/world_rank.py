@@ -135,7 +135,8 @@ class Rank:
         """Put the cache on again on all ranks, with other options on one."""
         other: dict[str, Any] = {"max_consecutive_skips": 2}
         if fault == "other mask":
-            other = {"use_cache": "Fast", "steps_mask": [1, 1, 1, 0, 1, 0, 1, 1]}
+            mask = [1, 1, 1, 0, 1, 0, 1, 1]
+            other = {"use_cache": "Fast", "steps_mask": mask, "cache_interval": None}
         self.say("fault", None)
         self.remove()
         self.apply(**other if self.suffers else {})

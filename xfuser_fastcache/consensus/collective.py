@@ -248,8 +248,11 @@ class Consensus:
             return
         key = f"disagreement/{ticket.sequence}"
         self.board.leave(key, ", ".join(filter(None, (str(header), header.setup))))
+        said = self.board.take(key, grace_s=_TELL_S)
         told: dict[str, list[int]] = {}
-        for rank, place in self.board.take(key, grace_s=_TELL_S).items():
+        for rank in self.group.ranks:
+            # A stage may wait for its neighbour's message, and take the same vector later.
+            place = said.get(rank, "a place that they have not told yet")
             told.setdefault(place, []).append(rank)
         places = "; ".join(f"ranks {ranks} at {place}" for place, ranks in told.items())
         raise ConsensusError(

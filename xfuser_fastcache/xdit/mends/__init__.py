@@ -17,7 +17,7 @@ from xfuser_fastcache.xdit.compat import (
     replace,
     require,
 )
-from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, krea2, qwen, z_image
+from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, krea2, pixart, qwen, z_image
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -263,6 +263,13 @@ MENDS = (
         _SD3_CALL,
         _drops_max_sequence_length,
         _keep_max_sequence_length,
+    ),
+    Mend(
+        "PixArt: the table of positions of another size stays, and the next pictures differ",
+        pixart.MODULE,
+        pixart.FORWARD,
+        pixart.keeps_another_table,
+        pixart.keep_own_table,
     ),
     *(
         Mend(
