@@ -73,7 +73,7 @@ def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[st
 
 
 def cases(
-    model: str, backends: list[str], slow: bool, turn: int | None, flags: dict[str, Any]
+    model: str, backends: list[str], slow: bool, turn: int, flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Run one model under some backends in this world's layout."""
     from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", nargs="+", required=True, help="MODEL:BACKEND,BACKEND...")
     parser.add_argument("--slow", action="store_true", help="all ways in which a backend runs")
-    parser.add_argument("--turn", type=int, help="of the layout: not all ways, but in turn")
+    parser.add_argument("--turn", type=int, default=0, help="of the layout, for its ways")
     parser.add_argument("--use_cfg_parallel", action="store_true")
     parser.add_argument("--reference_batch", type=int, nargs="+", default=[], help="on one rank")
     for name in ("ulysses", "ring", "pipefusion_parallel", "data_parallel"):

@@ -487,7 +487,7 @@ def test_the_classifier_is_small_and_reads_unseen_captions() -> None:
 def command(directory: Path, *flags: str) -> list[str]:
     return [
         sys.executable, "scripts/benchmark.py", "--model", "toys/flux", "--methods", "fast:0.9",
-        "fewer-steps", "--num_prompts", "6", "--num_inference_steps", "4", "--batch_size", "1",
+        "fewer-steps", "--num_prompts", "3", "--num_inference_steps", "4", "--batch_size", "1",
         "--converged", "2", "--workers", "1", "--at_psnr", "30,90", "--output_dir", str(directory),
         *flags,
     ]  # fmt: skip

@@ -113,14 +113,16 @@ def test_what_the_page_registers_enters_the_matrix_the_benchmark_and_the_doctor(
         "import json, test_matrix as m\n"
         "from xfuser_fastcache.benchmarks.methods import all_methods\n"
         "cells = sorted({layout for _, layout, backend in m.CASES if backend == 'budget'})\n"
-        "print(json.dumps([cells, list(m.variants('flux', 'Fast', False)), list(all_methods())]))",
+        "ways = list(m.variants('flux', 'Fast', True, 0))\n"
+        "print(json.dumps([cells, ways, list(all_methods())]))",
     )
     cells, ways, methods = found
     assert cells == sorted(LAYOUTS)
     assert {"blend", "every_other"} < set(ways)
     assert {"budget", "fast-blend", "fast-every_other"} < set(methods)
     # A cell of it, as the matrix runs it.
-    world = run_world("matrix_worker.py", 2, "--case", "flux:Fast,budget", "--ulysses_degree", "2")
+    case = ("--case", "flux:Fast,budget", "--slow", "--ulysses_degree", "2")
+    world = run_world("matrix_worker.py", 2, *case)
     assert all(world[rank]["models"]["flux"]["restored_exact"] for rank in (0, 1))
     for backend, variants in (("budget", ["stack"]), ("Fast", ["blend", "every_other"])):
         ranks = [world[rank]["models"]["flux"]["backends"][backend] for rank in (0, 1)]

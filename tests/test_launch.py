@@ -116,6 +116,7 @@ def await_line(output: Path, pattern: str, process: subprocess.Popen) -> re.Matc
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_two_hosts_serve_together(tmp_path: Path, record_property: pytest.FixtureRequest) -> None:
     """A rank on each host: a picture over HTTP, then rank 0 is told to stop and both leave."""
     logs = [tmp_path / f"host{host}.log" for host in (0, 1)]

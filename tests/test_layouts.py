@@ -1,7 +1,7 @@
 """Every layout of xDiT on the toy FLUX, as real processes: uncached control first, then cached.
 
 One spawned world per layout runs all cases (`toy_worker.py`); the tests read its report. All but
-three worlds are slow (`pytest -m slow tests/test_layouts.py`); the matrix has them all, of tiny
+two worlds are slow (`pytest -m slow tests/test_layouts.py`); the matrix has them all, of tiny
 models.
 """
 
@@ -26,7 +26,7 @@ LAYOUTS = {
     "data 2": (2, ("--data_parallel_degree=2",)),
 }
 
-QUICK = ("1 rank", "ulysses 2", "pipefusion 2")
+QUICK = ("1 rank", "pipefusion 2")
 
 pytestmark = pytest.mark.gloo
 

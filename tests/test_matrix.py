@@ -93,9 +93,9 @@ class Case:
     references: dict[str, Any]
 
 
-def turn_of(layout: str) -> int | None:
-    """Return whose turn it is of the ways in which a backend may run; all of them on one rank."""
-    return None if layout == ONE_RANK else list(LAYOUTS).index(layout)
+def turn_of(layout: str) -> int:
+    """Return whose turn it is of the ways in which a backend may run."""
+    return list(LAYOUTS).index(layout)
 
 
 def references(model: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
         cases = [f"{model}:{','.join(names)}" for model, names in backends.items()]
         batches = ("--reference_batch", "2") if ranks == 1 else ()
         turn = turn_of(layout)
-        more = ("--slow",) if slow else () if turn is None else ("--turn", str(turn))
+        more = ("--slow",) if slow else ("--turn", str(turn))
         world = run_world(
             "matrix_worker.py", ranks, "--case", *cases, *more, *batches, *flags, timeout_s=1200
         )

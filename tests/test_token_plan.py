@@ -482,9 +482,8 @@ def at(level: float, model: str, x: torch.Tensor) -> torch.Tensor:
     return torch.full((len(x),), level * scale)
 
 
-@pytest.mark.parametrize(
-    ("static_kv", "graphs"), [("drop", 1), pytest.param("reuse", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("static_kv", "graphs"), [("drop", 1), ("reuse", 2)])
 def test_compiled_blocks_are_compiled_at_most_once_a_bucket(static_kv: str, graphs: int) -> None:
     """Each kind of block meets `BUCKETS` token counts; attention hooks cut its graph in two."""
     torch._dynamo.reset()

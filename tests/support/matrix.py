@@ -12,7 +12,7 @@ from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
 STEPS = 8
 # How a backend runs in a cell: `Fast` on the first version of a family in the first way and in
-# another in turn, on one rank in all of them; else in the first one. Slow cases in all they can.
+# another in turn, else in the first one. Slow cases in all they can.
 VARIANTS: dict[str, dict[str, Any]] = {
     "stack": {},
     "three spans": {"granularity": 3},
@@ -38,22 +38,20 @@ def is_first_of_family(model: str) -> bool:
     return next(name for name, tiny in TINY_MODELS.items() if tiny.adapter == adapter) == model
 
 
-def variants(
-    model: str, backend: str, slow: bool, turn: int | None = None
-) -> dict[str, dict[str, Any]]:
+def variants(model: str, backend: str, slow: bool, turn: int) -> dict[str, dict[str, Any]]:
     """Return the ways in which a backend runs in a cell.
 
     Args:
         model: a tiny pipeline.
         backend: that runs.
         slow: whether the case is.
-        turn: of the layout; None for all that a case can run in.
+        turn: of the layout.
     """
     if not slow and not (backend == "Fast" and is_first_of_family(model)):
         return {"stack": {}}
     found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
     found = VARIANTS if backend in FORECASTS_ALL else found
-    if slow or turn is None:
+    if slow:
         return found
     others = [name for name in found if name != "stack"]
     other = others[(turn + list(TINY_MODELS).index(model)) % len(others)]
