@@ -57,6 +57,16 @@ def apart() -> Iterator[Executor]:
         (world("exception in a block", "sd3", "cfg 2", 1, **SPANS), ERROR),
         (world("cache applied twice", "flux", "ring 2", 0), FINE),
         (world("killed", "pixart", "pipefusion 2", 1), "named error, one rank killed"),
+        # With those above, every fault.
+        (world("NaN", "pixart", "ulysses 2", 0), FINE),
+        (world("infinity", "sd3", "data 2", 1), FINE),
+        (world("other config", "flux", "ulysses 2", 1), ERROR),
+        (world("other mask", "sd3", "cfg 2", 0, **MASK), ERROR),
+        (world("other embeddings", "sd3", "ring 2", 1, verify_consensus=True), ERROR),
+        (world("slow rank", "pixart", "cfg 2", 1), FINE),
+        (world("stopped below the limit", "sd3", "data 2", 0), FINE),
+        (world("exception in a callback on one rank", "flux", "data 2", 1), ERROR),
+        (world("cache removed", "pixart", "cfg 2", 0), ERROR),
     ],
     ids=str,
 )
