@@ -19,6 +19,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from support.crowds import HALF, SilentCrowd, mixed_requests
 from support.crowds import MIXED as MIXED_KINDS
+from support.doors import events
 from support.failing_methods import MESSAGE, register_in
 from support.served import Served, launched
 from support.worlds import ROOT
@@ -310,6 +311,31 @@ def test_a_request_brings_its_own_cache(ulysses: Served) -> None:
         "waited_s": 0,
         "statistics": {},
     }
+
+
+def test_a_stream_and_openais_images_are_the_same_picture(ulysses: Served) -> None:
+    """And telling of steps costs no round of consensus more."""
+    own = ulysses.drawn(seed=3)
+    asked = {"prompt": "a large red ring, top left, on dark blue", "seed": 3}
+    body = {**asked, "stream": True}
+    with ulysses.client.stream("POST", "/generate", json=body) as answer:
+        found = list(events(answer))
+    told = [said for word, said in found if word == "progress"]
+    steps = [said["step"] for said in told]
+    assert 3 <= len(steps) <= STEPS + 1 and steps == sorted(set(steps))
+    assert {said["steps"] for said in told} == {STEPS}
+    word, done = found[-1]
+    assert (word, done["image"]) == ("done", own["image"])
+    for name in ("collectives", "blocks", "decisions_digest"):
+        assert done["statistics"][name] == own["statistics"][name]
+    assert told[-1]["block_approx_ratio"] <= own["statistics"]["block_approx_ratio"]
+    assert told[-1]["block_approx_ratio"] > 0
+    for row in done["decisions"]:
+        skipped = own["statistics"]["blocks"][row["first_block"]]["skipped"]
+        assert (len(row["steps"]), row["steps"].count("-")) == (STEPS, skipped)
+    (image,) = ulysses.client.post("/v1/images/generations", json=asked).json()["data"]
+    assert image["b64_json"] == own["image"]
+    assert image["fastcache"]["decisions"] == done["decisions"]
 
 
 def test_a_generation_that_fails_fails_alone(ulysses: Served) -> None:

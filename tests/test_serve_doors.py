@@ -2,88 +2,24 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
+from support.doors import READ_S, Door, eventually
 
 from xfuser_fastcache.serving.heads import LOOPBACK, refusal_of
-from xfuser_fastcache.serving.line import StopSign
-from xfuser_fastcache.serving.requests import Limits
-from xfuser_fastcache.serving.service import Service
-from xfuser_fastcache.serving.web import WebServer, listen, make_app
 
-READ_S = 1.5
 JSON = {"content-type": "application/json", "content-length": "2"}
-LIMITS = Limits(
-    max_side=256,
-    height_multiple=16,
-    width_multiple=16,
-    max_steps=8,
-    max_prompt_length=100,
-    negative_prompts=True,
-    two_branches=False,
-)
-DEFAULTS = {"height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 3.5}
-
-
-class Door:
-    """A service that answers HTTP and has nobody who draws."""
-
-    def __init__(self) -> None:
-        self.service = Service(
-            None,  # type: ignore[arg-type]
-            StopSign(),
-            queue_size=2,
-            generation_timeout_s=60,
-            drain_timeout_s=1,
-        )
-        socket_ = listen("127.0.0.1", 0)
-        app = make_app(self.service, LIMITS, DEFAULTS, None, {}, 60, {*LOOPBACK, "pictures.lan"})
-        self.address = socket_.getsockname()
-        self.web = WebServer(app, socket_, READ_S)
-        self.client = httpx.Client(base_url=self.web.address, timeout=20)
-        for _ in range(100):
-            try:
-                self.client.get("/health")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.05)
-
-    def say(self, words: bytes) -> socket.socket:
-        """Open a connection, and say words on it."""
-        end = socket.create_connection(self.address, timeout=20)
-        end.sendall(words)
-        return end
-
-    def outcome(self, name: str) -> int:
-        """How many requests ended so."""
-        return self.service.meters.statistics()["requests"][name]
-
-    def held(self) -> int:
-        """Connections that it holds."""
-        return len(self.web.server.server_state.connections)
 
 
 @pytest.fixture(scope="module")
 def door() -> Iterator[Door]:
     found = Door()
     yield found
-    found.client.close()
-    found.web.close()
-
-
-def eventually(fact: Any, limit_s: float = 5.0) -> bool:
-    until = time.monotonic() + limit_s
-    while not fact():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
+    found.close()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ from xfuser_fastcache.serving.requests import (
 )
 from xfuser_fastcache.serving.service import GenerationFailed, Service, failure_of
 
-DRAWN = {"error": None, "place": "after", "seconds": 1.0, "statistics": {}, "memory_bytes": 1}
+DRAWN = {
+    **{"error": None, "place": "after", "seconds": 1.0, "memory_bytes": 1},
+    **{"statistics": {}, "decisions": []},
+}
 TRIAL = {"trial": True}
 
 
@@ -65,7 +68,7 @@ class Ranks:
     def trial(self) -> dict[str, Any]:
         return TRIAL
 
-    def attempt(self, order: dict[str, Any]) -> dict[str, Any]:
+    def attempt(self, order: dict[str, Any], tell: Any) -> dict[str, Any]:
         self.order = order
         return self.report(0)
 
@@ -105,11 +108,10 @@ def service(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Service:
 
 def drawn(service: Service, ranks: Any) -> Any:
     """One request's answer, and its error otherwise."""
-    answer = service.submit({"seed": 1})
-    job = service._next()
-    assert job is not None and job.answer.set_running_or_notify_cancel()
+    (job,) = service.submit([{"seed": 1}])
+    assert service._next() is job and job.answer.set_running_or_notify_cancel()
     service._draw(job, ranks)
-    return answer.result(0)
+    return job.answer.result(0)
 
 
 def failing(place: str, *errors: str) -> dict[int, dict[str, Any]]:

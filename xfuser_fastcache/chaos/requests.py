@@ -5,6 +5,7 @@ After each, the service draws its own picture as before, holds nothing, and has 
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
@@ -219,12 +220,24 @@ def _judge(sent: str, answer: Answered, allowed: set[int]) -> str:
         if answer.status and not answer.detail:
             raise Broken(f"{sent} was refused with {answer.status} and no reason")
         return "refused"
-    if answer.kind != "image/png":
+    drawn = answer.body
+    if answer.kind == "text/event-stream":
+        word, said = _last_event(drawn)
+        if word != "done":
+            error = Answered(said["status"], json.dumps(said).encode(), "application/json")
+            return _judge(sent, error, allowed)
+        drawn = base64.b64decode(said["image"])
+    elif answer.kind != "image/png":
         raise Broken(f"{sent} was answered with {answer.detail}")
-    with Image.open(io.BytesIO(answer.body)) as picture:
+    with Image.open(io.BytesIO(drawn)) as picture:
         if all(least == most for least, most in picture.convert("RGB").getextrema()):
             raise Broken(f"{sent} drew one colour")
     return "drawn"
+
+
+def _last_event(stream: bytes) -> tuple[str, dict[str, Any]]:
+    word, data = stream.decode().strip().rpartition("\n\n")[2].splitlines()
+    return word.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
 def _json(rng: random.Random, service: Target, make: Callable[[random.Random], Any]) -> str:

@@ -16,10 +16,12 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import torch.distributed as dist
 
 from xfuser_fastcache.cli.generate import cache_config, parser, read_flags
+from xfuser_fastcache.serving.desk import Desk
 from xfuser_fastcache.serving.drawing import Painter
 from xfuser_fastcache.serving.heads import LOOPBACK
 from xfuser_fastcache.serving.joining import connect
@@ -110,15 +112,10 @@ def web_of(
         },
         "use_cache": painter.config.use_cache if painter.config else None,
     }
-    app = make_app(
-        service,
-        painter.limits(),
-        vars(options),
-        painter.config,
-        about,
-        options.request_timeout_s,
-        {*LOOPBACK, *(name.lower() for name in options.allowed_hosts)},
-    )
+    limits, own = painter.limits(), painter.config
+    desk = Desk(service, limits, vars(options), own, options.request_timeout_s)
+    names = {*LOOPBACK, *(name.lower() for name in options.allowed_hosts)}
+    app = make_app(desk, about, names)
     return WebServer(app, door, options.read_timeout_s)
 
 
@@ -130,6 +127,7 @@ def say(text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Serve on all ranks; return the exit status."""
+    began = time.monotonic()
     start()
     options = options_from(arguments)
     config = cache_config(options)
@@ -162,6 +160,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda given, _: stop.set(signal.Signals(given).name))
     if door is not None:
         service.try_out(line, "the first trial")
+        service.start_s = time.monotonic() - began
         lead(painter, line, service, web_of(painter, service, door, options), options.model)
     else:
         follow(line, painter)

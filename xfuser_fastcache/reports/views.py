@@ -30,6 +30,8 @@ COLOURS = {
 }
 
 MAX_COLUMNS = 8
+# A decision in a letter; a point where the branch was left out.
+LETTERS = {"computed": "c", "scheduled": "s", "skipped": "-", "forced": "f"}
 
 
 def statistics_table(statistics: dict[str, Any]) -> Table:
@@ -104,6 +106,29 @@ def write_trace(trace: list[dict[str, Any]], path: str | os.PathLike[str]) -> No
     """
     lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in trace]
     replace_file(path, "".join(lines).encode())
+
+
+def decision_rows(trace: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a trace in brief: a row a CFG branch and span, with a letter of `LETTERS` a step.
+
+    Args:
+        trace: what `get_cache_trace` returned, of one generation.
+
+    Example:
+        >>> place = {"branch": 0, "first_block": "blocks.0", "last_block": "blocks.9"}
+        >>> steps = [{"step": 0, "decision": "forced"}, {"step": 2, "decision": "skipped"}]
+        >>> decision_rows([{**place, **step} for step in steps])
+        [{'branch': 0, 'first_block': 'blocks.0', 'last_block': 'blocks.9', 'steps': 'f.-'}]
+    """
+    steps = 1 + max((entry["step"] for entry in trace), default=0)
+    rows: dict[tuple[int, str, str], list[str]] = {}
+    for entry in trace:
+        key = (entry["branch"], entry["first_block"], entry["last_block"])
+        rows.setdefault(key, ["."] * steps)[entry["step"]] = LETTERS[entry["decision"]]
+    return [
+        dict(zip(("branch", "first_block", "last_block"), key, strict=True), steps="".join(row))
+        for key, row in rows.items()
+    ]
 
 
 def save_heat_map(

@@ -9,10 +9,10 @@ import inspect
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from xfuser_fastcache.config.budget import budget_of
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.reports.clips import animation, are_clips
 from xfuser_fastcache.reports.measured import picture_of
+from xfuser_fastcache.reports.progress import Progress, Task
+from xfuser_fastcache.reports.views import decision_rows
 from xfuser_fastcache.serving.requests import Limits
 from xfuser_fastcache.xdit.generator import Generator, class_of
 from xfuser_fastcache.xdit.groups import XDiTLayout
@@ -36,6 +38,48 @@ logger = logging.getLogger("xfuser_fastcache")
 PLACES = ("before", "within", "after")
 _TRIAL_SIDE = 256
 _TRIAL_STEPS = 2
+
+
+class Step(NamedTuple):
+    """How far a picture is.
+
+    Attributes:
+        done: steps.
+        of: so many.
+        skipped: share of blocks that was skipped so far, 0 to 1.
+    """
+
+    done: int
+    of: int
+    skipped: float
+
+
+class Told(Progress):
+    """Tells how far a pipeline is, by what this rank knows, in place of showing it.
+
+    Args:
+        tell: called at the beginning and after each step; it must not wait.
+    """
+
+    def __init__(self, tell: Callable[[Step], None]):
+        super().__init__("none")
+        self.tell = tell
+
+    def task(self, title: str, total: int, skipped: Callable[[], float] | None = None) -> Task:
+        """Return a task to be entered."""
+        return _ToldTask(self, title, total, skipped)
+
+
+class _ToldTask(Task):
+    progress: Told
+
+    def __enter__(self) -> Task:
+        self.progress.tell(Step(0, self.total, 0.0))
+        return super().__enter__()
+
+    def reach(self, done: int) -> None:
+        super().reach(done)
+        self.progress.tell(Step(done, self.total, self.skipped() if self.skipped else 0.0))
 
 
 class Painter:
@@ -85,18 +129,25 @@ class Painter:
             two_branches=self.options.use_cfg_parallel,
         )
 
-    def attempt(self, order: dict[str, Any]) -> dict[str, Any]:
+    def attempt(
+        self, order: dict[str, Any], tell: Callable[[Step], None] = lambda _: None
+    ) -> dict[str, Any]:
         """Run an order and return this rank's report, of an error too.
+
+        Args:
+            order: what all ranks run.
+            tell: called on rank 0 after each step; it must not wait.
 
         Returns:
             `error`, None where there is none; `place`, one of `PLACES`, where the error was met;
             `memory_bytes`; and of a success `seconds` of the denoising loop, `statistics` of the
-            cache, of further denoisers under their names, and on the rank that has it `picture`, a
+            cache, of further denoisers under their names, `decisions` as `decision_rows` gives
+            them, and on the rank that has it `picture`, a
             PNG in base64; of a video a moving one.
         """
         self.entered = self.drawn = False
         try:
-            report = self._draw(order)
+            report = self._draw(order, tell)
         except Exception as error:
             if self.entered:
                 logger.exception("a generation failed")
@@ -133,19 +184,24 @@ class Painter:
     def _enter(self, *_: Any) -> None:
         self.entered = True
 
-    def _draw(self, order: dict[str, Any]) -> dict[str, Any]:
+    def _draw(self, order: dict[str, Any], tell: Callable[[Step], None]) -> dict[str, Any]:
         config = self.config if order["cache"] is True else None
         if isinstance(order["cache"], dict):
             config = CacheConfig.from_dict(order["cache"])
         # xDiT lowers it to the steps of a short generation, and leaves it there.
         self.runtime.runtime_config.warmup_steps = self.pipeline_warmup_steps
         changes = {**order, "prompt": [order["prompt"]]}
-        generator = Generator(self.pipe, argparse.Namespace(**{**vars(self.options), **changes}))
+        options = argparse.Namespace(**{**vars(self.options), **changes})
+        generator = Generator(self.pipe, options, Told(tell))
         with self._planned(config):
-            run = generator.run("", config)
+            run = generator.run("a request", config)
         self.drawn = True
         statistics = {**run.statistics, **run.others}
-        report: dict[str, Any] = {"seconds": run.seconds, "statistics": statistics}
+        report: dict[str, Any] = {
+            "seconds": run.seconds,
+            "statistics": statistics,
+            "decisions": decision_rows(run.trace),
+        }
         if run.images:
             if not np.isfinite(run.images[0]).all():
                 raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from starlette.responses import JSONResponse
+from xfuser_fastcache.serving.refusals import Declined, refused
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OWN_PAGES = ("same-origin", "none")
@@ -104,6 +104,6 @@ class HeadCheck:
             refusal = refusal_of(scope["method"], headers, self.hosts, self.max_bytes)
             if refusal is not None:
                 self.on_refusal()
-                answer = JSONResponse({"detail": refusal.reason}, refusal.status)
+                answer = refused(scope["path"], Declined(*refusal))
                 return await answer(scope, receive, send)
         await self.app(scope, receive, send)

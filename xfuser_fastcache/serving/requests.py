@@ -1,4 +1,4 @@
-"""What a client may ask for: the fields of POST /generate, their limits, the cache's options."""
+"""What a client may ask for: the fields of a picture, their limits, the cache's options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -43,7 +43,15 @@ _MOST_SAID = 3  # of a body's errors
 
 
 class RequestRefused(ValueError):
-    """A request that the service will not run; the message says what is allowed."""
+    """A request that the service will not run; the message says what is allowed.
+
+    Attributes:
+        field: that is wrong; None where it is not one.
+    """
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 class GenerateRequest(BaseModel):
@@ -64,10 +72,18 @@ class GenerateRequest(BaseModel):
     cache_config: dict[str, Any] | None = Field(
         None, description="options of CacheConfig, in place of the service's"
     )
+    stream: bool = Field(False, description="tell of every step by server-sent events")
 
 
-def read_request(body: bytes) -> GenerateRequest:
-    """Return what the body of POST /generate holds.
+Wanted = TypeVar("Wanted", bound=GenerateRequest)
+
+
+def read_request(body: bytes, kind: type[Wanted]) -> Wanted:
+    """Return what the body of a POST holds.
+
+    Args:
+        body: JSON.
+        kind: of the request: its fields.
 
     Raises:
         RequestRefused: no JSON, or a wrong, unknown or missing field; nothing is dropped.
@@ -87,11 +103,13 @@ def read_request(body: bytes) -> GenerateRequest:
         raise RequestRefused(f"the body is not valid JSON: {error}") from error
     _refuse_depth(found)
     try:
-        return GenerateRequest.model_validate(found)
+        return kind.model_validate(found)
     except ValidationError as error:
         wrong = error.errors()
+        said = [_said(one, kind) for one in wrong[:_MOST_SAID]]
         more = [f"and {len(wrong) - _MOST_SAID} more"] if len(wrong) > _MOST_SAID else []
-        raise RequestRefused("; ".join([*map(_said, wrong[:_MOST_SAID]), *more])) from error
+        field = str(wrong[0]["loc"][0])[:80] if wrong[0]["loc"] else None
+        raise RequestRefused("; ".join([*said, *more]), field) from error
 
 
 _TOO_DEEP = f"the body is nested deeper than {_MAX_DEPTH} levels; nothing that is known needs that"
@@ -123,11 +141,11 @@ def _refuse_depth(value: Any) -> None:
         level = [inner for v in held if isinstance(v, list) for inner in v]
 
 
-def _said(wrong: Any) -> str:
+def _said(wrong: Any, kind: type[GenerateRequest]) -> str:
     """Return one of pydantic's complaints in words: the field, what is allowed, what was given."""
     name = ".".join(map(str, wrong["loc"])) or "body"
     if wrong["type"] == "extra_forbidden":
-        return f"unknown field {name!r:.80}; known: {', '.join(GenerateRequest.model_fields)}"
+        return f"unknown field {name!r:.80}; known: {', '.join(kind.model_fields)}"
     if wrong["type"] == "missing":
         return f"{name} is needed"
     return f"{name}: {wrong['msg']}, given {wrong['input']!r:.80}"
@@ -165,25 +183,31 @@ class Limits:
             if order[name] > self.max_side or order[name] % multiple:
                 raise RequestRefused(
                     f"{name}={order[name]} is not allowed; give a multiple of {multiple} up to "
-                    f"{self.max_side}"
+                    f"{self.max_side}",
+                    name,
                 )
         if order["num_inference_steps"] > self.max_steps:
             raise RequestRefused(
                 f"num_inference_steps={order['num_inference_steps']} is not allowed; give 1 to "
-                f"{self.max_steps}"
+                f"{self.max_steps}",
+                "num_inference_steps",
             )
         for name in ("prompt", "negative_prompt"):
             if len(order[name] or "") > self.max_prompt_length:
                 raise RequestRefused(
                     f"{name} has {len(order[name])} characters; give at most "
-                    f"{self.max_prompt_length}"
+                    f"{self.max_prompt_length}",
+                    name,
                 )
         if order["negative_prompt"] and not self.negative_prompts:
-            raise RequestRefused("this model takes no negative_prompt; leave it out")
+            raise RequestRefused(
+                "this model takes no negative_prompt; leave it out", "negative_prompt"
+            )
         if self.two_branches and order["guidance_scale"] <= 1:
             raise RequestRefused(
                 f"guidance_scale={order['guidance_scale']:g} is not allowed; this service runs CFG "
-                "parallelism, which needs more than 1"
+                "parallelism, which needs more than 1",
+                "guidance_scale",
             )
 
 

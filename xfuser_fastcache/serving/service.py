@@ -9,11 +9,13 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
-from xfuser_fastcache.serving.drawing import PLACES, Painter
+from xfuser_fastcache.serving.drawing import PLACES, Painter, Step
 from xfuser_fastcache.serving.line import Line, StopSign, names
 from xfuser_fastcache.serving.meters import Meters
 from xfuser_fastcache.serving.requests import RequestRefused
@@ -22,6 +24,8 @@ logger = logging.getLogger("xfuser_fastcache")
 
 _TICK_S = 0.25
 _LAST_WORDS_S = 3.0
+# Pictures whose times say how long the next ones may take.
+_RECENT = 16
 
 
 class QueueFull(RuntimeError):
@@ -51,6 +55,7 @@ class Answer:
     Attributes:
         picture: PNG.
         statistics: of the cache; empty without one.
+        decisions: of the cache, a row a span; see `reports.views.decision_rows`.
         seconds: of the denoising loop on the slowest rank.
         waited_s: in the queue.
         order: what was drawn, with everything that the request left out.
@@ -58,17 +63,33 @@ class Answer:
 
     picture: bytes
     statistics: dict[str, Any]
+    decisions: list[dict[str, Any]]
     seconds: float
     waited_s: float
     order: dict[str, Any]
 
 
 @dataclass(eq=False)
-class _Job:
+class Job:
+    """An order in the queue, or under way.
+
+    Attributes:
+        number: counted since the start.
+        order: what all ranks run.
+        answer: one that is cancelled before its turn is left out.
+        since: when it came, on the monotonic clock in seconds.
+        step: the last one that is done; older ones are forgotten, whoever has not seen them.
+    """
+
     number: int
     order: dict[str, Any]
     answer: Future[Answer] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
+    step: Step | None = None
+
+    def reach(self, step: Step) -> None:
+        """Note a step that is done; called by the thread that draws."""
+        self.step = step
 
 
 class _Trial(NamedTuple):
@@ -88,6 +109,9 @@ class Service:
         generation_timeout_s: longest that one picture may take, in seconds; then the service ends,
             for a rank does not answer.
         drain_timeout_s: how long waiting requests are still begun once the service is told to end.
+
+    Attributes:
+        start_s: how long this service took to start, in seconds; for whoever it sends away.
     """
 
     def __init__(
@@ -105,16 +129,19 @@ class Service:
         self.generation_timeout_s = generation_timeout_s
         self.drain_timeout_s = drain_timeout_s
         self.broken = ""
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
+        self.start_s = 0.0
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
         self._changed = threading.Condition()
         self._ending = threading.Lock()
         self._taken = 0
         self._trial = _Trial()
+        self._spent: deque[float] = deque(maxlen=_RECENT)  # by pictures, in seconds
+        self._began = math.inf
         self.meters = Meters(lambda: len(self._waiting), lambda: int(self._running is not None))
 
-    def submit(self, order: dict[str, Any]) -> Future[Answer]:
-        """Put an order in the queue; a future that is cancelled before its turn is left out.
+    def submit(self, orders: list[dict[str, Any]]) -> list[Job]:
+        """Put all of some orders in the queue, or none.
 
         Raises:
             QueueFull: naming the bound.
@@ -125,20 +152,44 @@ class Service:
                 self.meters.count("stopping")
                 raise Stopping(self.broken or f"the service is stopping ({self.stop.reason})")
             waiting = len(self._waiting)
-            if waiting >= self.queue_size:
+            if waiting + len(orders) > self.queue_size:
                 self.meters.count("full")
-                mean = self.meters.statistics()["mean_generation_s"] or 1.0
                 raise QueueFull(
                     f"{waiting} requests are waiting, and no more than {self.queue_size} may "
                     "(--queue_size); come back later",
-                    math.ceil(mean * (waiting + 1)),
+                    self.retry_after_s(),
                 )
-            self._taken += 1
-            job = _Job(self._taken, order)
-            self._waiting.append(job)
+            jobs = [Job(self._taken + index, order) for index, order in enumerate(orders, 1)]
+            self._taken += len(jobs)
+            self._waiting.extend(jobs)
             self._changed.notify()
-        job.answer.add_done_callback(lambda _: self._leave(job))
-        return job.answer
+        for job in jobs:
+            job.answer.add_done_callback(partial(self._leave, job))
+        return jobs
+
+    def ahead_of(self, job: Job) -> int | None:
+        """Return how many requests are drawn before a job; None once it is under way."""
+        with self._changed:
+            if job not in self._waiting:
+                return None
+            return self._waiting.index(job) + (self._running is not None)
+
+    def retry_after_s(self) -> int:
+        """Return when all that is here now may be drawn, by the last pictures' times, in seconds.
+
+        Whole ones, and at least one.
+        """
+        mean = sum(self._spent) / len(self._spent) if self._spent else 1.0
+        running = max(0.0, mean - max(0.0, time.monotonic() - self._began))
+        return max(1, math.ceil(mean * len(self._waiting) + running * (self._running is not None)))
+
+    def away_s(self) -> int:
+        """Return when another service may stand in this one's place, in whole seconds.
+
+        It ends first, and the other one starts as long as this one did.
+        """
+        drain_s = self.stop.since + self.drain_timeout_s - time.monotonic()
+        return max(1, math.ceil((max(0.0, drain_s) if self.stop.reason else 0.0) + self.start_s))
 
     def run(self, line: Line) -> None:
         """Serve until the stop sign is set and the queue is empty or its time over."""
@@ -155,9 +206,11 @@ class Service:
                     Stopping(f"the service stopped ({stopping}) before this request's turn")
                 )
                 continue
+            self._began = time.monotonic()
             self._running = job
             self._draw(job, line)
             self._running = None
+            self._spent.append(time.monotonic() - self._began)
 
     def break_down(self, reason: str) -> None:
         """Say why, answer everybody who waits, and end this process with status 1; any thread.
@@ -177,29 +230,31 @@ class Service:
             time.sleep(_LAST_WORDS_S if jobs else 0)  # for the answers to leave
             os._exit(1)
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job, _: Future[Answer]) -> None:
         """Free the place of a job that was cancelled before its turn."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Job | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting, _TICK_S)
             return self._waiting.popleft() if self._waiting else None
 
-    def _draw(self, job: _Job, line: Line) -> None:
+    def _draw(self, job: Job, line: Line) -> None:
         waited_s = time.monotonic() - job.since
         what = f"request {job.number}"
-        reports = self._on_all(job.order, line, what, self.generation_timeout_s)
+        reports = self._on_all(job.order, line, what, self.generation_timeout_s, job.reach)
         failure = failure_of(reports)
         if failure is None:
             seconds = max(report["seconds"] for report in reports.values())
             statistics = reports[0]["statistics"]
             memory = {rank: report["memory_bytes"] for rank, report in reports.items()}
             self.meters.drawn(waited_s, seconds, statistics, memory)
-            answer = Answer(picture_in(reports), statistics, seconds, waited_s, job.order)
-            job.answer.set_result(answer)
+            picture, decisions = picture_in(reports), reports[0]["decisions"]
+            job.answer.set_result(
+                Answer(picture, statistics, decisions, seconds, waited_s, job.order)
+            )
             return
         if failure.refusal:
             self.meters.count("refused")
@@ -232,12 +287,17 @@ class Service:
         self._trial = _Trial(picture, time.monotonic() - started)
 
     def _on_all(
-        self, order: dict[str, Any], line: Line, what: str, limit_s: float
+        self,
+        order: dict[str, Any],
+        line: Line,
+        what: str,
+        limit_s: float,
+        tell: Callable[[Step], None] = lambda _: None,
     ) -> dict[int, dict[str, Any]]:
-        """Run an order on all ranks and return their reports."""
+        """Run an order on all ranks and return their reports; `tell` as of `Painter.attempt`."""
         line.expect(limit_s, what)
         line.send({"draw": order})
-        reports = {0: self.painter.attempt(order)}
+        reports = {0: self.painter.attempt(order, tell)}
         if reports[0]["error"]:
             line.hurry(f"rank 0 failed ({reports[0]['error']})")
         reports |= line.receive()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import socket
 import threading
-from collections.abc import Collection
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -16,53 +15,34 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
 
-from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.serving.connections import Arrivals, BoundedProtocol
+from xfuser_fastcache.serving.desk import Desk, Events, HungUp
 from xfuser_fastcache.serving.heads import HeadCheck
-from xfuser_fastcache.serving.requests import Limits, RequestRefused, order_of, read_request
-from xfuser_fastcache.serving.service import (
-    Answer,
-    GenerationFailed,
-    QueueFull,
-    Service,
-    Stopping,
-)
+from xfuser_fastcache.serving.openai import images_door
+from xfuser_fastcache.serving.refusals import Declined, refused
+from xfuser_fastcache.serving.requests import GenerateRequest
+from xfuser_fastcache.serving.service import Answer, Job
 
 _OPTIONS_BYTES = 1 << 16
 _CHARACTER_BYTES = 12  # of JSON, where each half of a character beyond 16 bits is \\uXXXX
 _CONNECTIONS = 512
 # How long an answer may lie untaken, in milliseconds.
 _UNTAKEN_MS = 30_000
-_TO_NOBODY = Response(status_code=499)
 
 
-def make_app(
-    service: Service,
-    limits: Limits,
-    defaults: dict[str, Any],
-    own: CacheConfig | None,
-    about: dict[str, Any],
-    request_timeout_s: float,
-    hosts: Collection[str],
-) -> FastAPI:
+def make_app(desk: Desk, about: dict[str, Any], hosts: Collection[str]) -> FastAPI:
     """Return the application.
 
     Args:
-        service: takes the orders.
-        limits: of this service.
-        defaults: the service's flags, for fields that a request leaves out.
-        own: the service's cache, or None.
+        desk: takes the requests.
         about: what GET /health says of model and layout.
-        request_timeout_s: longest that a client waits for its picture, in seconds.
         hosts: names that it answers to.
     """
     app = FastAPI(title="xfuser-fastcache", openapi_url=None)
-
-    def refused(status: int, reason: str, **headers: str) -> JSONResponse:
-        return JSONResponse({"detail": reason}, status, headers=headers)
-
+    service, limits = desk.service, desk.limits
+    app.include_router(images_door(desk, about["model"]))
     app.add_middleware(
         HeadCheck,
         hosts=hosts,
@@ -70,46 +50,31 @@ def make_app(
         on_refusal=lambda: service.meters.count("refused"),
     )
 
+    @app.exception_handler(Declined)
+    async def declined(request: Request, why: Declined) -> Response:
+        return refused(request.url.path, why)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, why: HTTPException) -> Response:
+        answer = refused(request.url.path, Declined(why.status_code, why.detail))
+        answer.headers.update(why.headers or {})
+        return answer
+
+    @app.exception_handler(HungUp)
+    async def hung_up(request: Request, _: HungUp) -> Response:
+        return Response(status_code=499)  # to nobody
+
     @app.post("/generate")
     async def generate(request: Request) -> Response:
-        try:
-            order = order_of(read_request(await request.body()), limits, defaults, own)
-        except ClientDisconnect:
-            service.meters.count("hung_up")
-            return _TO_NOBODY
-        except RequestRefused as error:
-            service.meters.count("refused")
-            return refused(422, str(error))
-        try:
-            answer = service.submit(order)
-            drawn = await answer_to(request, answer, request_timeout_s)
-        except RequestRefused as error:
-            return refused(422, str(error))
-        except QueueFull as error:
-            return refused(429, str(error), **{"Retry-After": str(error.retry_after_s)})
-        except (Stopping, GenerationFailed) as error:
-            return refused(503, str(error))
-        except HungUp:
-            service.meters.count("hung_up")
-            return _TO_NOBODY
-        except asyncio.TimeoutError:
-            service.meters.count("timed_out")
-            began = "it is still being drawn" if answer.running() else "its turn did not come"
-            return refused(504, f"no picture within {request_timeout_s:g} s: {began}")
-        if "image/png" in request.headers.get("accept", ""):
+        asked = await desk.read(request, GenerateRequest)
+        jobs = desk.submit([asked])
+        accepted = request.headers.get("accept", "")
+        if asked.stream or "text/event-stream" in accepted:
+            return Events(_events(desk, request, jobs), _error_of)
+        (drawn,) = await desk.answers(request, jobs)
+        if "image/png" in accepted:
             return Response(drawn.picture, media_type="image/png", headers=headers_of(drawn))
-        return JSONResponse(
-            {
-                "image": base64.b64encode(drawn.picture).decode(),
-                "seed": drawn.order["seed"],
-                "height": drawn.order["height"],
-                "width": drawn.order["width"],
-                "num_inference_steps": drawn.order["num_inference_steps"],
-                "seconds": drawn.seconds,
-                "waited_s": drawn.waited_s,
-                "statistics": drawn.statistics,
-            }
-        )
+        return JSONResponse(body_of(drawn))
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -128,32 +93,33 @@ def make_app(
     return app
 
 
-class HungUp(Exception):
-    """The client has ended its connection."""
+async def _events(
+    desk: Desk, request: Request, jobs: list[Job]
+) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+    async with aclosing(desk.news(request, jobs)) as news:
+        async for _, word, body in news:
+            yield word, body
+    (drawn,) = desk.results(jobs)
+    yield "done", body_of(drawn)
 
 
-async def answer_to(request: Request, answer: Future[Answer], limit_s: float) -> Answer:
-    """Wait for an answer as long as somebody waits for it; then its turn is given up.
+def _error_of(why: Declined) -> dict[str, Any]:
+    return {"status": why.status, "detail": why.reason}
 
-    Raises:
-        HungUp: the client is gone.
-        asyncio.TimeoutError: no answer within `limit_s` seconds.
-    """
 
-    async def hung_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    drawn, gone = asyncio.wrap_future(answer), asyncio.create_task(hung_up())
-    either: set[asyncio.Future[Any]] = {drawn, gone}
-    try:
-        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        if drawn.done():
-            return drawn.result()
-        raise HungUp if gone.done() else asyncio.TimeoutError
-    finally:
-        drawn.cancel()
-        gone.cancel()
+def body_of(drawn: Answer) -> dict[str, Any]:
+    """Return the answer to a request as JSON."""
+    return {
+        "image": base64.b64encode(drawn.picture).decode(),
+        "seed": drawn.order["seed"],
+        "height": drawn.order["height"],
+        "width": drawn.order["width"],
+        "num_inference_steps": drawn.order["num_inference_steps"],
+        "seconds": drawn.seconds,
+        "waited_s": drawn.waited_s,
+        "statistics": drawn.statistics,
+        "decisions": drawn.decisions,
+    }
 
 
 def headers_of(drawn: Answer) -> dict[str, str]:
