@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import runpy
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from support.doors import LedDoor, events, eventually
+from support.worlds import ROOT
 
 IMAGES = "/v1/images/generations"
 
@@ -222,3 +226,21 @@ def test_images_are_streamed_in_openais_words(free: LedDoor) -> None:
 def test_a_refused_stream_is_an_answer_not_a_stream(door: LedDoor) -> None:
     answer = door.client.post("/generate", json={"prompt": "a", "stream": True, "height": 100})
     assert (answer.status_code, answer.headers["content-type"]) == (422, "application/json")
+
+
+def test_the_example_draws_and_says_what_is_wrong(
+    free: LedDoor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "draw.py"))["main"]
+    words = ["draw.py", "a", str(tmp_path / "a.png"), "--seed", "7", "--url", free.web.address]
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "4"])
+    assert example() == 0
+    with Image.open(tmp_path / "a.png") as found:
+        assert found.getpixel((0, 0)) == (7, 0, 0)
+    assert "a.png: seed 7, " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "9"])
+    assert example() == 1
+    assert "num_inference_steps=9 is not allowed; give" in capsys.readouterr().err
