@@ -23,14 +23,14 @@ def audit(runs: Runs, path: Path, progress: Progress) -> dict[str, Any]:
         progress: shows it.
     """
     fitted = load_fitted(path)
-    indices = progress.track(range(len(runs.prompts)), "audit")
     alphas = sorted(fitted.scales)
     report: dict[str, Any] = {"calibration": str(path), "digest": fitted.digest, "levels": {}}
-    records: dict[float, list[Any]] = {alpha: [] for alpha in alphas}
-    for index in indices:
-        for alpha in alphas:
-            cache = {"calibration": str(path), "significance_level": alpha}
-            records[alpha].append(runs.record(index, f"audit-{alpha}", **cache))
+    records: dict[float, list[Any]] = {}
+    for alpha in alphas:
+        cache = {"calibration": str(path), "significance_level": alpha}
+        drawn = runs.records(range(len(runs.prompts)), f"audit-{alpha}", **cache)
+        title = f"audit, alpha {alpha}"
+        records[alpha] = list(progress.track(drawn, title, len(runs.prompts)))
     epsilon = fitted.metadata["cache_ratio_threshold"]
     for alpha in alphas:
         report["levels"][str(alpha)] = build.audit(fitted, records[alpha], epsilon)

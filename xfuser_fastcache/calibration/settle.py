@@ -52,19 +52,20 @@ def calibrate(
         ValueError: something that the model, its scheduler or the records do not allow.
     """
     alphas = sorted(options.significance_level)
-    given = given_masks(options.start_from, options.num_inference_steps)
+    team = runs.team
+    given = team.agreed(lambda: given_masks(options.start_from, options.num_inference_steps))
+    runs.folder = team.agreed(lambda: prepare_folder(options, runs.prompts))
     indices = list(range(len(runs.prompts)))
     runs.latents(0)  # also sets the scheduler's steps
-    full = [runs.record(i, "full") for i in progress.track(indices, "full computation")]
+    full = list(progress.track(runs.records(indices, "full"), "full computation", len(indices)))
     parts = build.split(full)
     metadata = {**runs.metadata(), "significance_levels": options.significance_level}
-    fitted = build.fit(
-        parts, runs.levels(), options.max_lag, options.cache_ratio_threshold, metadata
-    )
+    levels, lags, epsilon = runs.levels(), options.max_lag, options.cache_ratio_threshold
+    fitted = team.agreed(lambda: build.fit(parts, levels, lags, epsilon, metadata))
     report: dict[str, Any] = {}
     if options.computed_steps:
         fitted, report["masks"] = MaskTrials(runs, options, fitted, parts, given, progress).search()
-    first = build.conformal_scales(fitted, parts.calibrate, alphas)
+    first = team.agreed(lambda: build.conformal_scales(fitted, parts.calibrate, alphas))
     scales, report["scales_full"], report["scales_cached"] = {}, first, {}
     for alpha in alphas:
         scales[alpha], tried = settle(runs, options, fitted, parts, alpha, first[alpha], progress)
@@ -89,15 +90,17 @@ def settle(
     tried: dict[float, float] = {}
     count = len(runs.prompts)
     kind = "corrected" if fitted.weights.any() else "plain"
+    tail = range(count - len(parts.calibrate), count)
 
     def allowed(scale: float) -> float:
         name = f"cached-{kind}-{options.cache_ratio_threshold}-{options.max_lag}-{scale}"
         title = f"cache on, alpha {alpha}, scale {scale:.3f}"
-        with saved(replace(fitted, scales={alpha: scale}), options.output) as path:
+        with saved(replace(fitted, scales={alpha: scale})) as path:
             cache = {"calibration": path, "significance_level": alpha}
-            tail = progress.track(range(count - len(parts.calibrate), count), title)
-            cached = [runs.record(index, name, **cache) for index in tail]
-        tried[scale] = build.conformal_scales(fitted, cached, [alpha])[alpha]
+            cached = list(progress.track(runs.records(tail, name, **cache), title, len(tail)))
+        tried[scale] = runs.team.agreed(
+            lambda: build.conformal_scales(fitted, cached, [alpha])[alpha]
+        )
         return tried[scale]
 
     return build.settled_scale(first, allowed), tried

@@ -1,0 +1,122 @@
+"""`fastcache calibrate` on the ranks of a layout makes the file of one rank, to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.worlds import ROOT, launch, run_world
+
+from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
+from xfuser_fastcache.cli import main
+from xfuser_fastcache.xdit.loaded import call_arguments
+
+STEPS = 5
+WORKER = "calibrate_worker.py"
+TABLES = ("noise_levels", "weights", "weights_blind", "slopes", "degrees")
+CORRECTIONS = ("steering", "steering_blind", "steering_guided")
+
+Reference = Callable[[str], Path]
+
+
+def flags(model: str, output: Path) -> list[str]:
+    """Return the command line of a small calibration; five generations, of which two calibrate."""
+    folder = str(ROOT / "toys" / model)
+    call = json.dumps(call_arguments(folder) | {"height": 64, "width": 64})
+    return [
+        "calibrate", "--model", folder, "--output", str(output), "--call", call,
+        "--num_inference_steps", str(STEPS), "--dtype", "float32", "--max_lag", "2",
+        "--cache_ratio_threshold", "0.3", "--significance_level", "0.5", "--quiet",
+        # Masks are for guidance in one call a step, which Wan has not.
+        *("--computed_steps 3 --moves 0 --batch_size 4".split() if model != "wan" else []),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Return what makes the file of one rank for a model, once."""
+    made: dict[str, Path] = {}
+
+    def of(model: str) -> Path:
+        if model not in made:
+            output = tmp_path_factory.mktemp(model) / "one.safetensors"
+            assert main(flags(model, output)) == 0
+            made[model] = output
+        return made[model]
+
+    return of
+
+
+def check_same(found: Fitted, wanted: Fitted) -> None:
+    """Check that two calibrations are the same, to rounding."""
+    for name in (*TABLES, *CORRECTIONS):
+        one, other = getattr(found, name), getattr(wanted, name)
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4, err_msg=name)
+    assert found.masks == wanted.masks and found.metadata == wanted.metadata
+    np.testing.assert_allclose(found.exponents, wanted.exponents, rtol=1e-3)
+    assert found.upper == pytest.approx(wanted.upper, rel=1e-3)
+    assert found.scales == pytest.approx(wanted.scales, rel=1e-6)
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "layout"),
+    [
+        ("flux", 2, "--ulysses_degree 2"),
+        ("pixart", 4, "--use_cfg_parallel --data_parallel_degree 2"),
+        pytest.param("flux", 2, "--ring_degree 2", marks=slow),
+        pytest.param("flux", 2, "--data_parallel_degree 2", marks=slow),
+        pytest.param("sd3", 2, "--use_cfg_parallel", marks=slow),
+        pytest.param("sd3", 4, "--use_cfg_parallel --ulysses_degree 2", marks=slow),
+        pytest.param("pixart", 4, "--use_cfg_parallel --ring_degree 2", marks=slow),
+        pytest.param("wan", 2, "--ulysses_degree 2", marks=slow),
+    ],
+)
+def test_ranks_of_a_layout_make_the_file_of_one_rank(
+    model: str, ranks: int, layout: str, reference: Reference, tmp_path: Path
+) -> None:
+    wanted, output = reference(model), tmp_path / "ranks.safetensors"
+    # A run that one rank broke off after three records goes on.
+    kept = wanted.with_suffix(".records")
+    records = output.with_suffix(".records")
+    records.mkdir()
+    for name in ("settings.json", "full-00000.npz", "full-00001.npz", "full-00003.npz"):
+        shutil.copy(kept / name, records)
+        os.utime(records / name, (0, 0))
+    printed = launch(WORKER, ranks, *flags(model, output), *layout.split())
+    check_same(load_fitted(output), load_fitted(wanted))
+    assert printed.count("written: ") == 1
+    old = [path.name for path in records.iterdir() if not path.stat().st_mtime]
+    assert sorted(old) == ["full-00000.npz", "full-00001.npz", "full-00003.npz", "settings.json"]
+    assert sorted(path.name for path in records.iterdir()) == sorted(
+        path.name for path in kept.iterdir()
+    )
+
+
+def test_replicas_share_prompts_out_and_say_who_is_missing() -> None:
+    reports = run_world(WORKER, 2, "team")
+    first = reports[0]
+    assert "ranks [0, 1] did not all come within 2 s" in first["missing"]
+    assert "Ranks 1 failed to pass" in first.pop("missing")
+    assert (first.pop("first"), reports[1].pop("first")) == (True, False)
+    assert first.pop("rank") == 0 and reports[1].pop("rank") == 1
+    assert first == reports[1]
+    assert first["drawn by"] == [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]
+    assert first["agreed"] == 10
+    assert first["error"].startswith("ValueError: invalid literal")
+    assert first["shares"] == [[0, 1, 2], [3, 4]]
+    assert "a batch of 1 pictures leaves some of 2 data-parallel replicas" in first["empty share"]
+
+
+def test_one_process_takes_no_flags_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*flags("flux", Path("a")), "--ulysses_degree", "2"])
+    words = "unrecognized arguments: --ulysses_degree 2; xDiT's flags of a layout are for the ranks"
+    assert words in capsys.readouterr().err
