@@ -7,14 +7,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.worlds import ROOT, launch, run_world
+from support.worlds import ROOT, WorldFailed, launch, run_world
 
 from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
+from xfuser_fastcache.calibration import settle
+from xfuser_fastcache.calibration.options import CalibrationOptions
 from xfuser_fastcache.cli import main
 from xfuser_fastcache.xdit.loaded import call_arguments
+from xfuser_fastcache.xdit.ranks import Place
 
 STEPS = 5
 WORKER = "calibrate_worker.py"
@@ -98,6 +102,68 @@ def test_ranks_of_a_layout_make_the_file_of_one_rank(
     assert sorted(path.name for path in records.iterdir()) == sorted(
         path.name for path in kept.iterdir()
     )
+
+
+def in_stages(output: Path, *more: str) -> str:
+    """Run a calibration on two stages of a pipeline, and return what its ranks printed."""
+    return launch(WORKER, 2, *flags("flux", output), "--pipefusion_parallel_degree", "2", *more)
+
+
+def test_stages_that_attend_to_no_old_keys_make_the_file_of_one_rank(
+    reference: Reference, tmp_path: Path
+) -> None:
+    """With one patch PipeFusion draws the pictures of one rank, whose last stage is blind."""
+    wanted, output = load_fitted(reference("flux")), tmp_path / "stages.safetensors"
+    in_stages(output, "--num_pipeline_patch", "1")
+    found = load_fitted(output)
+    for name in (*TABLES, "steering_blind"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-4, err_msg=name)
+    assert found.steering_blind.any() and found.masks == wanted.masks
+    assert (found.scales, found.steering.shape[0], found.steering_guided.shape[0]) == ({}, 0, 0)
+    different = {
+        name for name, value in wanted.metadata.items() if found.metadata.get(name) != value
+    }
+    assert different == {"layout"}
+    assert wanted.metadata["layout"] == "without PipeFusion"
+    words = "PipeFusion: 2 stages, patches: 1, synchronous steps: 1"
+    assert found.metadata["layout"] == words
+
+
+@pytest.mark.slow
+def test_corrections_are_fitted_on_a_layouts_own_pictures(
+    reference: Reference, tmp_path: Path
+) -> None:
+    """Patches that attend to old keys make other records; their corrections help there."""
+    output, report = tmp_path / "stages.safetensors", tmp_path / "report.json"
+    # Records that are there, of the same layout alone, are taken.
+    shutil.copytree(reference("flux").with_suffix(".records"), output.with_suffix(".records"))
+    with pytest.raises(WorldFailed, match="holds records of a run with another layout; give"):
+        in_stages(output)
+    shutil.rmtree(output.with_suffix(".records"))
+    in_stages(output, "--report", str(report))
+    found, wanted = load_fitted(output), load_fitted(reference("flux"))
+    assert not np.allclose(found.slopes, wanted.slopes, rtol=2e-3, equal_nan=True)
+    tried = json.loads(report.read_text())["masks"]["latent_snr_db"]["3"]
+    assert tried["steered, even"] > tried["plain, even"] + 3
+
+
+def test_what_stages_cannot_be_calibrated_with_is_refused() -> None:
+    def refused(layout: Place, computed_steps: list[int], replicas: int = 1) -> str:
+        runs = SimpleNamespace(team=SimpleNamespace(place=layout, replicas=replicas))
+        options = CalibrationOptions(model="", output=Path(), computed_steps=computed_steps)
+        try:
+            settle.check_layout(runs, options)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert "say of how many steps with --computed_steps" in refused(Place(stages=2), [])
+    for layout in (Place(stages=2, shards=2), Place(stages=2, branches=2)):
+        assert "is made with --pipefusion_parallel_degree alone: leave" in refused(layout, [3])
+    assert "alone: leave" in refused(Place(stages=2), [3], replicas=2)
+    assert not refused(Place(stages=2), [3])
+    assert not refused(Place(shards=2, branches=2), [], replicas=2)
 
 
 def test_replicas_share_prompts_out_and_say_who_is_missing() -> None:

@@ -137,7 +137,9 @@ class Runs:
         """Return what the file says of its origin."""
         model = self.model
         scheduler = getattr(self.pipe.scheduler, "module", self.pipe.scheduler)
-        blocks = sum(len(getattr(model, name)) for name in self.adapter.block_lists)
+        held = sum(len(getattr(model, name)) for name in self.adapter.block_lists)
+        by_stage = {place.stage: blocks for place, blocks in self.team.of_replica(held)}
+        blocks = sum(by_stage.values())
         return {
             **fingerprint(model, self.adapter.model_class, self.adapter.embedder, blocks),
             "scheduler": type(scheduler).__name__,
@@ -145,6 +147,7 @@ class Runs:
             "seed": self.options.seed,
             "generations": len(self.prompts),
             "call": self.call,
+            "layout": self.team.layout,
             "versions": {name: version(name) for name in ("torch", "diffusers")},
         }
 

@@ -21,6 +21,7 @@ from xfuser_fastcache.xdit.ranks import (
     data_replica,
     meet_all,
     patch_now,
+    pipeline_in_words,
     place_of,
     ranks_of_replica,
 )
@@ -29,6 +30,8 @@ T = TypeVar("T")
 S = TypeVar("S")
 # Longest wait for other ranks, such as for a fit of the first one; in seconds.
 LIMIT_S = 3600.0
+# What files and records say of layouts that draw the pictures of one rank.
+WITHOUT_STAGES = "without PipeFusion"
 
 
 class Team:
@@ -37,11 +40,13 @@ class Team:
     Attributes:
         place: of this rank.
         replicas: that share the prompts out.
+        layout: what records depend on: PipeFusion's stages and patches.
         first: whether this rank writes files and shows what goes on.
     """
 
     place = Place()
     replicas = 1
+    layout = WITHOUT_STAGES
     first = True
 
     def agreed(self, make: Callable[[], T]) -> T:
@@ -157,6 +162,8 @@ class Ranks(Team):
 
     def __init__(self, transformer: nn.Module, limit_s: float = LIMIT_S):
         self.place = place_of(transformer)
+        if self.place.stages > 1:
+            self.layout = pipeline_in_words()
         self.limit_s = limit_s
         self.replicas = data_replica()[1]
         self.first = torch.distributed.get_rank() == 0

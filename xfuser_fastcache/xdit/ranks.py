@@ -61,6 +61,17 @@ def patch_now() -> tuple[int, int]:
     return state.pipeline_patch_idx, state.num_pipeline_patch
 
 
+def pipeline_in_words() -> str:
+    """Return what PipeFusion's pictures depend on."""
+    from xfuser.core.distributed import get_pipeline_parallel_world_size
+
+    state = runtime_state()
+    return (
+        f"PipeFusion: {get_pipeline_parallel_world_size()} stages, patches: "
+        f"{state.num_pipeline_patch}, synchronous steps: {state.runtime_config.warmup_steps}"
+    )
+
+
 def data_replica() -> tuple[int, int]:
     """Return which data-parallel replica this rank belongs to, and how many there are."""
     from xfuser.core.distributed import get_data_parallel_rank, get_data_parallel_world_size
