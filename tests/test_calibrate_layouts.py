@@ -11,12 +11,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.calibrations import fitted_on
 from support.worlds import ROOT, WorldFailed, launch, run_world
 
 from xfuser_fastcache.artifacts.calibration import Fitted, load_fitted
 from xfuser_fastcache.calibration import settle
+from xfuser_fastcache.calibration.audit import audit
 from xfuser_fastcache.calibration.options import CalibrationOptions
 from xfuser_fastcache.cli import main
+from xfuser_fastcache.config import CacheConfig
+from xfuser_fastcache.reports.progress import Progress
 from xfuser_fastcache.xdit.loaded import call_arguments
 from xfuser_fastcache.xdit.ranks import Place
 
@@ -164,6 +168,25 @@ def test_what_stages_cannot_be_calibrated_with_is_refused() -> None:
     assert "alone: leave" in refused(Place(stages=2), [3], replicas=2)
     assert not refused(Place(stages=2), [3])
     assert not refused(Place(shards=2, branches=2), [], replicas=2)
+
+
+def test_what_promises_nothing_is_not_audited(tmp_path: Path) -> None:
+    def refused(layout: Place, **scales: float) -> str:
+        path = tmp_path / "file.safetensors"
+        fitted_on([1.0, 0.5, 0.2], scales=scales).save(path)
+        runs = SimpleNamespace(team=SimpleNamespace(place=layout), prompts=[])
+        with pytest.raises(ValueError) as error:
+            audit(runs, path, Progress("none"))
+        return str(error.value)
+
+    assert "leave --pipefusion_parallel_degree out" in refused(Place(stages=2), **{"0.05": 1.0})
+    assert "holds masks alone" in refused(Place())
+
+
+def test_a_gate_without_scales_says_what_the_file_is_for() -> None:
+    config = CacheConfig(calibration="file", significance_level=0.05)
+    with pytest.raises(ValueError, match="is for masks alone; give computed_steps"):
+        config.resolved(fitted_on([1.0, 0.5, 0.2], scales={}))
 
 
 def test_replicas_share_prompts_out_and_say_who_is_missing() -> None:

@@ -21,9 +21,22 @@ def audit(runs: Runs, path: Path, progress: Progress) -> dict[str, Any]:
         runs: of prompts that the calibration has not seen.
         path: the calibration.
         progress: shows it.
+
+    Raises:
+        ValueError: the calibration promises nothing, or the layout cannot tell whether it holds.
     """
+    if runs.team.place.stages > 1:
+        raise ValueError(
+            "an audit needs what a skipped step would have put out, which a stage of PipeFusion "
+            "does not know: leave --pipefusion_parallel_degree out"
+        )
     fitted = load_fitted(path)
     alphas = sorted(fitted.scales)
+    if not alphas:
+        raise ValueError(
+            f"{path} holds masks alone ({fitted.metadata.get('layout')}): it promises no share of "
+            "harmful skips that could be audited"
+        )
     report: dict[str, Any] = {"calibration": str(path), "digest": fitted.digest, "levels": {}}
     records: dict[float, list[Any]] = {}
     for alpha in alphas:

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xfuser_fastcache.artifacts.calibration import VERSION, Fitted
+from xfuser_fastcache.artifacts.calibration import VERSION, WITHOUT_STAGES, Fitted
 from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.masks import MaskTrials, given_masks
 from xfuser_fastcache.calibration.options import CalibrationOptions
 from xfuser_fastcache.calibration.runs import Runs, saved
 from xfuser_fastcache.calibration.stages import StagedTrials
-from xfuser_fastcache.calibration.team import WITHOUT_STAGES
 from xfuser_fastcache.reports.progress import Progress
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from xfuser_fastcache.artifacts.calibration import WITHOUT_STAGES
 from xfuser_fastcache.xdit.ranks import (
     Place,
     all_ranks,
@@ -30,8 +31,6 @@ T = TypeVar("T")
 S = TypeVar("S")
 # Longest wait for other ranks, such as for a fit of the first one; in seconds.
 LIMIT_S = 3600.0
-# What files and records say of layouts that draw the pictures of one rank.
-WITHOUT_STAGES = "without PipeFusion"
 
 
 class Team:
