@@ -325,6 +325,23 @@ def test_weights_that_were_trained_on_are_another_model(change: float) -> None:
     assert fitted_for(pipe, STEPS).metadata["weights"] != before
 
 
+@pytest.mark.parametrize(
+    ("layout", "warned"),
+    [({}, False), ({"layout": "without PipeFusion"}, False), ({"layout": "PipeFusion: 2"}, True)],
+)
+def test_a_calibration_of_stages_is_warned_of_where_there_are_none(
+    flux: Flux,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    layout: dict[str, str],
+    warned: bool,
+) -> None:
+    fitted = fitted_for(flux.pipe, STEPS, metadata=layout)
+    assert fitted.of_stages == warned
+    cached(flux, saved(tmp_path / "file", fitted))
+    assert ("was made under PipeFusion: 2: its masks" in caplog.text) == warned
+
+
 def test_a_calibration_finds_its_pipelines_scheduler_and_is_refused_without_any(
     flux: Flux, tmp_path: Path
 ) -> None:

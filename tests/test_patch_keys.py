@@ -191,10 +191,12 @@ def test_another_batch_is_never_carried(monkeypatch: pytest.MonkeyPatch) -> None
     assert not layer.carried and found.shape[0] == 2
 
 
-def test_a_single_patch_attends_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", [0, 3])
+def test_a_single_patch_attends_to_itself(monkeypatch: pytest.MonkeyPatch, text: int) -> None:
+    """FLUX's text is remembered beside a single patch, and counted by none."""
     layer = Layer(monkeypatch)
     layer.state.num_pipeline_patch = 1
-    layer.state.pp_patches_token_num = [5]
+    layer.state.pp_patches_token_num = [5 - text]
     for step in (0, 1, 4):
         assert torch.equal(layer(step, None), layer.at(LEVELS[step]))
         assert not layer.carried

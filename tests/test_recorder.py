@@ -17,9 +17,10 @@ from torch import nn
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration.cells import tables_of
-from xfuser_fastcache.calibration.record import Recorder, Trajectory
+from xfuser_fastcache.calibration.record import Recorder, Trajectory, sample
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.models.forward_layout import ForwardContract
+from xfuser_fastcache.xdit.ranks import Place
 
 MASK = [1, 1, 1, 0, 1, 0, 0, 1]
 every_family = pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
@@ -119,6 +120,16 @@ def test_of_a_large_picture_an_even_selection_is_recorded(max_tokens: int, every
     wanted = gram_of([(y[:, ::every], x[:, ::every]) for y, x in model.seen()])
     (found,) = model.record(max_tokens)
     np.testing.assert_allclose(found.gram, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [8, 24, 25, 47, 48, 99])
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+def test_ranks_that_share_a_picture_keep_the_selection_of_one(shards: int, most: int) -> None:
+    tokens = torch.arange(48.0).view(1, 48, 1)
+    parts = enumerate(tokens.chunk(shards, dim=1))
+    kept = [sample(part, most, Place(shard=i, shards=shards)) for i, part in parts]
+    assert torch.equal(torch.cat(kept, dim=1), sample(tokens, most))
+    assert sum(part.shape[1] for part in kept) <= most
 
 
 @every_family

@@ -138,6 +138,30 @@ def test_a_scheduler_that_is_not_linear_is_refused_with_its_step() -> None:
 # ---- what is fitted -----------------------------------------------------------------------------
 
 
+def test_the_patches_of_a_step_add_up_to_all_of_it() -> None:
+    """A pipeline's stage sees a patch after the other; the last one's weights are the step's."""
+    model, step = Model("sd3"), 5
+    full = model.full()
+    observer = model.observer()
+    seed = torch.Generator().manual_seed(0)
+    moved = [x + 0.1 * torch.randn(x.shape, generator=seed) for x in full.latents]
+    observer.latents, observer.outputs = moved[:step], full.outputs[:step]
+    plain, *terms = (torch.randn(full.outputs[step].shape, generator=seed) for _ in range(4))
+    forecaster = SteeringForecaster(full, observer, sees_latents=False)
+    whole = forecaster._fit(step, moved[step], plain, terms)
+
+    def of(at: slice) -> np.ndarray:
+        cut = [term[:, :, at] for term in terms]
+        return forecaster._fit(step, moved[step][:, at], plain[:, :, at], cut, at)
+
+    tokens = plain.shape[2]
+    first, *_, last = (of(slice(i, i + tokens // 4)) for i in range(0, tokens, tokens // 4))
+    np.testing.assert_allclose(last, whole, rtol=1e-4)
+    assert not np.allclose(first, whole, rtol=1e-2)
+    # The next step, or another run of this one, begins anew.
+    np.testing.assert_allclose(of(slice(0, tokens // 4)), first, rtol=1e-6)
+
+
 @every_family
 @pytest.mark.parametrize("sees_latents", [True, False])
 def test_steered_pictures_are_nearer_to_full_computation(family: str, sees_latents: bool) -> None:

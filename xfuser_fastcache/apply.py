@@ -294,6 +294,11 @@ def replace_forecaster(transformer: nn.Module, forecaster: Forecaster) -> None:
     _hook(transformer).engine.forecaster = forecaster
 
 
+def model_of(transformer: nn.Module) -> nn.Module:
+    """Return the diffusers model inside what a pipeline calls."""
+    return _layout(transformer, None).model_of(transformer)
+
+
 def _hook(transformer: nn.Module) -> TransformerHook:
     hook = hook_on(transformer)
     if hook is None:

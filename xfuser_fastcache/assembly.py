@@ -108,8 +108,14 @@ class Request:
                 f"of the {group.stages} pipeline stages holds a part; leave linear_maps out, or "
                 "run with pipefusion_parallel_degree=1"
             )
+        if self.fitted is not None and self.fitted.of_stages and group.stages == 1:
+            _say_once(
+                f"the calibration {self.path!r} was made under {self.fitted.metadata['layout']}: "
+                "its masks and corrections are for the older keys there. Without PipeFusion evenly "
+                "spaced steps did better: make one in this layout with fastcache calibrate."
+            )
         if self.config.shadow_audit and group.stages > 1:
-            _say_inert(
+            _say_once(
                 "shadow_audit does nothing under PipeFusion, where computing a skipped patch as "
                 "well would renew its keys and values: audits stays 0."
             )
@@ -251,7 +257,7 @@ def _check_files(
 
 
 @cache
-def _say_inert(message: str) -> None:
+def _say_once(message: str) -> None:
     logger.warning("%s (Said once.)", message)
 
 
@@ -264,7 +270,7 @@ def _token_plan(
     """Return the token plan that a config asks for, where there can be one."""
     methods = request.config.methods.token_plans
     if methods and group.stages > 1:
-        _say_inert(
+        _say_once(
             "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
             "without them, and spatial_approx_ratio stays 0."
         )

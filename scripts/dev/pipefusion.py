@@ -2,6 +2,7 @@
 """Take apart what a cache costs under PipeFusion, one factor at a time, on an embedded toy.
 
     torchrun --standalone --nproc_per_node 2 scripts/dev/pipefusion.py --model flux --stages 2
+    torchrun ... scripts/dev/pipefusion.py --model flux --stages 2 --calibration FILE
 
 Every row draws the same captions from the same noise. Pictures are compared with the uncached ones
 of the same layout, and with those of one rank, which PipeFusion alone already moves away from:
@@ -48,10 +49,24 @@ CHOSEN_BY = 7
 AGED, STAGGERED = {"patch_kv_slope": 0.0}, {"stagger_stages": True}
 
 
-def rows(toy: str, computed: int) -> dict[str, dict[str, Any]]:
-    """Return the cache's options by what they are called."""
+def rows(toy: str, computed: int, made: str) -> dict[str, dict[str, Any]]:
+    """Return the cache's options by what they are called.
+
+    Args:
+        toy: its folder.
+        computed: steps.
+        made: a calibration that was made in this layout, to be compared; "" for all other rows.
+    """
     mask = {"calibration": f"{toy}/fastcache.safetensors"}
     even = {"computed_steps": computed, "forecaster": "output"}
+    if made:
+        return {
+            f"mask of {computed}, calibrated on one rank": {**mask, "computed_steps": computed},
+            f"mask of {computed}, calibrated here": {
+                "calibration": made,
+                "computed_steps": computed,
+            },
+        }
     found = {}
     for steps in (computed, 14):
         calibrated = {**mask, "computed_steps": steps}
@@ -68,9 +83,13 @@ def rows(toy: str, computed: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def decibels(images: list[np.ndarray], others: list[np.ndarray]) -> str:
-    """Return the mean PSNR over pictures with its interval, in words."""
-    found = np.array([psnr_db(a, b) for a, b in zip(images, others, strict=True)])
+def psnrs(images: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+    """Return the PSNR of each picture, in dB."""
+    return np.array([psnr_db(a, b) for a, b in zip(images, others, strict=True)])
+
+
+def decibels(found: np.ndarray) -> str:
+    """Return the mean over pictures with its interval, in words."""
     if np.isinf(found).all():
         return "identical"
     low, high = interval(found) or (found.mean(), found.mean())
@@ -92,6 +111,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, help="of the pipeline; else as many as stages")
     parser.add_argument("--computed_steps", type=int, help="else 10 for flux, 12 for others")
     parser.add_argument("--num_prompts", type=int, default=8)
+    parser.add_argument("--calibration", default="", help="made in this layout; it alone is tried")
     parser.add_argument("--choose", action="store_true", help="on captions that choose, not judge")
     options = parser.parse_args()
     patches = options.patches or options.stages
@@ -120,22 +140,27 @@ def main() -> None:
     say(options.model, "skipped", "pipeline allows", "dB to uncached", "dB to one rank", "carried")
     say(*["---"] * 6)
     if first:
-        say("uncached", "0 %", "1.00x", "", decibels(uncached, one_rank), "")
-    for name, config in rows(toy, computed).items():
+        say("uncached", "0 %", "1.00x", "", decibels(psnrs(uncached, one_rank)), "")
+    found: dict[str, np.ndarray] = {}
+    for name, config in rows(toy, computed, options.calibration).items():
         apply_cache_on_transformer(subject.transformer, use_cache="Fast", **config)
         images = subject.generate(prompts, seeds).images
         statistics = get_cache_statistics(subject.transformer)
         trace = get_cache_trace(subject.transformer)
         remove_cache(subject.transformer)
         if first:
+            found[name] = psnrs(images, uncached)
             say(
                 name,
                 f"{statistics['block_approx_ratio']:.1%}",
                 allowed(trace, options.stages, patches, config),
-                decibels(images, uncached),
-                decibels(images, one_rank),
+                decibels(found[name]),
+                decibels(psnrs(images, one_rank)),
                 str(statistics["carried_keys"]),
             )
+    if first and options.calibration:
+        alone, here = found.values()
+        print(f"calibrated here, picture by picture: {decibels(here - alone)} dB more")
     finish()
 
 

@@ -39,6 +39,9 @@ _TABLES = {
 # These travel in the metadata.
 _NUMBERS = ("exponents", "upper", "scales", "masks")
 
+# What `layout` in the metadata says where PipeFusion took no part.
+WITHOUT_STAGES = "without PipeFusion"
+
 # What the metadata says of the model and of the test; a file for others is refused.
 MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
 _FAMILIES = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
@@ -244,6 +247,11 @@ class Fitted:
     def most_skips(self) -> int:
         """Most steps in a row that the calibration has looked at."""
         return self.slopes.shape[1]
+
+    @property
+    def of_stages(self) -> bool:
+        """Whether it was made under PipeFusion: on its pictures, and blind for the latents."""
+        return self.metadata.get("layout", WITHOUT_STAGES) != WITHOUT_STAGES
 
     def save(self, path: str | Path) -> None:
         """Write the file in one go: another process sees all of it or nothing."""

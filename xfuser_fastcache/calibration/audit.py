@@ -21,16 +21,29 @@ def audit(runs: Runs, path: Path, progress: Progress) -> dict[str, Any]:
         runs: of prompts that the calibration has not seen.
         path: the calibration.
         progress: shows it.
+
+    Raises:
+        ValueError: the calibration promises nothing, or the layout cannot tell whether it holds.
     """
+    if runs.team.place.stages > 1:
+        raise ValueError(
+            "an audit needs what a skipped step would have put out, which a stage of PipeFusion "
+            "does not know: leave --pipefusion_parallel_degree out"
+        )
     fitted = load_fitted(path)
-    indices = progress.track(range(len(runs.prompts)), "audit")
     alphas = sorted(fitted.scales)
+    if not alphas:
+        raise ValueError(
+            f"{path} holds masks alone ({fitted.metadata.get('layout')}): it promises no share of "
+            "harmful skips that could be audited"
+        )
     report: dict[str, Any] = {"calibration": str(path), "digest": fitted.digest, "levels": {}}
-    records: dict[float, list[Any]] = {alpha: [] for alpha in alphas}
-    for index in indices:
-        for alpha in alphas:
-            cache = {"calibration": str(path), "significance_level": alpha}
-            records[alpha].append(runs.record(index, f"audit-{alpha}", **cache))
+    records: dict[float, list[Any]] = {}
+    for alpha in alphas:
+        cache = {"calibration": str(path), "significance_level": alpha}
+        drawn = runs.records(range(len(runs.prompts)), f"audit-{alpha}", **cache)
+        title = f"audit, alpha {alpha}"
+        records[alpha] = list(progress.track(drawn, title, len(runs.prompts)))
     epsilon = fitted.metadata["cache_ratio_threshold"]
     for alpha in alphas:
         report["levels"][str(alpha)] = build.audit(fitted, records[alpha], epsilon)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,20 +63,23 @@ class MaskTrials:
         self.given = given
         self.steps = len(fitted.noise_levels)
         self.batch = list(range(min(options.batch_size, len(runs.prompts))))
+        # How many of them weights are fitted on; the others try a mask.
+        self.fits = min(max(1, round(FITTED * len(self.batch))), len(self.batch) - 1)
         self.full, self.reference = self._full_run()
-        self.guided = len(self.full.outputs[0]) == 2
+        self.guided = self.full is not None and len(self.full.outputs[0]) == 2
         self._steered: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def search(self) -> tuple[Fitted, dict[str, Any]]:
         """Return the calibration with masks, its cells without corrections where they lost."""
-        options = self.options
+        options, runs = self.options, self.runs
         budgets = sorted(options.computed_steps, reverse=True)
         kinds = {
             "corrected": self.fitted,
-            "plain": build.without_corrections(self.fitted, self.parts),
+            "plain": runs.team.agreed(lambda: build.without_corrections(self.fitted, self.parts)),
         }
         even = {kind: self._tried_evenly(candidate, budgets) for kind, candidate in kinds.items()}
-        chosen = max(kinds, key=lambda kind: np.mean(list(even[kind].values())))
+        mean = {kind: float(np.mean(list(found.values()))) for kind, found in even.items()}
+        chosen = runs.team.agreed(lambda: max(mean, key=mean.__getitem__))
         seeker = MaskSearch(
             build.flat(self.parts.fit),
             self.fitted.noise_levels,
@@ -86,7 +90,7 @@ class MaskTrials:
         report: dict[str, Any] = {}
         for budget in self.progress.track(budgets, "masks"):
             proposed = {
-                "searched": seeker.best(budget),
+                "searched": runs.team.agreed(functools.partial(seeker.best, budget)),
                 "even": even_mask(self.steps, budget),
                 "even, last skipped": even_mask(self.steps, budget, last=False),
             }
@@ -100,18 +104,21 @@ class MaskTrials:
                 **{f"steered, {name}": snr for name, (snr, _) in found.items()},
                 "steered, moved": value,
             }
-        ascending = [masks[count] for count in sorted(masks)]
-        steering = {
-            "steering_guided" if self.guided else "steering": [
-                self._steered[tuple(mask)] for mask in ascending
-            ],
-            "steering_blind": [self._run(mask, sees_latents=False)[1] for mask in ascending],
+        tables: dict[str, Any] = {
+            name: np.stack(rows)
+            for name, rows in self._corrections([masks[count] for count in sorted(masks)]).items()
         }
-        if self.guided:
-            steering["steering"] = [self._run(mask)[1] for mask in ascending]
-        tables: dict[str, Any] = {name: np.stack(rows) for name, rows in steering.items()}
         fitted = replace(kinds[chosen], masks=masks, **tables)
         return fitted, {"chosen": chosen, "latent_snr_db": report}
+
+    def _corrections(self, masks: list[list[int]]) -> dict[str, list[NDArray[np.float32]]]:
+        """Return corrections for the chosen masks, by their names in the file."""
+        tried = [self._steered[tuple(mask)] for mask in masks]
+        found = {"steering_guided" if self.guided else "steering": tried}
+        found["steering_blind"] = [self._run(mask, sees_latents=False)[1] for mask in masks]
+        if self.guided:
+            found["steering"] = [self._run(mask)[1] for mask in masks]
+        return found
 
     def steered(self, mask: list[int]) -> float:
         """Fit corrections for a mask; return what it makes of the generations held out, in dB."""
@@ -119,18 +126,24 @@ class MaskTrials:
         return value
 
     def _run(self, mask: list[int], **options: bool) -> tuple[float, NDArray[np.float32]]:
+        assert self.full is not None
         with self._observer() as observer:
             forecaster = SteeringForecaster(self.full, observer, **options)
             found = self.runs.latents(*self.batch, forecaster=forecaster, steps_mask=mask)
-        rows = range(self.full.fitted, len(self.batch))
-        return float(
-            np.mean([ratio_db(found[i], self.reference[i]) for i in rows])
-        ), forecaster.found
+        return self._judged(found), forecaster.found
+
+    def _judged(self, found: torch.Tensor) -> float:
+        """Return how near the latents that try a mask are to those of full computation, in dB."""
+        rows = range(self.fits, len(self.batch))
+        value = float(np.mean([ratio_db(found[i], self.reference[i]) for i in rows]))
+        return self.runs.team.agreed(lambda: value)
 
     def _observer(self) -> Observer:
-        return Observer(self.runs.pipe.transformer, len(self.batch), self.options.max_tokens)
+        runs = self.runs
+        count, tokens = len(self.batch), self.options.max_tokens
+        return Observer(runs.pipe.transformer, count, tokens, runs.team)
 
-    def _full_run(self) -> tuple[FullRun, torch.Tensor]:
+    def _full_run(self) -> tuple[FullRun | None, torch.Tensor]:
         with self._observer() as observer:
             final = self.runs.latents(*self.batch)
         calls = len(observer.outputs)
@@ -139,43 +152,47 @@ class MaskTrials:
                 f"{calls} calls of the transformer in {self.steps} steps: masks are searched where "
                 "guidance comes in one call a step; leave --computed_steps out"
             )
-        count = len(self.batch)
-        fitted = min(max(1, round(FITTED * count)), count - 1)
-        return FullRun.of(observer, final, fitted), final
+        return FullRun.of(observer, final, self.fits), final
 
     def _tried_evenly(self, candidate: Fitted, budgets: list[int]) -> dict[int, float]:
         """Return how the corrections of cells do with even masks, by number of computed steps."""
         first = len(self.parts.fit)
         tried = range(first, first + min(TRIED, len(self.parts.held_out)))
-        references = {index: self.runs.latents(index) for index in tried}
-        found = {}
-        with saved(candidate, self.options.output) as path:
-            for budget in budgets:
-                mask = even_mask(self.steps, budget)
-                cache: dict[str, Any] = {"calibration": path, "steps_mask": mask}
-                ratios = [
-                    ratio_db(self.runs.latents(index, **cache), reference)
-                    for index, reference in references.items()
+        with saved(candidate) as path:
+
+            def ratios(index: int) -> list[float]:
+                reference = self.runs.latents(index)
+                masks = [even_mask(self.steps, budget) for budget in budgets]
+                cached = [
+                    self.runs.latents(index, calibration=path, steps_mask=mask) for mask in masks
                 ]
-                found[budget] = float(np.mean(ratios))
-        return found
+                return [ratio_db(one, reference) for one in cached]
+
+            found = list(self.runs.team.shared_out(tried, ratios))
+        return dict(zip(budgets, np.mean(found, axis=0).tolist(), strict=True))
 
     def _impact(self) -> np.ndarray:
         """Return by how much an error of the output at each step moves the final latents."""
-        folder = self.runs.folder
+        team, folder = self.runs.team, self.runs.folder
         cached = folder / "impact.npy" if folder else None
-        if cached is not None and cached.exists():
-            return np.load(cached)
+        known = team.agreed(lambda: np.load(cached) if cached and cached.exists() else None)
+        if known is not None:
+            return known
         references = [self.runs.latents(i) for i in range(IMPACT)]
-        moved = np.zeros((IMPACT, self.steps))
-        for step in self.progress.track(range(1, self.steps), "impact of steps"):
+
+        def distances(step: int) -> list[float]:
             mask = [int(s != step) for s in range(self.steps)]
-            for i, reference in enumerate(references):
-                found = self.runs.latents(i, steps_mask=mask)
-                moved[i, step] = float((found - reference).double().square().mean().sqrt())
+            made = [self.runs.latents(i, steps_mask=mask) for i in range(IMPACT)]
+            pairs = zip(made, references, strict=True)
+            return [float((a - b).double().square().mean().sqrt()) for a, b in pairs]
+
+        steps = range(1, self.steps)
+        drawn = team.shared_out(steps, distances)
+        tracked = self.progress.track(drawn, "impact of steps", len(steps))
+        moved = np.array([[0.0] * IMPACT, *tracked])
         records = build.flat(self.parts.fit[:IMPACT])
-        impact = step_impact(moved, records, self.fitted.noise_levels)
-        if cached is not None:
+        impact = team.agreed(lambda: step_impact(moved.T, records, self.fitted.noise_levels))
+        if cached is not None and team.first:
             np.save(cached, impact)
         return impact
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from xfuser_fastcache.calibration.branches import BranchCounter
+from xfuser_fastcache.calibration.team import Alone, Team
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.xdit.ranks import Place
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,19 @@ class Trajectory:
 
 @dataclass
 class _Branch:
-    rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """What this rank saw of a branch.
+
+    Attributes:
+        outputs: of each step, `(batch, tokens, channels)`.
+        latents: of each step, same shapes.
+        skipped: at which steps a cache skipped.
+        errors: of what was put out, and the size of the true output, sums of squares, `(T, 2)`.
+    """
+
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
     skipped: list[bool] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
+    errors: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Recorder:
@@ -48,17 +60,25 @@ class Recorder:
     was forecast, and the error noted. Of a generation, the latents and outputs of all steps are
     held on the host until it ends, in float32: 8 bytes a token, channel and step; of more than
     `max_tokens` tokens a picture an even selection. Then only the inner products stay: 32 T^2
-    bytes.
+    bytes. Ranks that share a picture put their parts together when it is taken.
 
     Args:
         transformer: whose forward the pipeline calls.
         adapter: of its family.
         max_tokens: tokens of a picture that are recorded (pixels where the latents are a picture).
+        team: whose ranks record it together.
     """
 
-    def __init__(self, transformer: nn.Module, adapter: type[ModelAdapter], max_tokens: int):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        adapter: type[ModelAdapter],
+        max_tokens: int,
+        team: Team | None = None,
+    ):
         self.transformer = transformer
         self.max_tokens = max_tokens
+        self.team = team or Alone()
         self._contract = ForwardContract()
         self._branches: list[_Branch] = []
         self._counter = BranchCounter(transformer, adapter)
@@ -74,23 +94,27 @@ class Recorder:
     def take(self) -> list[Trajectory]:
         """Return the generation that was just recorded, one trajectory a branch, and forget it.
 
+        The ranks that share the picture call it together.
+
         Raises:
             ValueError: nothing was recorded, or branches of unequal length.
         """
         branches, self._branches = self._branches, []
         self._counter.reset()
-        lengths = {len(branch.rows) for branch in branches}
+        lengths = {len(branch.skipped) for branch in branches}
         if len(lengths) != 1:
             raise ValueError(
                 f"a generation with branches of {sorted(lengths)} steps cannot be calibrated on: "
                 "every branch has to run at every step"
             )
-        return [_trajectory(branch) for branch in branches]
+        return [self._trajectory(branch) for branch in branches]
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        index = self._counter.of(args, kwargs)
+        place, (patch, _) = self.team.place, self.team.patch()
+        # Under PipeFusion all guidance of a step comes in one call, or on other ranks.
+        index = self._counter.of(args, kwargs) if place.stages == 1 else 0
         if index == len(self._branches):
             self._branches.append(_Branch())
         branch = self._branches[index]
@@ -105,20 +129,46 @@ class Recorder:
         if skipped:
             put_out = self._contract.unpack(output).hidden_states
             made = noise_tokens(put_out, latents).double()
-            error = float((made - noise).norm() / noise.double().norm())
-        rows = (sample(noise, self.max_tokens), sample(latents, self.max_tokens))
-        branch.rows.append(tuple(row.float().cpu().reshape(-1).clone() for row in rows))  # type: ignore[arg-type]
-        branch.skipped.append(skipped)
-        branch.errors.append(error)
+            error = float((made - noise).square().sum())
+        if place.stage == 0:
+            self._keep(branch.latents, latents, patch)
+        if place.stage == place.stages - 1:
+            self._keep(branch.outputs, noise, patch)
+        if patch == 0:
+            branch.skipped.append(skipped)
+            branch.errors.append((error, float(noise.double().square().sum())))
+
+    def _keep(self, rows: list[torch.Tensor], tokens: torch.Tensor, patch: int) -> None:
+        place = self.team.place
+        if place.stages == 1:
+            tokens = sample(tokens, self.max_tokens, place)
+        kept = tokens.float().cpu().clone()
+        if patch:
+            rows[-1] = torch.cat((rows[-1], kept), dim=1)
+        else:
+            rows.append(kept)
+
+    def _trajectory(self, branch: _Branch) -> Trajectory:
+        latents = self.team.of_picture(branch.latents, 0)
+        outputs = self.team.of_picture(branch.outputs, self.team.place.stages - 1)
+        # A last stage does not know how many of the channels are noise.
+        rows = [*(made[..., : latents[0].shape[-1]] for made in outputs), *latents]
+        kept = [sample(row, self.max_tokens).reshape(-1) for row in rows]
+        matrix = torch.stack(kept).double()
+        gram = (matrix @ matrix.T / matrix.shape[1]).numpy()
+        errors, sizes = self.team.summed(np.array(branch.errors)).T
+        return Trajectory(gram, np.array(branch.skipped), np.sqrt(errors / sizes))
 
 
-def sample(tokens: torch.Tensor, most: int) -> torch.Tensor:
-    """Return an even selection of at most `most` tokens of `(batch, tokens, channels)`."""
-    return tokens[:, :: -(-tokens.shape[1] // most)]
+def sample(tokens: torch.Tensor, most: int, place: Place | None = None) -> torch.Tensor:
+    """Return an even selection of at most `most` tokens of a picture.
 
-
-def _trajectory(branch: _Branch) -> Trajectory:
-    outputs, latents = zip(*branch.rows, strict=True)
-    rows = torch.stack((*outputs, *latents)).double()
-    gram = (rows @ rows.T / rows.shape[1]).numpy()
-    return Trajectory(gram, np.array(branch.skipped), np.array(branch.errors))
+    Args:
+        tokens: `(batch, tokens, channels)`.
+        most: of the whole picture.
+        place: of the rank, whose tokens are one of several equal parts; None for all of them.
+    """
+    shard, shards = (place.shard, place.shards) if place else (0, 1)
+    count = tokens.shape[1]
+    stride = -(-count * shards // most)
+    return tokens[:, -shard * count % stride :: stride]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from xfuser_fastcache.apply import (
     adapter_of,
     apply_cache_on_transformer,
+    model_of,
     remove_cache,
     replace_forecaster,
 )
@@ -23,6 +26,7 @@ from xfuser_fastcache.artifacts.calibration import Fitted, fingerprint
 from xfuser_fastcache.artifacts.file import replace_file
 from xfuser_fastcache.calibration.options import RunOptions
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
+from xfuser_fastcache.calibration.team import Alone, Ranks, Team
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.reports.clips import content_of
@@ -32,18 +36,25 @@ from xfuser_fastcache.xdit.loaded import call_arguments, known_arguments, load_p
 class Runs:
     """Runs one pipeline, and keeps what it recorded.
 
+    In a layout, its methods are collective calls.
+
     Args:
         options: how to run it.
         prompts: of the generations.
-        folder: where records are kept until the run is done; None keeps none.
+        pipe: in xfuser's class, where ranks draw together; None loads diffusers' own.
     """
 
-    def __init__(self, options: RunOptions, prompts: list[str], folder: Path | None = None):
-        self.pipe = load_pipeline(options.model, options.dtype)
-        self.options, self.prompts, self.folder = options, prompts, folder
+    def __init__(self, options: RunOptions, prompts: list[str], pipe: Any = None):
+        self.team: Team = Alone() if pipe is None else Ranks(pipe.transformer)
+        self.pipe = load_pipeline(options.model, options.dtype) if pipe is None else pipe
+        self.options, self.prompts = options, prompts
+        # Where records are kept until the run is done; None keeps none.
+        self.folder: Path | None = None
         call = call_arguments(options.model) if options.call is None else options.call
-        self.call = known_arguments(self.pipe, call)
-        self.adapter = adapter_of(self.pipe.transformer)
+        self.call = known_arguments(getattr(self.pipe, "module", self.pipe), call)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.model = model_of(self.pipe.transformer)
+        self.adapter = adapter_of(self.model)
 
     def latents(
         self, *indices: int, forecaster: OutputForecaster | None = None, **cache: Any
@@ -61,32 +72,62 @@ class Runs:
             apply_cache_on_transformer(transformer, config=config, scheduler=self.pipe.scheduler)
         if forecaster is not None:
             replace_forecaster(transformer, forecaster)
+        shared = len(indices) > 1
+        own: Sequence[int] = indices
+        if shared:
+            share = self.team.shares(len(indices))[self.team.place.replica]
+            own = [indices[place] for place in share]
+        # xfuser's class takes this replica's prompts of a batch by itself.
+        prompts = indices if hasattr(self.pipe, "module") else own
         first = 1000 * self.options.seed
         try:
             output = self.pipe(
-                [self.prompts[index] for index in indices],
+                prompt=[self.prompts[index] for index in prompts],
                 num_inference_steps=self.options.num_inference_steps,
-                generator=[torch.Generator("cpu").manual_seed(first + index) for index in indices],
+                generator=[torch.Generator("cpu").manual_seed(first + index) for index in own],
                 output_type="latent",
                 **self.call,
             )
-            return content_of(output)
         finally:
             if cache:
                 remove_cache(transformer)
+        return self.team.drawn(None if output is None else content_of(output), shared)
 
-    def record(self, index: int, name: str, **cache: Any) -> list[Trajectory]:
-        """Return the record of one generation, from the folder where it is there already."""
-        path = self.folder / f"{name}-{index:05d}.npz" if self.folder else None
-        if path is not None and path.exists():
-            return _read(path)
+    def records(
+        self, indices: Sequence[int], name: str, **cache: Any
+    ) -> Iterator[list[Trajectory]]:
+        """Yield the records of generations, those of the folder where they are there already.
+
+        Args:
+            indices: of the generations, in the order in which they are yielded.
+            name: of their kind.
+            **cache: options; without any they compute everything.
+        """
+        missing = self.team.agreed(lambda: [i for i in indices if not self._kept(name, i)])
+        fresh = self.team.shared_out(missing, lambda index: self._record(index, **cache))
+        for index in indices:
+            path = self._path(name, index)
+            if index in missing:
+                found = next(fresh)
+                if path is not None and self.team.first:
+                    _write(path, found)
+            else:
+                assert path is not None
+                found = self.team.agreed(functools.partial(_read, path))
+            yield found
+
+    def _path(self, name: str, index: int) -> Path | None:
+        return self.folder / f"{name}-{index:05d}.npz" if self.folder else None
+
+    def _kept(self, name: str, index: int) -> bool:
+        path = self._path(name, index)
+        return path is not None and path.exists()
+
+    def _record(self, index: int, **cache: Any) -> list[Trajectory]:
         tokens = self.options.max_tokens
-        with Recorder(self.pipe.transformer, self.adapter, tokens) as recorder:
+        with Recorder(self.pipe.transformer, self.adapter, tokens, self.team) as recorder:
             self.latents(index, **cache)
-        found = recorder.take()
-        if path is not None:
-            _write(path, found)
-        return found
+        return recorder.take()
 
     def levels(self) -> np.ndarray:
         """Return the noise levels of the plan that the last generation ran by."""
@@ -94,8 +135,11 @@ class Runs:
 
     def metadata(self) -> dict[str, Any]:
         """Return what the file says of its origin."""
-        model, scheduler = self.pipe.transformer, self.pipe.scheduler
-        blocks = sum(len(getattr(model, name)) for name in self.adapter.block_lists)
+        model = self.model
+        scheduler = getattr(self.pipe.scheduler, "module", self.pipe.scheduler)
+        held = sum(len(getattr(model, name)) for name in self.adapter.block_lists)
+        by_stage = {place.stage: blocks for place, blocks in self.team.of_replica(held)}
+        blocks = sum(by_stage.values())
         return {
             **fingerprint(model, self.adapter.model_class, self.adapter.embedder, blocks),
             "scheduler": type(scheduler).__name__,
@@ -103,6 +147,7 @@ class Runs:
             "seed": self.options.seed,
             "generations": len(self.prompts),
             "call": self.call,
+            "layout": self.team.layout,
             "versions": {name: version(name) for name in ("torch", "diffusers")},
         }
 
@@ -126,13 +171,11 @@ def _read(path: Path) -> list[Trajectory]:
 
 
 @contextmanager
-def saved(fitted: Fitted, output: Path) -> Iterator[str]:
-    """Lend a calibration that is not finished a file beside the output."""
-    path = output.with_suffix(".unfinished.safetensors")
+def saved(fitted: Fitted) -> Iterator[str]:
+    """Lend a calibration that is not finished a file; each rank has its own."""
     # Where no scale is known yet, the gate never skips.
     scales = fitted.scales or {CacheConfig().resolved().significance_level: 0.0}
-    replace(fitted, scales=scales).save(path)
-    try:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "unfinished.safetensors")
+        replace(fitted, scales=scales).save(path)
         yield str(path)
-    finally:
-        path.unlink()

@@ -21,6 +21,7 @@ from torch import nn
 
 from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import sample
+from xfuser_fastcache.calibration.team import Alone, Team
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
 from xfuser_fastcache.models.streams import Streams
@@ -42,16 +43,24 @@ class Observer:
         generations: pictures of the batch, `n`; a call holds `k n` of them, those without guidance
             first, as diffusers' pipelines do.
         max_tokens: tokens of a picture that are kept, an even selection.
+        team: whose ranks draw the batch together; each sees all of it.
 
     Attributes:
         latents: of each step so far, `(n, tokens, channels)`, float32.
         outputs: noise predictions of each step so far, `(k, n, tokens, channels)`, float32.
     """
 
-    def __init__(self, transformer: nn.Module, generations: int, max_tokens: int):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        generations: int,
+        max_tokens: int,
+        team: Team | None = None,
+    ):
         self.transformer = transformer
         self.generations = generations
         self.max_tokens = max_tokens
+        self.team = team or Alone()
         self.latents: list[torch.Tensor] = []
         self.outputs: list[torch.Tensor] = []
         self._handle: Any = None
@@ -63,17 +72,27 @@ class Observer:
     def __exit__(self, *_: Any) -> None:
         self._handle.remove()
 
-    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return `(k n, tokens, channels)` as `(k, n, selected tokens, channels)`."""
-        return sample(tokens, self.max_tokens).unflatten(0, (-1, self.generations)).float()
+    def rows(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return `(k n, tokens, channels)` each as `(k, n, selected tokens, channels)`.
+
+        Of what this rank alone has, the whole; the team's ranks call it together.
+        """
+        kept = [sample(one, self.max_tokens, self.team.place) for one in tensors]
+        shares = self.team.shares(self.generations)
+        replicas = [
+            [one.unflatten(0, (-1, len(share))) for one in found]
+            for found, share in zip(self.team.whole(kept), shares, strict=True)
+        ]
+        return [torch.cat(parts, dim=1) for parts in zip(*replicas, strict=True)]
 
     def _observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         latents = ForwardContract().read(args, kwargs).hidden_states
-        self.latents.append(self.rows(latents)[0].clone())
         image = ForwardContract().unpack(output).hidden_states
-        self.outputs.append(self.rows(noise_tokens(image, latents)).clone())
+        given, made = self.rows(latents, noise_tokens(image, latents))
+        self.latents.append(given[0].clone())
+        self.outputs.append(made.clone())
 
 
 @dataclass(frozen=True)
@@ -158,8 +177,9 @@ class FullRun:
         Raises:
             ValueError: see `updates_of`.
         """
-        tokens = observer.rows(ForwardContract().read((final,), {}).hidden_states)[0]
-        latents = [*observer.latents, tokens]
+        tokens = ForwardContract().read((final,), {}).hidden_states
+        last = sample(tokens, observer.max_tokens).float()
+        latents = [*observer.latents, last.to(observer.latents[-1])]
         return cls(latents, observer.outputs, updates_of(latents, observer.outputs), fitted)
 
 
@@ -199,6 +219,7 @@ class SteeringForecaster(OutputForecaster):
         self.full = full
         self.observer = observer
         self.by_branch = by_branch
+        self._sums = np.zeros(0), np.zeros(0)
         shape = (2, 5) if by_branch else (5,) if sees_latents else (3,)
         self.found = np.zeros((len(full.outputs), *shape), np.float32)
 
@@ -208,29 +229,41 @@ class SteeringForecaster(OutputForecaster):
         """Fit this step's weights, and return the forecast, or what was computed, with them."""
         terms = self.terms(memory, inputs, computed)
         step, latents = len(self.observer.outputs), inputs.hidden_states
-        rows = [self.observer.rows(noise_tokens(x, latents)) for x in (plain.hidden_states, *terms)]
-        given, columns = self.observer.rows(latents)[0], rows[1:]
+        made = [noise_tokens(x, latents) for x in (plain.hidden_states, *terms)]
+        (given, *_), base, *columns = self.observer.rows(latents, *made)
+        team = self.observer.team
         if not self.by_branch:
-            self.found[step] = self._fit(step, given, rows[0], columns)
+            self.found[step] = team.agreed(lambda: self._fit(step, given, base, columns))
             return self.corrected(plain, terms, self.found[step].tolist())
         more = [torch.stack([torch.zeros_like(columns[i][0]), columns[i][1]]) for i in OF_OUTPUTS]
-        common, added = np.split(self._fit(step, given, rows[0], columns + more), [len(terms)])
+        weights = team.agreed(lambda: self._fit(step, given, base, columns + more))
+        common, added = np.split(weights, [len(terms)])
         self.found[step] = common
         self.found[step][1, OF_OUTPUTS] += added
-        weights = torch.from_numpy(self.found[step].repeat(len(given), axis=0)).to(latents.device)
-        return self.corrected(plain, terms, list(weights.unbind(dim=1)))
+        # Of ranks that share guidance out, each has one of the two.
+        rows = [0, 1] if team.place.branches == 1 else [team.place.branch]
+        own = self.found[step][rows].repeat(len(latents) // len(rows), axis=0)
+        each = torch.from_numpy(own).to(latents.device)
+        return self.corrected(plain, terms, list(each.unbind(dim=1)))
 
     def _fit(
-        self, step: int, latents: torch.Tensor, plain: torch.Tensor, terms: list[torch.Tensor]
+        self,
+        step: int,
+        latents: torch.Tensor,
+        plain: torch.Tensor,
+        terms: list[torch.Tensor],
+        at: slice = slice(None),
     ) -> NDArray[np.float32]:
+        """Return a step's weights, by its tokens `at` and those before them."""
         full, update = self.full, self.full.updates[step]
-        astray = update.latents * (latents - full.latents[step])
+        astray = update.latents * (latents - full.latents[step][:, at])
         if step:
             seen, before = self.observer, step - 1
-            astray += update.latents_before * (seen.latents[before] - full.latents[before])
+            moved = seen.latents[before] - full.latents[before]
+            astray += update.latents_before * moved[:, at]
             made = seen.outputs[before] - full.outputs[before]
-            astray += torch.tensordot(update.outputs_before, made, dims=1)
-        target = full.outputs[step] - astray / update.outputs.sum()
+            astray += torch.tensordot(update.outputs_before, made[:, :, at], dims=1)
+        target = full.outputs[step][:, :, at] - astray / update.outputs.sum()
         size = update.guided(full.outputs[step])[: full.fitted].flatten(1).norm(dim=1)
 
         def relative(rows: torch.Tensor) -> NDArray[np.float64]:
@@ -238,5 +271,8 @@ class SteeringForecaster(OutputForecaster):
             return guided.flatten().double().cpu().numpy()
 
         columns = np.stack([relative(term) for term in terms], axis=1)
-        right = columns.T @ relative(target - plain)
-        return ridge_weights(columns.T @ columns, right, TRAJECTORY_RIDGE).astype(np.float32)
+        sums = columns.T @ columns, columns.T @ relative(target - plain)
+        if at.start:
+            sums = self._sums[0] + sums[0], self._sums[1] + sums[1]
+        self._sums = sums
+        return ridge_weights(*sums, TRAJECTORY_RIDGE).astype(np.float32)

@@ -16,9 +16,14 @@ from rich.console import Console
 from xfuser_fastcache.calibration.audit import audit, print_audit
 from xfuser_fastcache.calibration.options import RunOptions, options_of
 from xfuser_fastcache.calibration.prompts import AUDIT
-from xfuser_fastcache.calibration.runs import Runs
 from xfuser_fastcache.cli.flags import progress_of
-from xfuser_fastcache.cli.recording import prompts_of, recording_flags, write_report
+from xfuser_fastcache.cli.recording import (
+    parse_in_layout,
+    prompts_of,
+    recording_flags,
+    runs_of,
+    write_report,
+)
 
 GENERATIONS = 64
 
@@ -30,12 +35,13 @@ def main(arguments: list[str]) -> int:
     flags.add_argument("calibration", type=Path, metavar="FILE", help="the calibration")
     flags.add_argument("--max_tokens", type=int, default=4096, help="recorded of a picture")
     flags.add_argument("--report", type=Path, help="JSON to write")
-    given = flags.parse_args(arguments)
+    given, layout = parse_in_layout(flags, arguments)
     console = Console(width=100)
     prompts = prompts_of(given, AUDIT, GENERATIONS)
-    report = audit(
-        Runs(options_of(RunOptions, given), prompts), given.calibration, progress_of(given)
-    )
-    print_audit(report, console)
-    write_report(given.report, report)
+    with runs_of(options_of(RunOptions, given), layout, prompts) as runs:
+        progress = progress_of(given, shown=runs.team.first)
+        report = audit(runs, given.calibration, progress)
+        if runs.team.first:
+            print_audit(report, console)
+            write_report(given.report, report)
     return 0

@@ -6,8 +6,13 @@
 
 Records generations with full computation, fits corrections of the output forecast and the gate's
 thresholds, searches masks of computed steps, and records again with the cache on. A run that was
-broken off goes on where it stopped when the same command is given again. One picture a generation,
-one process; the file serves every layout. Then:
+broken off goes on where it stopped when the same command is given again. A model that needs several
+GPUs is calibrated where it is served, with xDiT's flags of its layout; the file is the same:
+
+    torchrun --nproc_per_node=2 -m xfuser_fastcache.cli calibrate --ulysses_degree 2 \\
+        --model toys/flux --output runs/flux.safetensors
+
+It serves every layout. Then:
 
     CacheConfig(calibration="runs/flux.safetensors", significance_level=0.05)   # the gate decides
     CacheConfig(calibration="runs/flux.safetensors", computed_steps=7)          # a searched mask
@@ -25,14 +30,19 @@ from xfuser_fastcache.calibration.build import generations_needed
 from xfuser_fastcache.calibration.masks import print_masks
 from xfuser_fastcache.calibration.options import CalibrationOptions, options_of
 from xfuser_fastcache.calibration.prompts import CALIBRATE
-from xfuser_fastcache.calibration.runs import Runs
-from xfuser_fastcache.calibration.settle import calibrate, prepare_folder
+from xfuser_fastcache.calibration.settle import calibrate
 from xfuser_fastcache.cli.flags import progress_of
-from xfuser_fastcache.cli.recording import prompts_of, recording_flags, write_report
+from xfuser_fastcache.cli.recording import (
+    parse_in_layout,
+    prompts_of,
+    recording_flags,
+    runs_of,
+    write_report,
+)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, argparse.Namespace | None]:
+    """Read the command line; see `parse_in_layout`."""
     flags = recording_flags("calibrate", __doc__, default="what alpha needs")
     flags.add_argument(
         "--cache_ratio_threshold",
@@ -70,7 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.add_argument("--max_tokens", type=int, default=4096, help="recorded of a picture")
     flags.add_argument("--output", type=Path, required=True, help="the file to write")
     flags.add_argument("--report", type=Path, help="JSON of the scales and masks that were tried")
-    options = flags.parse_args(arguments)
+    options, layout = parse_in_layout(flags, arguments)
     steps = options.num_inference_steps
     wrong = [count for count in options.computed_steps if not 1 <= count <= steps]
     if wrong:
@@ -79,13 +89,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         flags.error("--start_from betters masks: say of how many steps with --computed_steps")
     if options.batch_size < 2:
         flags.error(f"--batch_size {options.batch_size}: give 2 or more, to fit on and to try on")
-    return options
+    return options, layout
 
 
 @torch.no_grad()
 def main(arguments: list[str]) -> int:
     """Calibrate; return the exit status."""
-    given = parse(arguments)
+    given, layout = parse(arguments)
     options = options_of(CalibrationOptions, given)
     console = Console(width=100)
     needed = generations_needed(options.significance_level)
@@ -95,12 +105,14 @@ def main(arguments: list[str]) -> int:
             f"{len(prompts)} generations, but alpha = {min(options.significance_level)} "
             f"needs {needed}: give more prompts or allow a larger --significance_level"
         )
-    folder = prepare_folder(options, prompts)
-    fitted, report = calibrate(Runs(options, prompts, folder), options, progress_of(given))
-    fitted.save(options.output)
-    console.print(f"written: {options.output}", markup=False, soft_wrap=True)
-    console.print(f"scales: {fitted.scales}", markup=False)
-    if "masks" in report:
-        print_masks(report["masks"], fitted, console)
-    write_report(given.report, report)
+    with runs_of(options, layout, prompts) as runs:
+        first = runs.team.first
+        fitted, report = calibrate(runs, options, progress_of(given, shown=first))
+        if first:
+            fitted.save(options.output)
+            console.print(f"written: {options.output}", markup=False, soft_wrap=True)
+            console.print(f"scales: {fitted.scales}", markup=False)
+            if "masks" in report:
+                print_masks(report["masks"], fitted, console)
+            write_report(given.report, report)
     return 0

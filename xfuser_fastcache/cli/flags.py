@@ -36,6 +36,6 @@ def progress_flags(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def progress_of(options: argparse.Namespace) -> Progress:
-    """Return the progress that the flags ask for."""
-    return Progress(options.progress)
+def progress_of(options: argparse.Namespace, shown: bool = True) -> Progress:
+    """Return the progress that the flags ask for; nothing on a rank that does not show it."""
+    return Progress(options.progress if shown else "none")

@@ -5,12 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from xfuser_fastcache.calibration.options import RunOptions
 from xfuser_fastcache.calibration.prompts import prompts_for, read_prompts
+from xfuser_fastcache.calibration.runs import Runs
 from xfuser_fastcache.cli.flags import flags_of, progress_flags
-from xfuser_fastcache.xdit.loaded import DTYPES
+from xfuser_fastcache.xdit.loaded import (
+    DTYPES,
+    call_arguments,
+    finish,
+    load_in_layout,
+    start,
+    xdit_parser,
+)
 
 
 def recording_flags(
@@ -40,6 +51,44 @@ def recording_flags(
     flags.add_argument("--dtype", choices=DTYPES, help="default bfloat16, float32 without a GPU")
     progress_flags(flags)
     return flags
+
+
+def parse_in_layout(
+    flags: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, argparse.Namespace | None]:
+    """Read the command line: the command's flags, and under torchrun xDiT's beside them.
+
+    Returns:
+        The command's options, and xDiT's; None in one process, which takes none of them.
+    """
+    options, rest = flags.parse_known_args(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if rest:
+            flags.error(
+                f"unrecognized arguments: {' '.join(rest)}; xDiT's flags of a layout are for the "
+                "ranks that torchrun starts: torchrun --nproc_per_node=N -m xfuser_fastcache.cli"
+            )
+        return options, None
+    start()
+    xdits = xdit_parser(prog=flags.prog, description="xDiT's flags")
+    xdits.add_argument("--use_cache", help=argparse.SUPPRESS)
+    call = {**call_arguments(options.model), **(options.call or {})}
+    sizes = {name: call[name] for name in ("height", "width") if name in call}
+    xdits.set_defaults(model=options.model, **sizes)
+    steps = f"--num_inference_steps={options.num_inference_steps}"
+    return options, xdits.parse_args([*rest, steps])
+
+
+@contextmanager
+def runs_of(
+    options: RunOptions, layout: argparse.Namespace | None, prompts: list[str]
+) -> Iterator[Runs]:
+    """Lend the pipeline's runs, in the layout that xDiT's flags ask for; ranks leave together."""
+    if layout is None:
+        yield Runs(options, prompts)
+        return
+    yield Runs(options, prompts, load_in_layout(layout, options.dtype))
+    finish()
 
 
 def prompts_of(options: argparse.Namespace, use: str, needed: int = 0) -> list[str]:

@@ -110,6 +110,6 @@ def _calibrated(config: CacheConfig, fitted: Calibrated) -> CacheConfig:
         if config.significance_level not in fitted.scales:
             raise ValueError(
                 f"significance_level={config.significance_level!r}: the calibration is for "
-                f"{', '.join(map(str, sorted(fitted.scales)))}"
+                + (", ".join(map(str, sorted(fitted.scales))) or "masks alone; give computed_steps")
             )
     return replace(config, steps_mask=mask, calibration=fitted.digest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
 Item = TypeVar("Item")
@@ -47,9 +47,9 @@ class Progress:
         """
         return Task(self, title, total, skipped)
 
-    def track(self, items: Sequence[Item], title: str) -> Iterator[Item]:
-        """Yield the items, one step each."""
-        with self.task(title, len(items)) as task:
+    def track(self, items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+        """Yield the items, one step each; `total` of them where they have no length."""
+        with self.task(title, len(items) if total is None else total) as task:  # type: ignore[arg-type]
             for item in items:
                 yield item
                 task.update()

@@ -113,13 +113,15 @@ class CarriedKeys:
         assert now is not None
         held, own = manager.cache[layer_type, layer], state.pipeline_patch_idx
         lengths = state.pp_patches_token_num
+        arguments = manager, new_kv, layer, slice_dim, layer_type
+        if len(lengths) == 1:  # there are no others, and xDiT may keep text beside it
+            return type(manager).update_and_get_kv_cache(*arguments, **kwargs)
         patches = self._layers.setdefault(layer, [_Patch(now) for _ in lengths])
         if now != patches[own].newest:  # else it is the first pass, or runs again
             remembered = _cut(held.tensors[0], slice_dim, lengths)
             for i, patch in enumerate(patches):
                 if i == own or not state.patch_mode:
                     patch.renew(now, remembered[i])
-        arguments = manager, new_kv, layer, slice_dim, layer_type
         found = type(manager).update_and_get_kv_cache(*arguments, **kwargs)
         if not state.patch_mode:
             return found
