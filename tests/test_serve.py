@@ -354,6 +354,13 @@ def test_a_generation_that_fails_fails_alone(ulysses: Served) -> None:
         assert ulysses.drawn(use_cache=False)["image"] == uncached
     after = ulysses.statistics()["requests"]
     assert after["failed"] == before["failed"] + 2
+    # Ranks have made their groups anew: those before are gone, with their sockets and threads.
+    held = measured(ulysses)
+    for _ in range(2):
+        assert ulysses.draw(**failing).status_code == 503
+        assert ulysses.drawn()["image"] == own
+    for rank, now in measured(ulysses).items():
+        assert [now[kind] - held[rank][kind] for kind in ("files", "threads")] == [0, 0]
 
 
 def test_crowds_change_nothing(ulysses: Served) -> None:

@@ -366,7 +366,8 @@ class Consensus:
         """Hand the process group on to the next consensus of the same ranks."""
         if self._own is not None and not self.failed:
             self._idle.append(self._own)
-        self._own = None
+        # What still holds this object, such as an error's traceback, holds no sockets and threads.
+        self._own = self._wire = None
         self._distributed = False
 
 

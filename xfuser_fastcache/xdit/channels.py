@@ -15,6 +15,8 @@ from torch.distributed import distributed_c10d
 from xfuser_fastcache.consensus.board import Board
 from xfuser_fastcache.xdit.gloo_waits import pending_sends
 
+_OURS = "xfuser_fastcache/"
+
 
 def renew_channels(board: Board, coordinators: list[Any]) -> None:
     """Put new groups in the place of all gloo groups of several ranks; a collective call.
@@ -43,6 +45,10 @@ def renew_channels(board: Board, coordinators: list[Any]) -> None:
         if hasattr(coordinator, "reset_buffer"):
             coordinator.reset_buffer()
     pending_sends.forget()
+    for group in made:
+        # xfuser's own first ones may be held elsewhere; each of ours has sockets and threads.
+        if group.group_name.startswith(_OURS):
+            dist.destroy_process_group(group)
 
 
 def _is_to_be_renewed(group: Any) -> bool:
@@ -60,7 +66,7 @@ def _is_known(group: Any, made: dict[Any, Any]) -> bool:
 def _renewed(group: Any, place: str, board: Board) -> Any:
     """Return a new group of the same ranks."""
     ranks = dist.get_process_group_ranks(group)
-    name = f"xfuser_fastcache/{board.ranks}/{board.name}/{place}/{ranks}"
+    name = f"{_OURS}{board.ranks}/{board.name}/{place}/{ranks}"
     # Not `dist.new_group`: that has all ranks of the world take part.
     made, _ = distributed_c10d._new_process_group_helper(
         len(ranks),
