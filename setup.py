@@ -49,6 +49,7 @@ setup(
         "xfuser_fastcache": ["py.typed"],
         "diffusers_adapters": ["py.typed"],
         "xfuser_fastcache.calibration.prompts": ["*.txt"],
+        "xfuser_fastcache.serving.page": ["*.html", "*.css", "*.js"],
     },
     install_requires=[
         "torch>=2.6",
