@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.loops import cached
-from support.tiny.flux import tiny_flux
 
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import remove_cache_from_pipeline
 from xfuser_fastcache.consensus.collective import Consensus

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from support.matrix import STEPS, VARIANTS, is_first_of_family, variants
-from support.tiny import TINY_MODELS
 from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
+from diffusers_adapters.tiny import TINY_MODELS
 from xfuser_fastcache.backends import BACKENDS
 from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from support.tiny import TINY_MODELS
+from diffusers_adapters.tiny import TINY_MODELS
 from support.xdit_runs import wrap
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 

@@ -13,7 +13,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_pixart(

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_krea2(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
-from support.tiny.model import TinyModel
+from diffusers_adapters.tiny.model import TinyModel
 
 _FAMILIES = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "model")
 TINY_MODELS: dict[str, TinyModel] = {

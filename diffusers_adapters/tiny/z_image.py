@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
 
 
 class ZImageTurboPipeline(ZImagePipeline):

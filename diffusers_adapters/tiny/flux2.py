@@ -13,7 +13,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs, picture
 
 
 def tiny_flux2(

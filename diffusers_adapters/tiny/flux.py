@@ -14,7 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
 
 
 def tiny_flux(

@@ -16,7 +16,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
 
 
 def tiny_wan(

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
 
 
 def tiny_qwen(
