@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from xfuser_fastcache.chaos import worlds
-from xfuser_fastcache.chaos.faults import CACHES, FAULTS, LAYOUTS, LIMIT_S, World
+from xfuser_fastcache.chaos.families import LAYOUTS
+from xfuser_fastcache.chaos.faults import CACHES, FAULTS, LIMIT_S, World
 
 ERROR = "named error, then right picture"
 FINE = "right picture"

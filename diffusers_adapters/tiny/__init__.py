@@ -1,8 +1,8 @@
-"""Tiny pipelines with random weights, in diffusers' own classes, for tests without downloads.
+"""Tiny pipelines with random weights, in diffusers' own classes, for fault worlds and tests.
 
-A family a file; each has `MODELS`, by name. A function in it returns a diffusers pipeline without
-text encoders, and the keyword arguments of one call: embeddings, size, steps and
-``output_type="latent"``. The same seed gives the same weights and embeddings on every rank.
+A family a file, beside its adapter; each has `MODELS`, by name. A function in it returns a
+diffusers pipeline without text encoders, and the keyword arguments of one call: embeddings, size,
+steps and ``output_type="latent"``. The same seed gives the same weights and embeddings on every rank.
 """
 
 from __future__ import annotations

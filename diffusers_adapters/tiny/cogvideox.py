@@ -54,4 +54,4 @@ def tiny_cogvideox(
     return pipeline, call
 
 
-MODELS = {"cogvideox": TinyModel(tiny_cogvideox, "cogvideox", in_ci=("cfg 2",))}
+MODELS = {"cogvideox": TinyModel(tiny_cogvideox, "cogvideox")}

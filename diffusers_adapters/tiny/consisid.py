@@ -77,4 +77,4 @@ def tiny_consisid(
     return pipeline, call
 
 
-MODELS = {"consisid": TinyModel(tiny_consisid, "consisid", in_ci=("ulysses 2",))}
+MODELS = {"consisid": TinyModel(tiny_consisid, "consisid")}

@@ -94,7 +94,7 @@ _DROPPED = Limit(
     error=None,
 )
 MODELS = {
-    "flux2": TinyModel(tiny_flux2, "flux2", of_runner=True, in_ci=("pipefusion 2",)),
-    "flux2-edit": TinyModel(tiny_flux2_edit, "flux2", of_runner=True, limits=(_DROPPED,), in_ci=()),
-    "klein": TinyModel(tiny_klein, "flux2", of_runner=True, limits=(_DROPPED,), in_ci=()),
+    "flux2": TinyModel(tiny_flux2, "flux2", of_runner=True),
+    "flux2-edit": TinyModel(tiny_flux2_edit, "flux2", of_runner=True, limits=(_DROPPED,)),
+    "klein": TinyModel(tiny_klein, "flux2", of_runner=True, limits=(_DROPPED,)),
 }

@@ -117,16 +117,6 @@ def tiny_hunyuan_video15(
 
 
 MODELS = {
-    "hunyuan-video": TinyModel(
-        tiny_hunyuan_video,
-        "hunyuan_video",
-        of_runner=True,
-        in_ci=("ulysses 2",),
-    ),
-    "hunyuan-video15": TinyModel(
-        tiny_hunyuan_video15,
-        "hunyuan_video15",
-        of_runner=True,
-        in_ci=("ring 2",),
-    ),
+    "hunyuan-video": TinyModel(tiny_hunyuan_video, "hunyuan_video", of_runner=True),
+    "hunyuan-video15": TinyModel(tiny_hunyuan_video15, "hunyuan_video15", of_runner=True),
 }

@@ -57,7 +57,5 @@ def tiny_pixart(
 
 MODELS = {
     "pixart": TinyModel(tiny_pixart, "pixart"),
-    "pixart-sigma": TinyModel(
-        partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline), "pixart", in_ci=("cfg 2",)
-    ),
+    "pixart-sigma": TinyModel(partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline), "pixart"),
 }
