@@ -34,7 +34,7 @@ def is_slow(model: str, layout: str, backend: str) -> bool:
     Second versions of a family on four ranks are, and in each cell all backends but `Fast` and one
     other: the next model has the next one, and so has the next layout. A model that few layouts
     run meets all backends on one rank. Of models that CI does not run everywhere, all backends run
-    on one rank if they are the first of their family; `Fast` does, and in the layouts named for them.
+    on one rank if they are the first of their family; `Fast` does, and in the layouts of `IN_CI`.
     """
     tiny, everywhere = TINY_MODELS[model], model not in IN_CI
     if layout == ONE_RANK and (tiny.of_runner if everywhere else is_first_of_family(model)):

@@ -2,7 +2,8 @@
 
 A family a file, beside its adapter; each has `MODELS`, by name. A function in it returns a
 diffusers pipeline without text encoders, and the keyword arguments of one call: embeddings, size,
-steps and ``output_type="latent"``. The same seed gives the same weights and embeddings on every rank.
+steps and ``output_type="latent"``. The same seed gives the same weights and embeddings on every
+rank.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def tiny_qwen(
         "axes_dims_rope": (8, 4, 4),
         **sizes,
     }
-    names = ("vae", "text_encoder", "tokenizer")
+    names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     names += () if pipeline_class is QwenImagePipeline else ("processor",)
     pipeline = pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),

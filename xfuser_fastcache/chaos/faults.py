@@ -13,11 +13,11 @@ from xfuser_fastcache.chaos.families import LAYOUTS, STEPS
 LIMIT_S = 4.0
 STOPPED_S = {"stopped below the limit": 1.0, "stopped beyond the limit": LIMIT_S + 3.0}
 
-# A layout of two ranks is so many times as likely as a larger one, and a family that is trained as a
-# toy, which most layouts run, as another one.
+# How often a layout of two ranks is drawn for each larger one, and one of the families that nearly
+# all layouts run for each other one.
 _OFTEN_2 = 5
-_OFTEN_TOYS = 5
-_TOYS = ("flux", "sd3", "pixart")
+_OFTEN_FAMILIES = 5
+_EVERYWHERE = ("flux", "sd3", "pixart")
 
 # What another rank cannot know of: each replica of a data-parallel layout may do it on its own.
 _OF_ONE_REPLICA = (
@@ -91,7 +91,9 @@ class World:
         weights = [_OFTEN_2 if ranks == 2 else 1 for ranks, _, _ in LAYOUTS.values()]
         layout = draw.choices(list(LAYOUTS), weights)[0]
         ranks, flags, families = LAYOUTS[layout]
-        family = draw.choices(families, [_OFTEN_TOYS if f in _TOYS else 1 for f in families])[0]
+        family = draw.choices(
+            families, [_OFTEN_FAMILIES if f in _EVERYWHERE else 1 for f in families]
+        )[0]
         alone = "data_parallel_degree" in flags
         faults = _OF_ONE_REPLICA if alone else FAULTS
         fault = draw.choice([f for f in faults if f != _BATCH or not TINY_MODELS[family].alone])
