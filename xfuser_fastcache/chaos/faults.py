@@ -16,7 +16,7 @@ STOPPED_S = {"stopped below the limit": 1.0, "stopped beyond the limit": LIMIT_S
 # How often a layout of two ranks is drawn for each larger one, and one of the families that nearly
 # all layouts run for each other one.
 _OFTEN_2 = 5
-_OFTEN_FAMILIES = 5
+_OFTEN_FAMILIES = 3
 _EVERYWHERE = ("flux", "sd3", "pixart")
 
 # What another rank cannot know of: each replica of a data-parallel layout may do it on its own.
