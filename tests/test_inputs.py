@@ -62,6 +62,18 @@ def test_shapes_alone_can_be_compared_without_reading_values() -> None:
     assert digest_of(other.to("meta"), values=False) == digest_of(other, values=False)
 
 
+def test_equal_values_have_equal_digests_however_they_lie_in_memory() -> None:
+    """Diffusers expands one row of embeddings or of ids to a batch."""
+    held = torch.arange(8.0).reshape(2, 4)
+    assert digest_of(held.T.contiguous().T) == digest_of(held)
+    for expanded in (
+        torch.ones(1).expand(3),
+        torch.ones(1, 1).expand(2, 4),
+        held[:, :1].expand(2, 4),
+    ):
+        assert digest_of(expanded) == digest_of(expanded.clone())
+
+
 def test_latents_and_timestep_are_left_out_however_they_are_given() -> None:
     layout = ForwardLayout(parameters=("hidden_states", "timestep"))
     text = torch.ones(1, 2)
