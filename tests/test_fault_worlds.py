@@ -45,8 +45,9 @@ def apart() -> Iterator[Executor]:
 @pytest.mark.parametrize(
     ("drawn", "ending"),
     [
-        # Their sizes would end the process inside gloo: found before anything else is sent.
-        (world("other size", "flux", "ulysses 2", 1), ERROR),
+        # Their sizes would end the process inside gloo: found before anything else is sent, also
+        # where refiners attend ahead of the blocks.
+        (world("other size", "z-image", "ulysses 2", 1), ERROR),
         # It leaves xfuser another table of positions.
         (world("other size", "pixart", "ring 2", 0), ERROR),
         (world("other batch", "qwen-edit", "cfg 2", 0, **MASK), ERROR),
