@@ -92,7 +92,11 @@ class Rank:
         """The argument that a function to call at each step is given by; None without any."""
         if self.tiny.adapter == "pixart" and "pipefusion" in self.world.layout:
             return None  # xfuser refuses it
-        takes = inspect.signature(type(self.pipe).__call__).parameters
+        # A pipeline of xfuser's may take whatever the class above it does.
+        calls = [
+            vars(kind)["__call__"] for kind in type(self.pipe).__mro__ if "__call__" in vars(kind)
+        ]
+        takes = {name for call in calls for name in inspect.signature(call).parameters}
         return next((name for name in ("callback_on_step_end", "callback") if name in takes), None)
 
     # ---- faults ------------------------------------------------------------------------------

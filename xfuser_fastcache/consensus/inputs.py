@@ -51,7 +51,7 @@ class SharedInputs:
             self.consensus.compare(digest(False), _SHAPES, within_stage=True)
 
     def check_call(
-        self, place: str, setup: str = "", digest: Callable[[bool], str] | None = None
+        self, place: str, setup: str = "", digest: Callable[[bool, bool], str] | None = None
     ) -> None:
         """Take in where a call of the transformer is, and compare what it is given.
 
@@ -62,8 +62,8 @@ class SharedInputs:
         Args:
             place: in words.
             setup: what it is given, in words.
-            digest: of what it is given beside, where a generation begins with it; else None. Told
-                whether values are compared, or shapes alone.
+            digest: of what it is given, where a generation or a branch of it begins; else None.
+                Told whether values are compared, or shapes alone, and whether its latents are.
 
         Raises:
             ConsensusError: see `check_pipeline`.
@@ -75,9 +75,9 @@ class SharedInputs:
         if digest is None or not group.whole_inputs:
             return
         if group.cuts_tokens:
-            self.consensus.compare(f"{setup}, shapes {digest(False)}", _SHAPES)
+            self.consensus.compare(f"{setup}, shapes {digest(False, True)}", _SHAPES)
         if self.verify:
-            self.consensus.compare(digest(True), _INPUTS)
+            self.consensus.compare(digest(True, group.cuts_tokens), _INPUTS)
 
     def _refuse_failed(self) -> None:
         if self.consensus.group.stages > 1 and self.consensus.failed:
