@@ -189,6 +189,8 @@ class Rank:
 
     def _in_callback(self, *arguments: Any) -> dict[str, Any]:
         step = next(x for x in arguments if isinstance(x, int))
+        if isinstance(arguments[-1], dict):
+            assert isinstance(arguments[-1]["latents"], torch.Tensor)
         if self._raises and step == self.world.step:
             self.say("fault", None)
             raise Injected(f"in a callback on rank {self.rank} at step {step}")
