@@ -67,7 +67,7 @@ def apart() -> Iterator[Executor]:
         (world("infinity", "sd3", "data 2", 1), FINE),
         (world("other config", "flux", "ulysses 2", 1), ERROR),
         (world("other mask", "sd3", "cfg 2", 0, **MASK), ERROR),
-        (world("other embeddings", "z-image", "ring 2", 1, verify_consensus=True), ERROR),
+        (world("other embeddings", "wan-i2v", "cfg 2", 1, verify_consensus=True), ERROR),
         (world("slow rank", "pixart", "cfg 2", 1), FINE),
         (world("stopped below the limit", "sd3", "data 2", 0), FINE),
         (world("exception in a callback on one rank", "flux", "data 2", 1), ERROR),
