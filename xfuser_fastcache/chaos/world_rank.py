@@ -19,16 +19,10 @@ from xfuser_fastcache.apply import apply_cache_on_pipeline, denoisers_of, get_ca
 from xfuser_fastcache.assembly import adapter_of, blocks_held
 from xfuser_fastcache.chaos.families import STEPS, build
 from xfuser_fastcache.chaos.faults import REDRAWN, STOPPED_S, World
-from xfuser_fastcache.plugins import ADAPTERS, FORECASTERS, GATES, TOKEN_PLANS, loaded
 from xfuser_fastcache.reports.clips import content_of
 from xfuser_fastcache.state import prober
 from xfuser_fastcache.xdit.groups import XDiTLayout
 from xfuser_fastcache.xdit.pipeline import take_off
-
-# Ranks are forked from a process that has this module: none of them imports a method or an adapter
-# while another one waits for it.
-for _group in (ADAPTERS, GATES, FORECASTERS, TOKEN_PLANS):
-    loaded(_group)
 
 
 class Injected(Exception):

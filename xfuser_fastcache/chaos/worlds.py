@@ -48,6 +48,7 @@ _IMPORTED = (
     "xfuser.model_executor.pipelines.register",
     *sorted({module for module, _ in (*TRANSFORMERS.values(), *PIPELINES.values())}),
     "xfuser_fastcache.chaos.world_rank",
+    "xfuser_fastcache.chaos.warmed",
 )
 
 
