@@ -54,11 +54,12 @@ def apart() -> Iterator[Executor]:
         (world("other steps", "hunyuan-video", "ring 2", 1, **MASK), ERROR),
         (world("other size", "sd3", "pipefusion 2", 1), ERROR),
         (world("other seed", "wan", "ulysses 2", 0, verify_consensus=True), ERROR),
-        # A wait inside attention passes its limit, which breaks xfuser's own group.
-        (world("stopped beyond the limit", "pixart", "ulysses 2", 1, **NEVER), ERROR),
+        # The first stage waits for the last one no longer than the limit.
+        (world("stopped beyond the limit", "pixart", "pipefusion 2", 1, **NEVER), ERROR),
         # Messages stay between the stages.
         (world("exception in a callback on all ranks", "flux", "pipefusion 2", 0), ERROR),
-        (world("exception in a block", "wan-i2v", "cfg 2", 1, **SPANS), ERROR),
+        # A wait inside attention passes its limit, which breaks xfuser's own group.
+        (world("exception in a block", "wan-i2v", "ulysses 2", 1, **SPANS), ERROR),
         # On both denoisers.
         (world("cache applied twice", "wan22", "ring 2", 0), FINE),
         (world("killed", "pixart", "pipefusion 2", 1), "named error, one rank killed"),
