@@ -43,7 +43,12 @@ setup(
         "FastCache": "https://arxiv.org/abs/2505.20353",
     },
     packages=find_packages(
-        include=["xfuser_fastcache", "xfuser_fastcache.*", "diffusers_adapters"],
+        include=[
+            "xfuser_fastcache",
+            "xfuser_fastcache.*",
+            "diffusers_adapters",
+            "diffusers_adapters.*",
+        ],
     ),
     package_data={
         "xfuser_fastcache": ["py.typed"],
