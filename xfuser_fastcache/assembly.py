@@ -82,6 +82,12 @@ class Request:
             return cls(config.resolved(), maps=maps, path=path)
         fitted = load_fitted(path) if path else None
         found = config.resolved(fitted)
+        if adapter.long_skips and found.granularity != "stack":
+            raise ValueError(
+                f"granularity={found.granularity!r} cuts {adapter.model_class}, whose later blocks "
+                "take what earlier ones put out: all are skipped together, or none. Leave "
+                "granularity out, which is 'stack'."
+            )
         chosen = fitted is not None and found.steps_mask is not None
         return cls(found, fitted, path=path, budget=budget_of(config) if chosen else None)
 
@@ -207,7 +213,7 @@ def drawn(
         contracts = [later if group.stage else adapter.forward_contract(model, counts)]
         dim = adapter.noise_channels(model)
     else:
-        tokens = _token_plan(request, group, blocks, of_blocks)
+        tokens = _token_plan(request, adapter, group, blocks, of_blocks)
     first = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
     maps = None
     if request.maps is not None and not config.methods.plan_takes_maps:
@@ -263,6 +269,7 @@ def _say_once(message: str) -> None:
 
 def _token_plan(
     request: Request,
+    adapter: type[ModelAdapter],
     group: DecisionGroup,
     blocks: list[nn.Module],
     contracts: list[BlockContract],
@@ -273,6 +280,12 @@ def _token_plan(
         _say_once(
             "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
             "without them, and spatial_approx_ratio stays 0."
+        )
+        methods = ()
+    if methods and not adapter.narrows:
+        _say_once(
+            f"Token plans do nothing on {adapter.model_class}, whose blocks need all tokens: they "
+            "are skipped without them, and spatial_approx_ratio stays 0."
         )
         methods = ()
     attention_costs = [

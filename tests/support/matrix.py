@@ -8,6 +8,8 @@ import torch
 
 from support.tiny import TINY_MODELS
 from support.xdit_runs import wrap
+
+from diffusers_adapters.registry import adapters
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
 STEPS = 8
@@ -49,8 +51,13 @@ def variants(model: str, backend: str, slow: bool, turn: int) -> dict[str, dict[
     """
     if not slow and not (backend == "Fast" and is_first_of_family(model)):
         return {"stack": {}}
-    found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
-    found = VARIANTS if backend in FORECASTS_ALL else found
+    of_family = adapters()[TINY_MODELS[model].adapter]
+    found = {
+        name: options
+        for name, options in VARIANTS.items()
+        if (backend in FORECASTS_ALL or "forecaster" not in options)
+        and not (of_family.long_skips and "granularity" in options)
+    }
     if slow:
         return found
     others = [name for name in found if name != "stack"]

@@ -100,6 +100,33 @@ EXCLUDED = (
     ),
     *(
         Exclusion(
+            "sana",
+            flag,
+            "without flash-attn, its linear attention names a kernel that yunchang does not have",
+            "AttributeError: TORCH",
+        )
+        for flag in (ULYSSES, "--ring_degree=2")
+    ),
+    Exclusion(
+        "sana",
+        f"{PIPEFUSION}=2",
+        "a rank sends rows of its convolutions to itself, which gloo does not do",
+        "Pair is not connected",
+    ),
+    Exclusion(
+        "lumina2",
+        f"{PIPEFUSION}=2",
+        _NO_PIPELINE,
+        "Pipefusion parallelism is not supported by the model",
+    ),
+    Exclusion(
+        "lumina2",
+        "--ring_degree=2",
+        "ring attention would need a mask a step for its texts",
+        "Lumina2 sequence parallelism currently supports Ulysses only",
+    ),
+    *(
+        Exclusion(
             model,
             f"{PIPEFUSION}=2",
             "each stage runs its own blocks on the latents, and hands nothing on",
