@@ -1,4 +1,4 @@
-"""HunyuanDiT: blocks that carry image tokens alone, the later ones with what earlier ones put out."""
+"""HunyuanDiT: blocks of image tokens alone, the later ones with what earlier ones put out."""
 
 from __future__ import annotations
 

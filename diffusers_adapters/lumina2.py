@@ -38,7 +38,7 @@ class Lumina2Adapter(ModelAdapter):
 
     @classmethod
     def image_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> range:
-        """Those that are image in every item: behind the longest text, up to the end of the first."""
+        """Those that are image in every item: from the longest text to the end of the first."""
         layout = cls.forward_layout()
         mask = layout.argument("encoder_attention_mask", args, kwargs)
         pixels = prod(layout.given(args, kwargs).sizes[1:])

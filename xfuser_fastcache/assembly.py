@@ -82,12 +82,6 @@ class Request:
             return cls(config.resolved(), maps=maps, path=path)
         fitted = load_fitted(path) if path else None
         found = config.resolved(fitted)
-        if adapter.long_skips and found.granularity != "stack":
-            raise ValueError(
-                f"granularity={found.granularity!r} cuts {adapter.model_class}, whose later blocks "
-                "take what earlier ones put out: all are skipped together, or none. Leave "
-                "granularity out, which is 'stack'."
-            )
         chosen = fitted is not None and found.steps_mask is not None
         return cls(found, fitted, path=path, budget=budget_of(config) if chosen else None)
 
@@ -96,10 +90,16 @@ class Request:
         """Whether the forecaster stands in for the whole forward pass."""
         return self.config.methods.forecaster.whole_forward
 
-    def check(self, contracts: dict[str, BlockContract], group: DecisionGroup) -> None:
+    def check(
+        self,
+        adapter: type[ModelAdapter],
+        contracts: dict[str, BlockContract],
+        group: DecisionGroup,
+    ) -> None:
         """Refuse what the model or the layout cannot do, before any rank is waited for.
 
         Args:
+            adapter: of the model's family.
             contracts: of the first block of each list that this rank holds.
             group: of the ranks that decide together.
 
@@ -108,6 +108,8 @@ class Request:
         """
         gate_of(self.config, self.fitted)
         _check_return_order(self.config, contracts)
+        if adapter.long_skips:
+            self._check_long_skips(adapter, group)
         if self.maps is not None and group.stages > 1:
             raise ValueError(
                 f"linear_maps={self.path!r} is fitted for the whole stack of blocks, of which each "
@@ -124,6 +126,20 @@ class Request:
             _say_once(
                 "shadow_audit does nothing under PipeFusion, where computing a skipped patch as "
                 "well would renew its keys and values: audits stays 0."
+            )
+
+    def _check_long_skips(self, adapter: type[ModelAdapter], group: DecisionGroup) -> None:
+        name, cut = adapter.model_class, self.config.granularity
+        if cut != "stack":
+            raise ValueError(
+                f"granularity={cut!r} cuts {name}, whose later blocks take what earlier ones put "
+                "out: all are skipped together, or none. Leave granularity out, which is 'stack'."
+            )
+        if group.stages > 1 and self.whole_forward:
+            raise ValueError(
+                f"under PipeFusion a stage of {name} hands on what its blocks have put out, too, "
+                "which no forecast of the whole forward pass makes: give a forecaster of blocks, "
+                "forecaster='damped_taylor', or pipefusion_parallel_degree=1"
             )
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from diffusers_adapters.registry import adapters
 from support.tiny import TINY_MODELS
 from support.xdit_runs import wrap
-
-from diffusers_adapters.registry import adapters
+from xfuser_fastcache.benchmarks.layouts import LAYOUTS
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
 STEPS = 8
@@ -51,16 +51,14 @@ def variants(model: str, backend: str, slow: bool, turn: int) -> dict[str, dict[
     """
     if not slow and not (backend == "Fast" and is_first_of_family(model)):
         return {"stack": {}}
-    of_family = adapters()[TINY_MODELS[model].adapter]
-    found = {
-        name: options
-        for name, options in VARIANTS.items()
-        if (backend in FORECASTS_ALL or "forecaster" not in options)
-        and not (of_family.long_skips and "granularity" in options)
-    }
+    found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
+    found = VARIANTS if backend in FORECASTS_ALL else found
+    if adapters()[TINY_MODELS[model].adapter].long_skips:
+        refused = ("three spans", "budget" if "pipefusion" in list(LAYOUTS)[turn] else "")
+        found = {k: v for k, v in found.items() if k not in refused}
     if slow:
         return found
-    others = [name for name in found if name != "stack"]
+    others = [name for name in found if name != "stack"] or ["stack"]
     other = others[(turn + list(TINY_MODELS).index(model)) % len(others)]
     return {name: found[name] for name in ("stack", other)}
 

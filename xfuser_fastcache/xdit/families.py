@@ -165,7 +165,9 @@ FAMILIES = (
         "SANA",
         pipelines=("SanaPipeline",),
         adapter="sana",
-        example=Example("Efficient-Large-Model/Sana_1600M_1024px_diffusers", (32, 32, 32), 1, 2240),
+        example=Example(
+            "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", (32, 32, 32), 1, 2240
+        ),
     ),
     Family(
         "HunyuanDiT",

@@ -54,4 +54,4 @@ def tiny_hunyuan_dit(
     return pipeline, call
 
 
-MODELS = {"hunyuan-dit": TinyModel(tiny_hunyuan_dit, "hunyuan_dit", in_ci=("pipefusion 2",))}
+MODELS = {"hunyuan-dit": TinyModel(tiny_hunyuan_dit, "hunyuan_dit", in_ci=())}

@@ -40,7 +40,8 @@ class TinyModel:
         limits: what xDiT cannot do with it.
         beyond: flags of what xDiT can do with it, though not with the first of its family.
         in_ci: layouts beside one rank in which CI runs it, with `Fast` alone; None for all of
-            them, with other backends in turn.
+            them, with other backends in turn. The first of a family meets all backends on one rank,
+            if CI runs it in another layout too.
     """
 
     make: Callable[..., tuple[Any, dict[str, Any]]]

@@ -10,9 +10,9 @@ from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer
 from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
-
-
-def tiny_sana(seed: int = 0, batch: int = 1, size: int = 256) -> tuple[SanaPipeline, dict[str, Any]]:
+def tiny_sana(
+    seed: int = 0, batch: int = 1, size: int = 256, **sizes: Any
+) -> tuple[SanaPipeline, dict[str, Any]]:
     """SANA with guidance: a token a latent pixel, 8 x 8 of them at 256 x 256 pixels, four heads."""
     torch.manual_seed(seed)
     transformer = SanaTransformer2DModel(
@@ -27,6 +27,7 @@ def tiny_sana(seed: int = 0, batch: int = 1, size: int = 256) -> tuple[SanaPipel
         cross_attention_head_dim=8,
         cross_attention_dim=32,
         caption_channels=16,
+        **sizes,
     ).eval()
     pipeline = SanaPipeline(
         scheduler=DPMSolverMultistepScheduler(
