@@ -113,6 +113,7 @@ setup(
             "sana = diffusers_adapters.sana:SanaAdapter",
             "lumina2 = diffusers_adapters.lumina2:Lumina2Adapter",
             "hunyuan_dit = diffusers_adapters.hunyuan_dit:HunyuanDiTAdapter",
+            "ltx2 = diffusers_adapters.ltx2:LTX2Adapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

@@ -1,4 +1,4 @@
-"""SANA, Lumina-Image 2.0 and HunyuanDiT in plain diffusers."""
+"""SANA, Lumina-Image 2.0, HunyuanDiT and LTX-2 in plain diffusers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from support.counted import counted_tokens
 from support.tiny import TINY_PIPELINES
 from support.xdit_runs import latents_of
 
+from diffusers_adapters.ltx2 import LTX2Adapter
 from diffusers_adapters.lumina2 import Lumina2Adapter
 from diffusers_adapters.registry import adapters
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,
+    get_cache_trace,
     remove_cache,
 )
 from xfuser_fastcache.assembly import Request, adapter_of
@@ -46,8 +48,13 @@ def made(name: str, **sizes: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
     return pipe, generate
 
 
-# Image tokens of a forward pass of the tiny pipeline, and pixels of its latents in one.
-SIZES = {"sana": (2 * 64, 1), "lumina2": (64, 4), "hunyuan-dit": (2 * 64, 4)}
+# Image tokens of the tiny pipeline's forward passes, and pixels of its latents in one.
+SIZES = {
+    "sana": ({2 * 64}, 1),
+    "lumina2": ({64}, 4),
+    "hunyuan-dit": ({2 * 64}, 4),
+    "ltx2": ({2 * 32, 32}, 1),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "stack": {},
     "spans": {"granularity": 2, "forecaster": "linear"},
@@ -80,7 +87,7 @@ def test_the_image_alone_is_measured_and_nothing_changes_at_threshold_0(
         assert torch.equal(found, control) == (threshold == 0)
         assert (statistics["block_approx_ratio"] > 0) == (threshold > 0)
         assert (statistics["clock"], statistics["recomputed"]) == ("scheduler", 0)
-        assert seen == {tokens * (pixels if way == "output" else 1)}
+        assert seen == {of_pass * (pixels if way == "output" else 1) for of_pass in tokens}
         assert statistics["spatial_approx_ratio"] == 0  # none of them can leave tokens out
     assert torch.equal(generate(), control)
 
@@ -88,7 +95,7 @@ def test_the_image_alone_is_measured_and_nothing_changes_at_threshold_0(
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_may_change_in_between(name: str) -> None:
     pipe, generate = made(name)
-    sizes = dict.fromkeys(("height", "width"), 192 if name == "sana" else 96)
+    sizes = dict.fromkeys(("height", "width"), 192 if name in ("sana", "ltx2") else 96)
     wanted = generate(), generate(**sizes)
     assert wanted[0].shape != wanted[1].shape
     apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0)
@@ -167,6 +174,35 @@ def test_blocks_that_share_what_they_put_out_are_skipped_together() -> None:
     request.check(adapters()["hunyuan_dit"], {}, DecisionGroup((0,), 0))
     with pytest.raises(ValueError, match="under PipeFusion.*forecaster='damped_taylor'"):
         request.check(adapters()["hunyuan_dit"], {}, DecisionGroup((0, 1), 0, stages=2))
+
+
+@pytest.mark.parametrize("options", [{}, {"forecaster": "linear", "granularity": 2}])
+def test_the_audio_is_skipped_and_forecast_with_the_video(options: dict[str, Any]) -> None:
+    pipe, call = TINY_PIPELINES["ltx2"]()
+    pipe.set_progress_bar_config(disable=True)
+
+    def heard(steps: int = STEPS) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(1)
+        return pipe(**{**call, "num_inference_steps": steps, "generator": noise}).audio
+
+    control, second = heard(), heard(steps=3)
+    apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=0.0, **options)
+    assert torch.equal(heard(), control)
+    remove_cache(pipe.transformer)
+    apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0, **options)
+    found = heard()
+    assert found.isfinite().all() and not torch.equal(found, control)
+    branches = {row["branch"] for row in get_cache_trace(pipe.transformer)}
+    assert len(branches) == 3  # guidance in a batch, a block that does not attend, and both apart
+    assert torch.equal(heard(steps=3), second)  # as the three steps of the second stage are
+
+
+def test_tokens_of_a_picture_to_begin_with_are_no_noise() -> None:
+    latents = torch.zeros(1, 12, 4)
+    timestep = torch.tensor([[0.0] * 4 + [700.0] * 8])
+    found = LTX2Adapter.image_tokens(None, (latents,), {"timestep": timestep})
+    assert found == range(4, 12)
+    assert LTX2Adapter.image_tokens(None, (latents,), {"timestep": timestep[:, 4]}) is None
 
 
 def test_the_two_steps_of_sana_sprint_are_computed() -> None:

@@ -118,7 +118,7 @@ def reports(layout: str, slow: bool) -> list[dict[str, Any]]:
         cases = [f"{model}:{','.join(names)}" for model, names in backends.items()]
         batches = ("--reference_batch", "2") if ranks == 1 else ()
         turn = turn_of(layout)
-        more = ("--slow",) if slow else ("--turn", str(turn))
+        more = ("--turn", str(turn), *(["--slow"] if slow else []))
         world = run_world(
             "matrix_worker.py", ranks, "--case", *cases, *more, *batches, *flags, timeout_s=1200
         )
@@ -136,15 +136,17 @@ def case(request: pytest.FixtureRequest) -> Case:
     found = reports(layout, slow)
     in_stages = "pipefusion" in layout
     least = 0.15 if in_stages else 0.3
+    tiny = TINY_MODELS[model]
+    branches_shared = (tiny.of_runner or tiny.branches_apart) and "cfg" in layout
     return Case(
         variants=list(variants(model, backend, slow, turn_of(layout))),
         backend=backend,
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["group"]) for report in found],
         replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
-        of_runner=TINY_MODELS[model].of_runner and not in_stages,
+        of_runner=tiny.of_runner and not in_stages,
         in_stages=in_stages,
-        same_corrections=not in_stages and not (TINY_MODELS[model].of_runner and "cfg" in layout),
+        same_corrections=not in_stages and not branches_shared,
         least_hits=least if backend == "Fast" else least / 2,
         references=references(model),
     )

@@ -220,6 +220,7 @@ DECLARED = {
     ("xfuser_fastcache.adapters", "hunyuan_dit"): (
         "diffusers_adapters.hunyuan_dit:HunyuanDiTAdapter"
     ),
+    ("xfuser_fastcache.adapters", "ltx2"): "diffusers_adapters.ltx2:LTX2Adapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

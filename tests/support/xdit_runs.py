@@ -25,6 +25,7 @@ _RUNNER_MODELS = {
     "Krea2Pipeline": ("krea2", "xFuserKrea2RawModel"),
     "HunyuanVideoPipeline": ("hunyuan", "xFuserHunyuanvideoModel"),
     "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
+    "LTX2Pipeline": ("ltx", "xFuserLTX2VideoModel"),
 }
 _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
 # Without OpenCV, xfuser registers a class for another class of the pipeline's name.

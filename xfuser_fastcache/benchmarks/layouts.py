@@ -96,6 +96,8 @@ EXCLUDED = (
             ("hunyuan_video", CFG, _SEQUENCE_ALONE),
             ("hunyuan_video15", f"{PIPEFUSION}=2", _NO_PIPELINE),
             ("hunyuan_video15", CFG, _SEQUENCE_ALONE),
+            ("ltx2", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("ltx2", CFG, _SEQUENCE_ALONE),
         )
     ),
     *(

@@ -77,7 +77,7 @@ class ModelAdapter:
         and puts out more where it predicts variances too (PixArt). All are noise where its config
         names none that come out.
         """
-        given, made = model.config.in_channels, model.config.get("out_channels")
+        given, made = model.config.in_channels, getattr(model.config, "out_channels", None)
         return given if made is None else min(given, made)
 
     @classmethod

@@ -211,6 +211,21 @@ def leading_zeros(ids: torch.Tensor) -> int | None:
     return _leading[ids]
 
 
+def noisiest_rows(timestep: torch.Tensor, tokens: int) -> range | None:
+    """Return the tokens of noise where each has a timestep: from the first of the noisiest on.
+
+    Those of a picture to begin with have a lower one (Wan TI2V, LTX-2).
+
+    Args:
+        timestep: `(batch, tokens)`; one an item tells nothing of them.
+        tokens: of which those behind are padding.
+    """
+    if timestep.dim() < 2:
+        return None
+    noisiest = timestep[0] == timestep[0].amax()
+    return range(int(noisiest.int().argmax()), tokens)
+
+
 _texts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

@@ -176,12 +176,17 @@ FAMILIES = (
         example=Example("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", (4, 128, 128), 4, 1408),
     ),
     Family(
+        "LTX-2, 2.3, 2.5",
+        ("ltx-2",),
+        adapter="ltx2",
+        example=Example("Lightricks/LTX-2", (128, 16, 16, 24), 1, 4096),
+    ),
+    Family(
         "Ideogram-4",
         ("ideogram-",),
         why_not=f"{_NOT_YET}; its branches are two models",
         since="0.39",
     ),
-    Family("LTX-2, 2.3, 2.5", ("ltx-2",), why_not=f"{_NOT_YET}; it has streams of video and audio"),
     Family(
         "LingBot-Video", ("lingbot-video",), why_not=f"{_NOT_YET}; diffusers has no class for it"
     ),

@@ -38,6 +38,10 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_hunyuan_video15",
         "xFuserHunyuanVideo15Transformer3DWrapper",
     ),
+    "LTX2VideoTransformer3DModel": (
+        f"{_MODELS}.transformer_ltx2",
+        "xFuserLTX2VideoTransformer3DWrapper",
+    ),
 }
 # Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
 PIPELINES = {
