@@ -97,7 +97,7 @@ def _digest(value: Any, found: Any, values: bool) -> None:
     if isinstance(value, torch.Tensor):
         found.update(f"{tuple(value.shape)} {value.dtype}".encode())
         if values:
-            held = value.detach().cpu().reshape(-1).view(torch.uint8)
+            held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             found.update(held.numpy().tobytes())
     elif isinstance(value, Mapping):
         for key in sorted(key for key, held in value.items() if not callable(held)):
