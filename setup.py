@@ -114,6 +114,7 @@ setup(
             "lumina2 = diffusers_adapters.lumina2:Lumina2Adapter",
             "hunyuan_dit = diffusers_adapters.hunyuan_dit:HunyuanDiTAdapter",
             "ltx2 = diffusers_adapters.ltx2:LTX2Adapter",
+            "latte = diffusers_adapters.latte:LatteAdapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

@@ -221,6 +221,7 @@ DECLARED = {
         "diffusers_adapters.hunyuan_dit:HunyuanDiTAdapter"
     ),
     ("xfuser_fastcache.adapters", "ltx2"): "diffusers_adapters.ltx2:LTX2Adapter",
+    ("xfuser_fastcache.adapters", "latte"): "diffusers_adapters.latte:LatteAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

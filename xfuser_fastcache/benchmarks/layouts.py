@@ -128,6 +128,10 @@ EXCLUDED = (
         "Lumina2 sequence parallelism currently supports Ulysses only",
     ),
     *(
+        Exclusion("latte", flag, "blocks over frames attend to tokens of other places", None)
+        for flag in (ULYSSES, "--ring_degree=2", f"{PIPEFUSION}=2")
+    ),
+    *(
         Exclusion(
             model,
             f"{PIPEFUSION}=2",

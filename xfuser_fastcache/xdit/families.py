@@ -182,6 +182,12 @@ FAMILIES = (
         example=Example("Lightricks/LTX-2", (128, 16, 16, 24), 1, 4096),
     ),
     Family(
+        "Latte",
+        pipelines=("LattePipeline",),
+        adapter="latte",
+        example=Example("maxin-cn/Latte-1", (4, 16, 64, 64), 4, 1152),
+    ),
+    Family(
         "Ideogram-4",
         ("ideogram-",),
         why_not=f"{_NOT_YET}; its branches are two models",
@@ -203,7 +209,6 @@ FAMILIES = (
         pipelines=("SanaSprintPipeline",),
         why_not="it has 1 to 4 steps and none to spare",
     ),
-    Family("Latte", pipelines=("LattePipeline",), why_not=_NOT_YET),
     Family(
         "Stable Diffusion XL",
         pipelines=("StableDiffusionXLPipeline",),
