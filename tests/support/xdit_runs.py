@@ -61,7 +61,8 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
         runner_models = importlib.import_module(f"{_MODELS}.runner_models.{module}")
         getattr(runner_models, runner_model)(arguments)
     parallel = engine_config.parallel_config
-    if parallel.pp_degree == 1 and is_of_runner(pipeline, parallel):
+    of_runner = is_of_runner(pipeline, parallel)
+    if parallel.pp_degree == 1 and of_runner:
         return as_the_runner_has_it(pipeline, engine_config), input_config
     named = _PIPELINE_CLASSES.get(type(pipeline).__name__)
     made = getattr(xfuser, named) if named else xFuserPipelineWrapperRegister.get_class(pipeline)
