@@ -68,7 +68,7 @@ SIZES = {
     model: {"num_layers": 4, "num_single_layers": 4}
     for model, tiny in TINY_MODELS.items()
     if tiny.adapter == "flux"
-}
+} | {"hunyuan-dit": {"num_layers": 8}}
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
