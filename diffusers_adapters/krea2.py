@@ -37,11 +37,6 @@ class Krea2Adapter(ModelAdapter):
     noise = FlowSigma(given="sigma")
 
     @classmethod
-    def noise_channels(cls, model: Any) -> int:
-        """All that are given; the config names none that come out."""
-        return model.config.in_channels
-
-    @classmethod
     def forward_contract(cls, model: Any, counts: TokenCounts) -> ForwardContract:
         """Of the latents all are noise: text joins them behind."""
         return ForwardContract(cls.forward_layout(), cls.noise_channels(model))

@@ -9,6 +9,7 @@ import torch
 
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract
+from xfuser_fastcache.models.modulation import by_own_table
 from xfuser_fastcache.models.noise import NoiseAngle
 from xfuser_fastcache.models.streams import HIDDEN
 
@@ -33,8 +34,5 @@ class PixArtAdapter(ModelAdapter):
     ) -> torch.Tensor:
         """The block's first norm, shifted and scaled by its own table and the timestep's."""
         contract = cls.first_contract(block)
-        x = contract.argument(HIDDEN, args, kwargs)
-        timestep = contract.argument("timestep", args, kwargs)
-        table = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
-        shift, scale = table[:, :1], table[:, 1:2]
-        return block.norm1(x) * (1 + scale) + shift
+        x, timestep = (contract.argument(name, args, kwargs) for name in (HIDDEN, "timestep"))
+        return by_own_table(block, x, timestep)

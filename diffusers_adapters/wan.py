@@ -11,6 +11,7 @@ import torch
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract, Table
 from xfuser_fastcache.models.noise import FlowSigma
+from xfuser_fastcache.models.token_layout import noisiest_rows
 
 # TeaCache's code for Wan 2.1 T2V (TeaCache4Wan2.1, `use_ret_steps`), by the width of the 1.3B model
 # and of the 14B one; LightX2V's files for TeaCache have the same, first of two.
@@ -49,10 +50,7 @@ class WanAdapter(ModelAdapter):
         sizes = layout.given(args, kwargs).sizes[1:]
         tokens = prod(n // of for n, of in zip(sizes, model.config.patch_size, strict=True))
         timestep = layout.argument(layout.timestep, args, kwargs)
-        if timestep.dim() < 2:
-            return range(tokens)
-        noisiest = timestep[0] == timestep[0].amax()
-        return range(int(noisiest.int().argmax()), tokens)
+        return noisiest_rows(timestep, tokens) or range(tokens)
 
     @classmethod
     def tea_input(

@@ -44,11 +44,6 @@ class ZImageAdapter(ModelAdapter):
         return model.config.dim
 
     @classmethod
-    def noise_channels(cls, model: Any) -> int:
-        """All that are given; the config names none that come out."""
-        return model.config.in_channels
-
-    @classmethod
     def image_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> range:
         """Those from the first on, none of the padding."""
         layout = cls.forward_layout()

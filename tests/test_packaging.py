@@ -215,6 +215,13 @@ DECLARED = {
     ),
     ("xfuser_fastcache.adapters", "cogvideox"): "diffusers_adapters.cogvideox:CogVideoXAdapter",
     ("xfuser_fastcache.adapters", "consisid"): "diffusers_adapters.consisid:ConsisIDAdapter",
+    ("xfuser_fastcache.adapters", "sana"): "diffusers_adapters.sana:SanaAdapter",
+    ("xfuser_fastcache.adapters", "lumina2"): "diffusers_adapters.lumina2:Lumina2Adapter",
+    ("xfuser_fastcache.adapters", "hunyuan_dit"): (
+        "diffusers_adapters.hunyuan_dit:HunyuanDiTAdapter"
+    ),
+    ("xfuser_fastcache.adapters", "ltx2"): "diffusers_adapters.ltx2:LTX2Adapter",
+    ("xfuser_fastcache.adapters", "latte"): "diffusers_adapters.latte:LatteAdapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

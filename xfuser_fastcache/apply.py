@@ -126,7 +126,7 @@ def apply_cache_on_transformer(
     blocks = [block for listed in held.values() for block in listed]
     refuse_compiled(transformer, blocks, request.whole_forward)
     kinds = {name: adapter.block_lists[name].of(held[name][0]) for name in held if held[name]}
-    request.check(kinds, group)
+    request.check(adapter, kinds, group)
     config = request.config
     consensus = Consensus(
         group,

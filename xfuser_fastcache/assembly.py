@@ -90,10 +90,16 @@ class Request:
         """Whether the forecaster stands in for the whole forward pass."""
         return self.config.methods.forecaster.whole_forward
 
-    def check(self, contracts: dict[str, BlockContract], group: DecisionGroup) -> None:
+    def check(
+        self,
+        adapter: type[ModelAdapter],
+        contracts: dict[str, BlockContract],
+        group: DecisionGroup,
+    ) -> None:
         """Refuse what the model or the layout cannot do, before any rank is waited for.
 
         Args:
+            adapter: of the model's family.
             contracts: of the first block of each list that this rank holds.
             group: of the ranks that decide together.
 
@@ -102,6 +108,8 @@ class Request:
         """
         gate_of(self.config, self.fitted)
         _check_return_order(self.config, contracts)
+        if adapter.long_skips:
+            self._check_long_skips(adapter, group)
         if self.maps is not None and group.stages > 1:
             raise ValueError(
                 f"linear_maps={self.path!r} is fitted for the whole stack of blocks, of which each "
@@ -118,6 +126,20 @@ class Request:
             _say_once(
                 "shadow_audit does nothing under PipeFusion, where computing a skipped patch as "
                 "well would renew its keys and values: audits stays 0."
+            )
+
+    def _check_long_skips(self, adapter: type[ModelAdapter], group: DecisionGroup) -> None:
+        name, cut = adapter.model_class, self.config.granularity
+        if cut != "stack":
+            raise ValueError(
+                f"granularity={cut!r} cuts {name}, whose later blocks take what earlier ones put "
+                "out: all are skipped together, or none. Leave granularity out, which is 'stack'."
+            )
+        if group.stages > 1 and self.whole_forward:
+            raise ValueError(
+                f"under PipeFusion a stage of {name} hands on what its blocks have put out, too, "
+                "which no forecast of the whole forward pass makes: give a forecaster of blocks, "
+                "forecaster='damped_taylor', or pipefusion_parallel_degree=1"
             )
 
 
@@ -207,7 +229,7 @@ def drawn(
         contracts = [later if group.stage else adapter.forward_contract(model, counts)]
         dim = adapter.noise_channels(model)
     else:
-        tokens = _token_plan(request, group, blocks, of_blocks)
+        tokens = _token_plan(request, adapter, group, blocks, of_blocks)
     first = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
     maps = None
     if request.maps is not None and not config.methods.plan_takes_maps:
@@ -263,6 +285,7 @@ def _say_once(message: str) -> None:
 
 def _token_plan(
     request: Request,
+    adapter: type[ModelAdapter],
     group: DecisionGroup,
     blocks: list[nn.Module],
     contracts: list[BlockContract],
@@ -273,6 +296,12 @@ def _token_plan(
         _say_once(
             "Token plans do nothing under PipeFusion, whose stages run patches: blocks are skipped "
             "without them, and spatial_approx_ratio stays 0."
+        )
+        methods = ()
+    if methods and not adapter.narrows:
+        _say_once(
+            f"Token plans do nothing on {adapter.model_class}, whose blocks need all tokens: they "
+            "are skipped without them, and spatial_approx_ratio stays 0."
         )
         methods = ()
     attention_costs = [

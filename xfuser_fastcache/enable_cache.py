@@ -112,4 +112,7 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     f"{_TRANSFORMERS}.transformer_z_image": _give("ZImageTransformer2DModel"),
     f"{_TRANSFORMERS}.transformer_krea2": _give("Krea2Transformer2DModel"),
     f"{_TRANSFORMERS}.consisid_transformer_3d": _give("ConsisIDTransformer3DModel"),
+    f"{_TRANSFORMERS}.sana_transformer": _give("SanaTransformer2DModel"),
+    f"{_TRANSFORMERS}.transformer_lumina2": _give("Lumina2Transformer2DModel"),
+    f"{_TRANSFORMERS}.hunyuan_transformer_2d": _give("HunyuanDiT2DModel"),
 }

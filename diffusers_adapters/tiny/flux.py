@@ -1,4 +1,4 @@
-"""FLUX.1, and Kontext and Fill, which edit a picture."""
+"""FLUX.1, Control, which follows a picture, and Kontext and Fill, which edit one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxFillPipeline,
     FluxKontextPipeline,
     FluxPipeline,
@@ -58,6 +59,21 @@ def tiny_flux(
     return pipeline, call
 
 
+def _vae() -> AutoencoderKL:
+    """Return one that makes latents of 4 channels, which are 16 in a token."""
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        norm_num_groups=1,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
 def tiny_kontext(batch: int = 1, **sizes: Any) -> tuple[FluxKontextPipeline, dict[str, Any]]:
     """FLUX.1-Kontext: `tiny_flux`, and the 8 x 4 tokens of a picture to edit, given as latents."""
     # Without a VAE the pipeline takes its latents to have 16 channels, 64 in a token.
@@ -74,23 +90,25 @@ def tiny_fill(batch: int = 1, **sizes: Any) -> tuple[FluxFillPipeline, dict[str,
 
     Its VAE makes latents of 4 channels, which are 16 in a token; the mask has 16 x 16 pixels there.
     """
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        latent_channels=4,
-        norm_num_groups=1,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
     pipeline, call = tiny_flux(
-        batch=batch, pipeline_class=FluxFillPipeline, condition_channels=16 + 256, vae=vae, **sizes
+        batch=batch,
+        pipeline_class=FluxFillPipeline,
+        condition_channels=16 + 256,
+        vae=_vae(),
+        **sizes,
     )
     mask = torch.zeros(batch, 1, 128, 128)
     mask[..., 64:] = 1.0
     call.update(image=torch.rand(batch, 3, 128, 128), mask_image=mask)
+    return pipeline, call
+
+
+def tiny_control(batch: int = 1, **sizes: Any) -> tuple[FluxControlPipeline, dict[str, Any]]:
+    """FLUX.1-Control: `tiny_flux` with the channels of a control picture behind the noise."""
+    pipeline, call = tiny_flux(
+        batch=batch, pipeline_class=FluxControlPipeline, condition_channels=16, vae=_vae(), **sizes
+    )
+    call["control_image"] = torch.rand(batch, 3, call["height"], call["width"])
     return pipeline, call
 
 
@@ -107,5 +125,6 @@ _OF_FILL = (
 MODELS = {
     "flux": TinyModel(tiny_flux, "flux"),
     "flux-kontext": TinyModel(tiny_kontext, "flux", of_runner=True, limits=_OF_KONTEXT),
+    "flux-control": TinyModel(tiny_control, "flux"),
     "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_OF_FILL),
 }

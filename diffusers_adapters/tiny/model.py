@@ -36,6 +36,8 @@ class TinyModel:
         adapter: the registered one that it is for.
         of_runner: whether no pipeline class of xDiT's stands around it, or none but under
             PipeFusion: its runner runs it.
+        branches_apart: whether one rank calls for one branch of guidance after the other; of those
+            of the runner that share guidance out, all do.
         alone: whether one is drawn a call, so that there is no batch for replicas to share.
         limits: what xDiT cannot do with it.
         beyond: flags of what xDiT can do with it, though not with the first of its family.
@@ -44,6 +46,7 @@ class TinyModel:
     make: Callable[..., tuple[Any, dict[str, Any]]]
     adapter: str
     of_runner: bool = False
+    branches_apart: bool = False
     alone: bool = False
     limits: tuple[Limit, ...] = ()
     beyond: tuple[str, ...] = ()

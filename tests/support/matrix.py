@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from diffusers_adapters.registry import adapters
 from diffusers_adapters.tiny import TINY_MODELS
 from support.xdit_runs import wrap
+from xfuser_fastcache.benchmarks.layouts import LAYOUTS
 from xfuser_fastcache.chaos.families import SIZES
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
@@ -37,19 +39,25 @@ FORECASTS_ALL = ("Fast", "TaylorSeer")
 IN_CI: dict[str, tuple[str, ...]] = {
     "cogvideox": ("cfg 2",),
     "consisid": ("ulysses 2",),
+    "flux-control": (),
     "flux-fill": ("ring 2",),
     "flux-kontext": ("ulysses 2",),
     "flux2": ("pipefusion 2",),
     "flux2-edit": (),
+    "hunyuan-dit": (),
     "hunyuan-video": ("ulysses 2",),
     "hunyuan-video15": ("ring 2",),
     "klein": (),
     "krea2": ("ulysses 2",),
     "krea2-turbo": (),
+    "latte": (),
+    "ltx2": (),
+    "lumina2": (),
     "pixart-sigma": ("cfg 2",),
     "qwen": ("ulysses 2",),
     "qwen-edit": ("cfg 2",),
     "qwen-edit-2511": (),
+    "sana": (),
     "sd3.5": ("ulysses 2", "pipefusion 2"),
     "wan-i2v": ("cfg 2",),
     "wan-ti2v": ("ulysses 2",),
@@ -79,9 +87,12 @@ def variants(model: str, backend: str, slow: bool, turn: int) -> dict[str, dict[
         return {"stack": {}}
     found = {k: v for k, v in VARIANTS.items() if "forecaster" not in v}
     found = VARIANTS if backend in FORECASTS_ALL else found
+    if adapters()[TINY_MODELS[model].adapter].long_skips:
+        refused = ("three spans", "budget" if "pipefusion" in list(LAYOUTS)[turn] else "")
+        found = {k: v for k, v in found.items() if k not in refused}
     if slow:
         return found
-    others = [name for name in found if name != "stack"]
+    others = [name for name in found if name != "stack"] or ["stack"]
     other = others[(turn + list(TINY_MODELS).index(model)) % len(others)]
     return {name: found[name] for name in ("stack", other)}
 

@@ -26,6 +26,7 @@ _RUNNER_MODELS = {
     "Krea2Pipeline": ("krea2", "xFuserKrea2RawModel"),
     "HunyuanVideoPipeline": ("hunyuan", "xFuserHunyuanvideoModel"),
     "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
+    "LTX2Pipeline": ("ltx", "xFuserLTX2VideoModel"),
 }
 _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
 
@@ -58,7 +59,8 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
         runner_models = importlib.import_module(f"{_MODELS}.runner_models.{module}")
         getattr(runner_models, runner_model)(arguments)
     parallel = engine_config.parallel_config
-    if parallel.pp_degree == 1 and is_of_runner(pipeline, parallel):
+    of_runner = is_of_runner(pipeline, parallel)
+    if parallel.pp_degree == 1 and of_runner:
         return as_the_runner_has_it(pipeline, engine_config), input_config
     return class_in_xfuser(pipeline)(pipeline, engine_config), input_config
 

@@ -96,7 +96,40 @@ EXCLUDED = (
             ("hunyuan_video", CFG, _SEQUENCE_ALONE),
             ("hunyuan_video15", f"{PIPEFUSION}=2", _NO_PIPELINE),
             ("hunyuan_video15", CFG, _SEQUENCE_ALONE),
+            ("ltx2", f"{PIPEFUSION}=2", _NO_PIPELINE),
+            ("ltx2", CFG, _SEQUENCE_ALONE),
         )
+    ),
+    *(
+        Exclusion(
+            "sana",
+            flag,
+            "without flash-attn, its linear attention names a kernel that yunchang does not have",
+            "AttributeError: TORCH",
+        )
+        for flag in (ULYSSES, "--ring_degree=2")
+    ),
+    Exclusion(
+        "sana",
+        f"{PIPEFUSION}=2",
+        "a rank sends rows of its convolutions to itself, which gloo does not do",
+        "Pair is not connected",
+    ),
+    Exclusion(
+        "lumina2",
+        f"{PIPEFUSION}=2",
+        _NO_PIPELINE,
+        "Pipefusion parallelism is not supported by the model",
+    ),
+    Exclusion(
+        "lumina2",
+        "--ring_degree=2",
+        "ring attention would need a mask a step for its texts",
+        "Lumina2 sequence parallelism currently supports Ulysses only",
+    ),
+    *(
+        Exclusion("latte", flag, "blocks over frames attend to tokens of other places", None)
+        for flag in (ULYSSES, "--ring_degree=2", f"{PIPEFUSION}=2")
     ),
     *(
         Exclusion(

@@ -15,7 +15,7 @@ SIZES: dict[str, dict[str, int]] = {
     family: {"num_layers": 4, "num_single_layers": 4}
     for family, tiny in TINY_MODELS.items()
     if tiny.adapter == "flux"
-}
+} | {"hunyuan-dit": {"num_layers": 8}}
 # Ranks and flags of xDiT, beside the layouts that toys are measured in.
 _RING, _STAGES = "--ring_degree=2", f"{PIPEFUSION}=2"
 _MORE: dict[str, tuple[int, tuple[str, ...]]] = {

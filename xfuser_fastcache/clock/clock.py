@@ -126,7 +126,9 @@ class Reader:
             self._plan = Plan(timesteps, tuple(adapter.plan(scheduler)))
         given = forward.given(args, kwargs)
         # A plan has timesteps of its own for as long as it is held here.
-        occasion = None if self._plan is None else (id(timesteps), given.batch, given.sizes)
+        occasion = None
+        if self._plan is not None and not adapter.counts_each_pass:
+            occasion = (id(timesteps), given.batch, given.sizes)
         self.counts.open(args, kwargs, occasion)
         position = self.layout.position()
         tokens = sum(position.patch_tokens) or given.sizes

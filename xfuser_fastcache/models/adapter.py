@@ -35,6 +35,12 @@ class ModelAdapter:
             from relative change of the modulated input to that of the output; None where none is.
         forecaster: what stands in under `Fast`, where nothing else is asked for; None for what that
             brings.
+        narrows: whether blocks can run on some of their tokens: attention aside, they look at each
+            alone, and are given nothing with a row a token that `tables` do not name.
+        long_skips: whether a later block takes what an earlier one has put out, too: then all
+            blocks are skipped together.
+        counts_each_pass: whether forward passes of one size differ in which tokens are the
+            image's, so that `image_tokens` is asked at each; it must not wait for the device then.
     """
 
     model_class: ClassVar[str]
@@ -44,6 +50,9 @@ class ModelAdapter:
     noise: ClassVar[NoiseLevels]
     tea_polynomial: ClassVar[tuple[float, ...] | None] = None
     forecaster: ClassVar[str | None] = None
+    narrows: ClassVar[bool] = True
+    long_skips: ClassVar[bool] = False
+    counts_each_pass: ClassVar[bool] = False
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:
@@ -65,9 +74,10 @@ class ModelAdapter:
         """Return how many channels of the latents, the first ones, are noise.
 
         A model is given more where a mask and a condition come with the noise (FLUX Fill, Wan I2V),
-        and puts out more where it predicts variances too (PixArt).
+        and puts out more where it predicts variances too (PixArt). All are noise where its config
+        names none that come out.
         """
-        given, made = model.config.in_channels, model.config.out_channels
+        given, made = model.config.in_channels, getattr(model.config, "out_channels", None)
         return given if made is None else min(given, made)
 
     @classmethod
@@ -76,7 +86,8 @@ class ModelAdapter:
     ) -> range | None:
         """Return which tokens are the image's, and not a condition's or padding; None for all.
 
-        It is asked once for all forward passes that one plan of a scheduler has for one size.
+        It is asked once for all forward passes that one plan of a scheduler has for one size; see
+        `counts_each_pass`.
 
         Args:
             model: that is called.

@@ -209,3 +209,45 @@ def leading_zeros(ids: torch.Tensor) -> int | None:
         marked = 0 < count < len(first) and bool(first[count:].all())
         _leading[ids] = count if marked else None
     return _leading[ids]
+
+
+def noisiest_rows(timestep: torch.Tensor, tokens: int) -> range | None:
+    """Return the tokens of noise where each has a timestep: from the first of the noisiest on.
+
+    Those of a picture to begin with have a lower one (Wan TI2V, LTX-2).
+
+    Args:
+        timestep: `(batch, tokens)`; one an item tells nothing of them.
+        tokens: of which those behind are padding.
+    """
+    if timestep.dim() < 2:
+        return None
+    noisiest = timestep[0] == timestep[0].amax()
+    return range(int(noisiest.int().argmax()), tokens)
+
+
+_texts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def shared_rows(mask: torch.Tensor, tokens: int) -> range:
+    """Return the rows that are image in every item, where each item's stand right behind its text.
+
+    A mask is read once, with one wait for the device: a pipeline hands the same in at every step.
+
+    Args:
+        mask: of the texts, `(batch, text_tokens)`: 1 for each token that is there.
+        tokens: of each item's image.
+
+    Returns:
+        From the end of the longest text to the end of the first image; empty where one text is
+        longer than another with its image.
+
+    Example:
+        >>> shared_rows(torch.tensor([[1, 1, 1], [1, 0, 0]]), 4)
+        range(3, 5)
+    """
+    if mask not in _texts:
+        lengths = mask.sum(dim=1).tolist()
+        _texts[mask] = max(lengths), min(lengths)
+    longest, shortest = _texts[mask]
+    return range(longest, max(longest, shortest + tokens))

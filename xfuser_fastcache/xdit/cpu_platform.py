@@ -226,6 +226,8 @@ def _flash_attention_for_cpu(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = (attention_kwargs or {}).get("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:  # this kernel only adds
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=mask
     )

@@ -158,7 +158,34 @@ FAMILIES = (
         "Lumina-Image 2.0",
         ("lumina",),
         ("Lumina2Pipeline",),
-        why_not=f"{_NOT_YET}; where its image's tokens stand differs with the text of each item",
+        adapter="lumina2",
+        example=Example("Alpha-VLLM/Lumina-Image-2.0", (16, 128, 128), 4, 2304),
+    ),
+    Family(
+        "SANA",
+        pipelines=("SanaPipeline",),
+        adapter="sana",
+        example=Example(
+            "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", (32, 32, 32), 1, 2240
+        ),
+    ),
+    Family(
+        "HunyuanDiT",
+        pipelines=("HunyuanDiTPipeline",),
+        adapter="hunyuan_dit",
+        example=Example("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", (4, 128, 128), 4, 1408),
+    ),
+    Family(
+        "LTX-2, 2.3, 2.5",
+        ("ltx-2",),
+        adapter="ltx2",
+        example=Example("Lightricks/LTX-2", (128, 16, 16, 24), 1, 4096),
+    ),
+    Family(
+        "Latte",
+        pipelines=("LattePipeline",),
+        adapter="latte",
+        example=Example("maxin-cn/Latte-1", (4, 16, 64, 64), 4, 1152),
     ),
     Family(
         "Ideogram-4",
@@ -166,7 +193,6 @@ FAMILIES = (
         why_not=f"{_NOT_YET}; its branches are two models",
         since="0.39",
     ),
-    Family("LTX-2, 2.3, 2.5", ("ltx-2",), why_not=f"{_NOT_YET}; it has streams of video and audio"),
     Family(
         "LingBot-Video", ("lingbot-video",), why_not=f"{_NOT_YET}; diffusers has no class for it"
     ),
@@ -178,11 +204,11 @@ FAMILIES = (
         ("causalwan",),
         why_not="it denoises a few frames at a time, so that no step is like the one before",
     ),
-    Family("SANA, SANA Sprint", pipelines=("SanaPipeline", "SanaSprintPipeline"), why_not=_NOT_YET),
     Family(
-        "HunyuanDiT", pipelines=("HunyuanDiTPipeline",), why_not=f"{_NOT_YET}; it has long skips"
+        "SANA Sprint",
+        pipelines=("SanaSprintPipeline",),
+        why_not="it has 1 to 4 steps and none to spare",
     ),
-    Family("Latte", pipelines=("LattePipeline",), why_not=_NOT_YET),
     Family(
         "Stable Diffusion XL",
         pipelines=("StableDiffusionXLPipeline",),

@@ -38,6 +38,10 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_hunyuan_video15",
         "xFuserHunyuanVideo15Transformer3DWrapper",
     ),
+    "LTX2VideoTransformer3DModel": (
+        f"{_MODELS}.transformer_ltx2",
+        "xFuserLTX2VideoTransformer3DWrapper",
+    ),
 }
 # Class of a diffusers pipeline -> the runner's subclass of it, which shares guidance out.
 PIPELINES = {
@@ -50,6 +54,8 @@ PIPELINES = {
         "xFuserQwenImageEditPipeline",
     ),
 }
+# Those whose class xDiT has, and registers only where its module is imported.
+UNLISTED = {"FluxControlPipeline": "xfuser.model_executor.pipelines.pipeline_flux_control"}
 # Those that xDiT has a pipeline class for, which its runner takes for PipeFusion alone: it knows
 # neither pictures to edit nor guidance by a second call.
 OF_PIPEFUSION = ("Flux2Pipeline", "Flux2KleinPipeline")
@@ -73,6 +79,8 @@ def is_of_runner(pipeline: Any, parallel: Any) -> bool:
         return False
     if type(pipeline).__name__ in OF_PIPEFUSION:
         return parallel.pp_degree == 1
+    if type(pipeline).__name__ in UNLISTED:
+        importlib.import_module(UNLISTED[type(pipeline).__name__])
     try:
         xFuserPipelineWrapperRegister.get_class(pipeline)
     except ValueError:
