@@ -159,7 +159,7 @@ def test_every_registered_backend_is_in_every_layout_and_several_of_them_in_ci(l
 
 
 def test_every_registered_backend_meets_every_family_in_ci_that_runs_in_several_layouts() -> None:
-    for model, tiny in TINY_MODELS.items():
+    for model in TINY_MODELS:
         if IN_CI.get(model) == () or not (model in EVERYWHERE or is_first_of_family(model)):
             continue
         met = {b for m, at, b in CASES if m == model and not is_slow(m, at, b)}
