@@ -38,8 +38,11 @@ def test_equal_calls_have_equal_digests() -> None:
 
 def test_a_tensor_that_is_one_number_expanded_is_that_number_repeated() -> None:
     """So LTX-2's pipeline gives the noise level of each item."""
-    expanded = torch.tensor(0.5).expand(2)
-    assert digest_of((), {"sigma": expanded}) == digest_of((), {"sigma": torch.full((2,), 0.5)})
+    for shape in ((2,), (1,), (1, 1), (3, 2)):
+        expanded = torch.tensor(0.5).expand(shape)
+        assert digest_of((), {"sigma": expanded}) == digest_of(
+            (), {"sigma": torch.full(shape, 0.5)}
+        )
 
 
 @pytest.mark.parametrize(

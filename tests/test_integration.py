@@ -24,6 +24,7 @@ from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.xdit import integration, points
 from xfuser_fastcache.xdit.compat import IncompatibleXfuserError, has_accelerator
 from xfuser_fastcache.xdit.integration import CPU_SWITCH
+from xfuser_fastcache.xdit.pipeline_classes import WRAPPERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -440,3 +441,26 @@ def test_another_value_of_that_variable_is_refused() -> None:
     done = imported(**{CPU_SWITCH: "yes"})
     assert done.returncode == 1
     assert f"{CPU_SWITCH}='yes' is not allowed; give 1, or 0" in done.stderr
+
+
+def test_every_pipeline_class_of_xfuser_is_told_of() -> None:
+    """One that is left out compares no inputs, and its errors outside of a forward pass are lost."""
+    printed = fresh(
+        """
+import importlib, json, pkgutil
+from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
+enable_cpu_platform()
+import xfuser.model_executor.pipelines as pipelines
+from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper as base
+found = {}
+for module in pkgutil.iter_modules(pipelines.__path__):
+    for name, value in vars(importlib.import_module(f"{pipelines.__name__}.{module.name}")).items():
+        own = isinstance(value, type) and value.__module__.endswith(f".{module.name}")
+        if own and base in value.__bases__:
+            found[module.name] = name
+print(json.dumps(found))
+"""
+    )
+    found = json.loads(printed.splitlines()[-1])
+    found.pop("pipeline_stable_diffusion_xl")  # a UNet
+    assert found == WRAPPERS

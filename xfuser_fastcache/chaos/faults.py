@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers_adapters.registry import adapters
 from diffusers_adapters.tiny import TINY_MODELS
 from xfuser_fastcache.chaos.families import LAYOUTS, STEPS
 
@@ -98,6 +99,8 @@ class World:
         faults = _OF_ONE_REPLICA if alone else FAULTS
         fault = draw.choice([f for f in faults if f != _BATCH or not TINY_MODELS[family].alone])
         options = draw.choice(CACHES)
+        if adapters()[TINY_MODELS[family].adapter].long_skips:
+            options = {k: v for k, v in options.items() if k != "granularity"}
         verify = fault in HIDDEN or draw.random() < 0.5
         return cls(
             seed=seed,

@@ -111,7 +111,8 @@ def _digest(value: Any, found: Any, values: bool) -> None:
         found.update(f"{tuple(value.shape)} {value.dtype}".encode())
         if values:
             # A tensor that was expanded to a batch has no bytes of its own for each item.
-            held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            held = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            held = held.view(-1).view(torch.uint8)
             found.update(held.numpy().tobytes())
     elif isinstance(value, Mapping):
         for key in sorted(key for key, held in value.items() if not callable(held)):

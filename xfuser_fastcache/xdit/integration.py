@@ -23,6 +23,7 @@ from xfuser_fastcache.xdit.asked import read_options
 from xfuser_fastcache.xdit.compat import CPU_SWITCH, require, without_accelerator
 from xfuser_fastcache.xdit.families import family_of
 from xfuser_fastcache.xdit.inputs import told
+from xfuser_fastcache.xdit.pipeline_classes import SHARING, WRAPPERS
 from xfuser_fastcache.xdit.points import PATCHES, Patch
 
 if TYPE_CHECKING:
@@ -371,27 +372,15 @@ PATCHES |= {
         (f"{name}.from_pretrained", f"{name}.__call__"),
         _patch_pipeline(name),
     )
-    for module, name in {
-        "pipeline_flux": "xFuserFluxPipeline",
-        "pipeline_flux2": "xFuserFlux2PipelineBase",
-        "pipeline_stable_diffusion_3": "xFuserStableDiffusion3Pipeline",
-        "pipeline_cogvideox": "xFuserCogVideoXPipeline",
-        "pipeline_consisid": "xFuserConsisIDPipeline",
-        "pipeline_pixart_alpha": "xFuserPixArtAlphaPipeline",
-        "pipeline_pixart_sigma": "xFuserPixArtSigmaPipeline",
-    }.items()
+    for module, name in WRAPPERS.items()
 }
 PATCHES |= {
-    # diffusers' own, made to share guidance out: no rank is given what the others are.
     f"{_PIPELINES}.{module}": Patch(
         f"the comparison of what {name} is given",
         (f"{name}.__call__",),
         functools.partial(_patch_call, name),
     )
-    for module, name in {
-        "pipeline_wan_i2v": "xFuserWanImageToVideoPipeline",
-        "pipeline_qwen_image_edit": "xFuserQwenImageEditPipeline",
-    }.items()
+    for module, name in SHARING.items()
 }
 # diffusers' modules, too, where its users look for a cache.
 _ALL: dict[str, Callable[[ModuleType], None]] = {**PATCHES, **enable_cache.PATCHES}
