@@ -444,7 +444,7 @@ def test_another_value_of_that_variable_is_refused() -> None:
 
 
 def test_every_pipeline_class_of_xfuser_is_told_of() -> None:
-    """One that is left out compares no inputs, and its errors outside of a forward pass are lost."""
+    """One that is left out compares no inputs, and no error outside of a forward pass is named."""
     printed = fresh(
         """
 import importlib, json, pkgutil
