@@ -120,7 +120,8 @@ def apply_cache_on_transformer(
     request = Request.of(config, adapter)
     group = layout.decision_group(transformer, request.whole_forward)
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
-    count = functools.partial(adapter.image_tokens, model) if group.stages == 1 else None
+    which = adapter.latent_tokens if request.whole_forward else adapter.image_tokens
+    count = functools.partial(which, model) if group.stages == 1 else None
     counts = TokenCounts(count, group.shard, group.shards)
     held = blocks_held(model, adapter)
     blocks = [block for listed in held.values() for block in listed]
