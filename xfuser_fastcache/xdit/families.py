@@ -190,8 +190,9 @@ FAMILIES = (
     Family(
         "Ideogram-4",
         ("ideogram-",),
-        why_not=f"{_NOT_YET}; its branches are two models",
+        adapter="ideogram4",
         since="0.39",
+        example=Example("ideogram-ai/ideogram-4-fp8", (128, 128, 128), 1, 4608),
     ),
     Family(
         "LingBot-Video", ("lingbot-video",), why_not=f"{_NOT_YET}; diffusers has no class for it"

@@ -50,6 +50,15 @@ def _names_of(code: CodeType) -> set[str]:
     return set(code.co_names).union(*within)
 
 
+# By which a forward's code asks for its place among ranks that share tokens; Ideogram-4's keeps it.
+_PLACES = {"get_sequence_parallel_rank", "get_ulysses_parallel_rank", "_sp_rank"}
+
+
+# Of these each guidance branch has a model of its own: where ranks share guidance, a rank calls one
+# of the two, and decides with those alone that call the same.
+_MODEL_A_BRANCH = {"Ideogram4Transformer2DModel"}
+
+
 def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     """Say whether a transformer's own forward cuts what it is given: by tokens, by guidance.
 
@@ -58,7 +67,7 @@ def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     code of the forward asks for its place in.
     """
     names = names_in(transformer.forward)
-    by_tokens = names & {"get_sequence_parallel_rank", "get_ulysses_parallel_rank"}
+    by_tokens = names & _PLACES
     return bool(by_tokens), "get_classifier_free_guidance_rank" in names
 
 
@@ -168,6 +177,8 @@ class XDiTLayout:
                 "on the ranks that run the transformer only."
             )
         replica, sharded = parallel_state.get_model_replica_group(), parallel_state.get_fs_group()
+        if _MODEL_A_BRANCH & {base.__name__ for base in type(unwrapped(transformer)).__mro__}:
+            replica = parallel_state.get_sp_group()
         rank = dist.get_rank()
         ranks = deciding_ranks(rank, replica.world_size, sharded.world_size)
         self._stages = parallel_state.get_pipeline_parallel_world_size()

@@ -66,13 +66,13 @@ def tiny_ideogram4(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
     )
-    call = {**call_kwargs(batch, size), "prompt": ["large red ring"] * batch}
+    call = {**call_kwargs(batch, size), "prompt": ["red ring"] * batch}
     call.update(guidance_scale=4.0, guidance_schedule=None, max_sequence_length=TEXT_TOKENS)
     return pipeline, call
 
 
 MODELS = (
-    {"ideogram4": TinyModel(tiny_ideogram4, "ideogram4", of_runner=True, in_ci=())}
+    {"ideogram4": TinyModel(tiny_ideogram4, "ideogram4", of_runner=True, models_a_step=2, in_ci=())}
     if hasattr(diffusers, "Ideogram4Pipeline")
     else {}
 )

@@ -38,6 +38,7 @@ class TinyModel:
             PipeFusion: its runner runs it.
         branches_apart: whether one rank calls for one branch of guidance after the other; of those
             of the runner that share guidance out, all do.
+        models_a_step: how many there are that each run at every step, one for each branch.
         alone: whether one is drawn a call, so that there is no batch for replicas to share.
         limits: what xDiT cannot do with it.
         beyond: flags of what xDiT can do with it, though not with the first of its family.
@@ -50,6 +51,7 @@ class TinyModel:
     adapter: str
     of_runner: bool = False
     branches_apart: bool = False
+    models_a_step: int = 1
     alone: bool = False
     limits: tuple[Limit, ...] = ()
     beyond: tuple[str, ...] = ()
