@@ -150,7 +150,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["models"][model]["group"]) for report in found],
         replicas=replicas,
-        deciders=replicas * (tiny.models_a_step if "cfg" in layout else 1),
+        deciders=replicas * (2 if tiny.branches_apart and "cfg" in layout else 1),
         models=1 if "cfg" in layout else tiny.models_a_step,
         of_runner=tiny.of_runner and not in_stages,
         in_stages=in_stages,

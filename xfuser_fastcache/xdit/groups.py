@@ -54,9 +54,10 @@ def _names_of(code: CodeType) -> set[str]:
 _PLACES = {"get_sequence_parallel_rank", "get_ulysses_parallel_rank", "_sp_rank"}
 
 
-# Of these each guidance branch has a model of its own: where ranks share guidance, a rank calls one
-# of the two, and decides with those alone that call the same.
-_MODEL_A_BRANCH = {"Ideogram4Transformer2DModel"}
+# Where ranks share the guidance of these, one may call its transformer at a step and the other not:
+# Ideogram-4 has one for each branch, and Lumina-Image leaves a branch out at late steps. So ranks
+# decide with those of their branch alone.
+_BRANCHES_APART = {"Ideogram4Transformer2DModel", "Lumina2Transformer2DModel"}
 
 
 def cuts(transformer: nn.Module) -> tuple[bool, bool]:
@@ -160,6 +161,8 @@ class XDiTLayout:
     ) -> DecisionGroup:
         """Return the ranks of this model replica, and those that share its weights by FSDP.
 
+        Of some families, under CFG parallelism, those of one branch; see `_BRANCHES_APART`.
+
         Args:
             transformer: that is cached.
             whole_forward: whether it is measured in front of its forward pass, else at its blocks.
@@ -177,8 +180,9 @@ class XDiTLayout:
                 "on the ranks that run the transformer only."
             )
         replica, sharded = parallel_state.get_model_replica_group(), parallel_state.get_fs_group()
-        if _MODEL_A_BRANCH & {base.__name__ for base in type(unwrapped(transformer)).__mro__}:
-            replica = parallel_state.get_sp_group()
+        if transformer is not None:
+            bases = {base.__name__ for base in type(self.model_of(transformer)).__mro__}
+            replica = parallel_state.get_sp_group() if bases & _BRANCHES_APART else replica
         rank = dist.get_rank()
         ranks = deciding_ranks(rank, replica.world_size, sharded.world_size)
         self._stages = parallel_state.get_pipeline_parallel_world_size()

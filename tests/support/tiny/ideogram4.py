@@ -72,7 +72,16 @@ def tiny_ideogram4(
 
 
 MODELS = (
-    {"ideogram4": TinyModel(tiny_ideogram4, "ideogram4", of_runner=True, models_a_step=2, in_ci=())}
+    {
+        "ideogram4": TinyModel(
+            tiny_ideogram4,
+            "ideogram4",
+            of_runner=True,
+            branches_apart=True,
+            models_a_step=2,
+            in_ci=(),
+        )
+    }
     if hasattr(diffusers, "Ideogram4Pipeline")
     else {}
 )
