@@ -59,6 +59,9 @@ _PLACES = {"get_sequence_parallel_rank", "get_ulysses_parallel_rank", "_sp_rank"
 # decide with those of their branch alone.
 _BRANCHES_APART = {"Ideogram4Transformer2DModel", "Lumina2Transformer2DModel"}
 
+# Of these xDiT's ranks share no guidance: each of them runs both branches.
+_GUIDED_WHOLE = {"LatteTransformer3DModel"}
+
 
 def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     """Say whether a transformer's own forward cuts what it is given: by tokens, by guidance.
@@ -180,6 +183,7 @@ class XDiTLayout:
                 "on the ranks that run the transformer only."
             )
         replica, sharded = parallel_state.get_model_replica_group(), parallel_state.get_fs_group()
+        bases: set[str] = set()
         if transformer is not None:
             bases = {base.__name__ for base in type(self.model_of(transformer)).__mro__}
             replica = parallel_state.get_sp_group() if bases & _BRANCHES_APART else replica
@@ -196,6 +200,7 @@ class XDiTLayout:
                     "ulysses_degree, ring_degree, use_cfg_parallel or data_parallel_degree."
                 )
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
+        guidance_is_parallel = guidance_is_parallel and not bases & _GUIDED_WHOLE
         branch = parallel_state.get_classifier_free_guidance_rank()
         shard, shards, counts = 0, 1, parallel_state.get_tensor_model_parallel_rank() == 0
         cuts_tokens, cuts_guidance = (
