@@ -204,14 +204,14 @@ FAMILIES = (
     Family(
         "LingBot-Video",
         ("lingbot-video",),
-        why_not="xDiT's runner draws it with a package that is on no index",
+        why_not="xDiT's runner draws it with a package that PyPI does not have",
         error="No module named 'lingbot_video'",
     ),
     Family(
         "Cosmos3",
         ("cosmos3",),
-        why_not=f"{_NOT_YET}; it takes lists of videos, sounds and actions in place of latents, and "
-        "its blocks hold them in one sequence without a batch",
+        why_not=f"{_NOT_YET}; it takes lists of videos, sounds and actions for latents, and its "
+        "blocks hold them in one sequence without a batch",
     ),
     Family(
         "MiniMax-H3",
