@@ -258,7 +258,7 @@ def test_what_is_excluded_fails_in_xdit_itself(model: str, flag: str) -> None:
     error = FAILING[model, flag]
     if error is None:
         alone, together = norm_of(1, "--model", model), norm_of(2, "--model", model, flag)
-        assert together != pytest.approx(alone, rel=1e-3)
+        assert together != pytest.approx(alone, rel=1e-4)  # rounding alone: 1e-8
         return
     with pytest.raises(WorldFailed) as failed:
         launch("xdit_control.py", 2, "--model", model, flag, timeout_s=120)
