@@ -43,12 +43,18 @@ setup(
         "FastCache": "https://arxiv.org/abs/2505.20353",
     },
     packages=find_packages(
-        include=["xfuser_fastcache", "xfuser_fastcache.*", "diffusers_adapters"],
+        include=[
+            "xfuser_fastcache",
+            "xfuser_fastcache.*",
+            "diffusers_adapters",
+            "diffusers_adapters.*",
+        ],
     ),
     package_data={
         "xfuser_fastcache": ["py.typed"],
         "diffusers_adapters": ["py.typed"],
         "xfuser_fastcache.calibration.prompts": ["*.txt"],
+        "xfuser_fastcache.serving.page": ["*.html", "*.css", "*.js"],
     },
     install_requires=[
         "torch>=2.6",

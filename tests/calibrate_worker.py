@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
-from support.tiny.flux import tiny_flux  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import wrap  # noqa: E402
 
+from diffusers_adapters.tiny.flux import tiny_flux  # noqa: E402
 from xfuser_fastcache.calibration.team import Ranks  # noqa: E402
 from xfuser_fastcache.cli import main  # noqa: E402
 from xfuser_fastcache.xdit.loaded import finish, start  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 
@@ -18,9 +19,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
-    """Give it back: nanobind tells at length of what nobody collects."""
-    gc.unfreeze()
+# At the very end, after pytest's own last rounds: nanobind tells at length of what nobody collects.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)

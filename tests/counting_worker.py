@@ -16,10 +16,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch.distributed as dist  # noqa: E402
 from support.counted import counted_tokens  # noqa: E402
-from support.tiny import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import latents_of, own_share, wrap  # noqa: E402
 
+from diffusers_adapters.tiny import TINY_PIPELINES  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
 from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it  # noqa: E402

@@ -20,10 +20,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.flux import STEPS, Flux  # noqa: E402
-from support.tiny.sd3 import tiny_sd3  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import own_share, wrap  # noqa: E402
 
+from diffusers_adapters.tiny.sd3 import tiny_sd3  # noqa: E402
 from xfuser_fastcache import (  # noqa: E402
     apply_cache_on_transformer,
     get_cache_statistics,

@@ -22,10 +22,10 @@ import torch.distributed as dist  # noqa: E402
 from support.backend_options import NEVER, OFTEN  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.matrix import STEPS, build, same, variants  # noqa: E402
-from support.tiny import TINY_MODELS  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import describe, latents_of, own_share  # noqa: E402
 
+from diffusers_adapters.tiny import TINY_MODELS  # noqa: E402
 from xfuser_fastcache.apply import adapter_of, denoisers_of  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402

@@ -13,9 +13,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from support.tiny.flux import tiny_flux  # noqa: E402
 from support.worlds import report  # noqa: E402
 
+from diffusers_adapters.tiny.flux import tiny_flux  # noqa: E402
 from xfuser_fastcache import (  # noqa: E402
     ConsensusError,
     apply_cache_on_transformer,

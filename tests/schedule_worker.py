@@ -9,10 +9,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.tiny.wan import tiny_wan  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import own_share, wrap  # noqa: E402
 
+from diffusers_adapters.tiny.wan import tiny_wan  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
 STEPS = 8

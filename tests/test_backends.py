@@ -14,8 +14,8 @@ import pytest
 import torch
 from support.backend_options import NEVER, OFTEN
 from support.stack import TOKENS, Stack, ones
-from support.tiny import TINY_PIPELINES
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import (
     CacheConfig,
     apply_cache_on_transformer,

@@ -15,7 +15,7 @@ from support.flux import GUIDED, STEPS, Flux, nan_after_step, tiny_vae
 from support.stack import Stack, ones
 
 from xfuser_fastcache import CacheConfig, get_cache_statistics, get_cache_trace
-from xfuser_fastcache.clock.schedule import Schedule, even_mask
+from xfuser_fastcache.clock.schedule import Schedule, spread
 from xfuser_fastcache.config.budget import QUALITIES
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.tokens.base import CannotForecast
@@ -39,7 +39,7 @@ def test_a_budget_computes_so_many_steps(computed: int, forecaster: str) -> None
     found = flux.cache(computed_steps=computed, forecaster=forecaster)()
     assert flux.flags.count(0) == min(computed, STEPS)
     assert [bool(flag) for flag in flux.flags] == [
-        not computed for computed in even_mask(STEPS, min(computed, STEPS))
+        not computed for computed in spread(STEPS, min(computed, STEPS))
     ]
     assert torch.equal(found, wanted) == (computed >= STEPS)
     assert torch.equal(flux(), found)
@@ -78,7 +78,7 @@ def test_each_branch_of_guidance_computes_them() -> None:
     rows = get_cache_trace(flux.transformer)
     for branch in (0, 1):
         own = [row["decision"] == "skipped" for row in rows if row["branch"] == branch]
-        assert own == [not computed for computed in even_mask(STEPS, 4)]
+        assert own == [not computed for computed in spread(STEPS, 4)]
 
 
 # ---- what it lifts, and what holds beside it ----------------------------------------------------
@@ -87,7 +87,7 @@ def test_each_branch_of_guidance_computes_them() -> None:
 def test_a_budget_lifts_warm_up_and_the_limit_of_skips_that_were_not_given() -> None:
     flux = Flux().cache(computed_steps=2)
     flux()
-    assert flux.flags == skipped(0, STEPS - 1)
+    assert flux.flags == skipped(0, STEPS - 3)
 
 
 def test_a_warm_up_that_is_given_is_part_of_the_budget() -> None:
@@ -104,9 +104,9 @@ def test_a_warm_up_that_is_given_is_part_of_the_budget() -> None:
             "computed_steps=2 computes 2 of 8 steps, fewer than num_warmup_steps=3; give a larger",
         ),
         (
-            {"speedup": 4, "max_consecutive_skips": 5},
-            "speedup=4.0 computes 2 of 8 steps and skips up to 6 in a row, more than "
-            "max_consecutive_skips=5; give a larger budget, or leave max_consecutive_skips out",
+            {"speedup": 4, "max_consecutive_skips": 3},
+            "speedup=4.0 computes 2 of 8 steps and skips up to 4 in a row, more than "
+            "max_consecutive_skips=3; give a larger budget, or leave max_consecutive_skips out",
         ),
     ],
     ids=["warm-up", "limit"],
@@ -123,7 +123,7 @@ def test_a_limit_that_is_given_and_cannot_hold_is_refused_as_a_generation_begins
 def test_a_limit_that_can_hold_is_kept() -> None:
     flux = Flux().cache(computed_steps=3, max_consecutive_skips=3)
     flux()
-    assert flux.flags == skipped(0, 4, 7)
+    assert flux.flags == skipped(0, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_a_budget_goes_with_spans_and_gates_and_forecasters() -> None:
         enable_adacorrection=True,
     )
     flux()
-    assert flux.flags == [7 * flag for flag in skipped(0, 4, 7)]
+    assert flux.flags == [7 * flag for flag in skipped(0, 3, 6)]
 
 
 def test_the_first_block_that_a_gate_looks_at_is_none_of_the_budget() -> None:
     flux = Flux().cache(use_cache="Fb", computed_steps=3)
     flux()
-    assert [flag > 0 for flag in flux.flags] == [bool(flag) for flag in skipped(0, 4, 7)]
+    assert [flag > 0 for flag in flux.flags] == [bool(flag) for flag in skipped(0, 3, 6)]
     assert get_cache_statistics(flux.transformer)["forced_beyond_budget"] == 0
 
 
@@ -198,7 +198,7 @@ def test_a_budget_follows_the_number_of_steps_of_each_generation() -> None:
     flux = Flux().cache(speedup=2)
     for steps, computed in ((STEPS, 4), (5, 2), (STEPS, 4)):
         flux(num_inference_steps=steps)
-        assert flux.flags == [1 - c for c in even_mask(steps, computed)]
+        assert flux.flags == [1 - c for c in spread(steps, computed)]
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
@@ -212,16 +212,16 @@ def test_an_img2img_pipeline_spends_it_on_the_steps_that_it_takes(strength: floa
     flux.cache(computed_steps=3)
     picture = torch.zeros(1, 3, 128, 128)
     pipe(**flux.call | {"num_inference_steps": STEPS, "strength": strength, "image": picture})
-    assert flux.flags == [1 - c for c in even_mask(int(STEPS * strength), 3)]
+    assert flux.flags == [1 - c for c in spread(int(STEPS * strength), 3)]
 
 
 # ---- what adds to it ----------------------------------------------------------------------------
 
 
 def test_a_nan_adds_the_step_at_which_it_is_known() -> None:
-    flux = Flux().cache(computed_steps=3)
+    flux = Flux().cache(computed_steps=2)
     found = flux(callback_on_step_end=nan_after_step(1, mended=True))
-    assert flux.flags == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert flux.flags == [0, 1, 1, 0, 1, 0, 1, 1]
     assert found.isfinite().all()
     assert get_cache_statistics(flux.transformer)["forced_beyond_budget"] == 1
 
@@ -232,7 +232,7 @@ def test_a_branch_that_comes_late_adds_its_first_step() -> None:
         for name in ("a", "b") if level < 1.0 else ("a",):
             stack(ones(), level, name=name)
     flags = {branch: [f for _, b, f in stack.places if b == branch] for branch in (0, 1)}
-    assert flags == {0: [0, 1, 1, 0], 1: [0, 1, 0]}
+    assert flags == {0: [0, 1, 0, 1], 1: [0, 0, 1]}
     assert stack.engine.statistics()["forced_beyond_budget"] == 1
 
 
@@ -240,7 +240,7 @@ def test_another_size_within_a_picture_is_computed() -> None:
     stack = Stack(computed_steps=2, num_steps=4)
     for level, batch in ((1.0, 1), (0.9, 2), (0.8, 2), (0.7, 2)):
         stack(ones().expand(batch, -1, -1), level)
-    assert stack.flags == [0, 0, 1, 0]
+    assert stack.flags == [0, 0, 0, 1]
     assert stack.engine.statistics()["forced_beyond_budget"] == 1
 
 
@@ -253,10 +253,10 @@ def test_a_forward_pass_that_runs_again_is_counted_and_the_next_has_no_anchor() 
     for index in (0, 1, 2):
         stack.run(index, ones())
     stack.engine.close()
-    for level, ran in ((0.8, 4), (0.7, 0), (0.6, 4)):
+    for level, ran in ((0.8, 4), (0.7, 4), (0.6, 0)):
         stack(ones(), level)
         assert len(stack.ran) == ran
-    assert stack.flags == [0, 3, 3, 3, 0]
+    assert stack.flags == [0, 3, 3, 0, 3]
     assert stack.engine.statistics()["forced_beyond_budget"] == 2
 
 
@@ -266,6 +266,6 @@ def test_synchronous_steps_of_a_pipeline_add_nothing() -> None:
     stack.added = [1.0] * 4
     for step in range(6):
         made.append(stack.pipelined(ones(float(step)), 1 - step / 10, patched=step > 2))
-    assert stack.flags == [0, 1, 1, 1, 1, 0]
+    assert stack.flags == [0, 1, 1, 1, 0, 1]
     assert [x.unique().tolist() for x in made] == [[step + 4.0] for step in range(6)]
     assert stack.engine.statistics()["forced_beyond_budget"] == 0

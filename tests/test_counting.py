@@ -13,10 +13,10 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig
 from support.counted import counted_tokens
-from support.tiny import TINY_PIPELINES
 from support.worlds import run_world
 
 from diffusers_adapters.flux import FluxAdapter
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.consensus.topology import PlainLayout, _context_parallel
 from xfuser_fastcache.models import token_layout

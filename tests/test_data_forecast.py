@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from support.tiny import TINY_PIPELINES
 
 from diffusers_adapters.pixart import PixArtAdapter
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.forecasters.data import HANDED_ON, DataForecaster

@@ -15,9 +15,9 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from support.flux import Flux
 from support.stack import EVER
-from support.tiny.flux import tiny_flux
 from torch import nn
 
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,

@@ -23,7 +23,15 @@ PAGES = sorted(
     + list((ROOT / "docs").rglob("*.md"))
 )
 DECISIONS = ROOT / "docs" / "decisions"
-FOLDERS = ("xfuser_fastcache", "diffusers_adapters", "scripts", "tests", "toys", "configs")
+FOLDERS = (
+    "xfuser_fastcache",
+    "diffusers_adapters",
+    "integrations",
+    "scripts",
+    "tests",
+    "toys",
+    "configs",
+)
 SOURCES = [p for f in FOLDERS for e in ("py", "sh", "yaml") for p in (ROOT / f).rglob(f"*.{e}")]
 
 

@@ -19,11 +19,11 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, TaylorSeerCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 from support.flux import Flux
-from support.tiny import TINY_PIPELINES
 from support.worlds import python
 from torch import nn
 
 import xfuser_fastcache as fc
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.enable_cache import PATCHES
 from xfuser_fastcache.plugins import ADAPTERS, BUILT_IN, GATES, loaded
@@ -234,7 +234,7 @@ def test_on_a_wrapper_of_xfuser_the_cache_stands_on_the_wrapper() -> None:
         """
         import json, sys
         sys.path[:0] = ["tests"]
-        from support.tiny.flux import tiny_flux
+        from diffusers_adapters.tiny.flux import tiny_flux
         import xfuser_fastcache as fc
         from xfuser_fastcache.hooks import hook_on
         from xfuser_fastcache.xdit.own_caches import _groups_of_one

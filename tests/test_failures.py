@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.loops import cached
-from support.tiny.flux import tiny_flux
 
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import remove_cache_from_pipeline
 from xfuser_fastcache.consensus.collective import Consensus
@@ -123,3 +123,31 @@ def test_inputs_are_compared_where_that_is_asked_for_only(
     # Once a generation, the same of the same call.
     assert len(compared) == 2 and len(set(compared)) == 1
     assert "prompts" in compared[0][1]
+
+
+@pytest.mark.parametrize("cuts_tokens", [False, True])
+def test_sizes_and_seeds_are_compared_ahead_where_a_forward_pass_cuts_its_tokens(
+    cuts_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that decide together may have seeds of their own; what is cut is one picture."""
+    compared: dict[str, list[str]] = {}
+    monkeypatch.setattr(
+        Consensus, "compare", lambda self, value, what: compared.setdefault(what, []).append(value)
+    )
+    pipe, call = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    apply_cache_on_transformer(pipe.transformer, scheduler=pipe.scheduler, verify_consensus=True)
+    engine = hook_on(pipe.transformer).engine  # type: ignore[union-attr]
+    engine.consensus.group = DecisionGroup(cuts_tokens=cuts_tokens)
+    for seed, size in ((1, 128), (2, 128), (2, 64)):
+        given = {"generator": torch.Generator().manual_seed(seed), "height": size, "width": size}
+        pipe(**{**call, **given})
+    sizes, inputs = (
+        next((found for what, found in compared.items() if name in what), [])
+        for name in ("sizes (", "inputs (")
+    )
+    assert len(set(inputs)) == (3 if cuts_tokens else 2)
+    assert [value.partition(", torch")[0] for value in sizes] == (
+        ["batch 1, size (64, 16)"] * 2 + ["batch 1, size (16, 16)"] if cuts_tokens else []
+    )
+    assert len(set(sizes)) == (2 if cuts_tokens else 0)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 from support.counted import counted_tokens
-from support.tiny import TINY_PIPELINES
 from support.xdit_runs import latents_of
 
 from diffusers_adapters.ltx2 import LTX2Adapter
 from diffusers_adapters.lumina2 import Lumina2Adapter
 from diffusers_adapters.registry import adapters
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from diffusers_adapters.registry import adapters
+from diffusers_adapters.tiny import TINY_MODELS
 from xfuser_fastcache.chaos import worlds
-from xfuser_fastcache.chaos.faults import CACHES, FAULTS, LAYOUTS, LIMIT_S, World
+from xfuser_fastcache.chaos.families import LAYOUTS
+from xfuser_fastcache.chaos.faults import CACHES, FAULTS, LIMIT_S, World
 
 ERROR = "named error, then right picture"
 FINE = "right picture"
@@ -42,31 +45,34 @@ def apart() -> Iterator[Executor]:
 @pytest.mark.parametrize(
     ("drawn", "ending"),
     [
-        # Their sizes would end the process inside gloo: found before anything else is sent.
-        (world("other size", "flux", "ulysses 2", 1), ERROR),
+        # Their sizes would end the process inside gloo: found before anything else is sent, also
+        # where refiners attend ahead of the blocks.
+        (world("other size", "z-image", "ulysses 2", 1), ERROR),
         # It leaves xfuser another table of positions.
         (world("other size", "pixart", "ring 2", 0), ERROR),
-        (world("other batch", "sd3", "cfg 2", 0, **MASK), ERROR),
-        (world("other steps", "pixart", "ring 2", 1, **MASK), ERROR),
+        (world("other batch", "qwen-edit", "cfg 2", 0, **MASK), ERROR),
+        (world("other steps", "hunyuan-video", "ring 2", 1, **MASK), ERROR),
         (world("other size", "sd3", "pipefusion 2", 1), ERROR),
-        (world("other seed", "flux", "ulysses 2", 0, verify_consensus=True), ERROR),
-        # A wait inside attention passes its limit, which breaks xfuser's own group.
-        (world("stopped beyond the limit", "pixart", "ulysses 2", 1, **NEVER), ERROR),
+        (world("other seed", "wan", "ulysses 2", 0, verify_consensus=True), ERROR),
+        # The first stage waits for the last one no longer than the limit.
+        (world("stopped beyond the limit", "pixart", "pipefusion 2", 1, **NEVER), ERROR),
         # Messages stay between the stages.
         (world("exception in a callback on all ranks", "flux", "pipefusion 2", 0), ERROR),
-        (world("exception in a block", "sd3", "cfg 2", 1, **SPANS), ERROR),
-        (world("cache applied twice", "flux", "ring 2", 0), FINE),
+        # A wait inside attention passes its limit, which breaks xfuser's own group.
+        (world("exception in a block", "wan-i2v", "ulysses 2", 1, **SPANS), ERROR),
+        # On both denoisers.
+        (world("cache applied twice", "wan22", "ring 2", 0), FINE),
         (world("killed", "pixart", "pipefusion 2", 1), "named error, one rank killed"),
         # With those above, every fault.
-        (world("NaN", "pixart", "ulysses 2", 0), FINE),
+        (world("NaN", "flux2", "pipefusion 2", 0), FINE),
         (world("infinity", "sd3", "data 2", 1), FINE),
         (world("other config", "flux", "ulysses 2", 1), ERROR),
         (world("other mask", "sd3", "cfg 2", 0, **MASK), ERROR),
-        (world("other embeddings", "sd3", "ring 2", 1, verify_consensus=True), ERROR),
+        (world("other embeddings", "wan-i2v", "cfg 2", 1, verify_consensus=True), ERROR),
         (world("slow rank", "pixart", "cfg 2", 1), FINE),
         (world("stopped below the limit", "sd3", "data 2", 0), FINE),
         (world("exception in a callback on one rank", "flux", "data 2", 1), ERROR),
-        (world("cache removed", "pixart", "cfg 2", 0), ERROR),
+        (world("cache removed", "cogvideox", "cfg 2", 0), ERROR),
     ],
     ids=str,
 )
@@ -77,13 +83,30 @@ def test_a_world_ends_in_time_as_it_should(apart: Executor, drawn: World, ending
 
 
 def test_a_seed_draws_the_same_world_again_and_seeds_draw_them_all() -> None:
-    drawn = [World.of(seed) for seed in range(800)]
-    assert drawn == [World.of(seed) for seed in range(800)]
+    drawn = [World.of(seed) for seed in range(400)]
+    assert drawn == [World.of(seed) for seed in range(400)]
+    assert {w.family for w in drawn} == set(TINY_MODELS)
     assert {w.fault for w in drawn} == set(FAULTS)
+    drawn += [World.of(seed) for seed in range(400, 12000)]
     assert {(w.layout, w.family) for w in drawn} == {
         (layout, family) for layout, (_, _, families) in LAYOUTS.items() for family in families
     }
     assert all(0 <= w.rank < w.ranks for w in drawn)
+    one_a_call = [w for w in drawn if TINY_MODELS[w.family].alone]
+    assert one_a_call and not [w for w in one_a_call if w.fault == "other batch"]
+
+
+def test_every_registered_family_is_drawn_where_xdit_runs_it() -> None:
+    """A family joins by its adapter and its tiny pipeline; nothing names it here."""
+    drawn = {family for _, _, families in LAYOUTS.values() for family in families}
+    assert {TINY_MODELS[family].adapter for family in drawn} == set(adapters())
+    in_pipelines = LAYOUTS["pipefusion 4"][2]
+    assert "flux2" in in_pipelines and "klein" not in in_pipelines  # xDiT drops its second branch
+    assert "krea2" not in LAYOUTS["ulysses 2 x ring 2"][2]  # its runner offers no ring attention
+    shared = LAYOUTS["cfg 2"][2]
+    assert (
+        "wan-i2v" in shared and "wan" not in shared
+    )  # xDiT shares out guidance of the first alone
 
 
 def phase(**found: Any) -> worlds._Phase:

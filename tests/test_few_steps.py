@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import TINY_PIPELINES
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 
 OFTEN = {"cache_ratio_threshold": 12.0}

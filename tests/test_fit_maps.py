@@ -15,12 +15,12 @@ import pytest
 import torch
 from support.calibrations import fitted_for
 from support.flux import STEPS, Flux
-from support.tiny.flux import tiny_flux
 from support.toy import MASK, PROMPTS
 from support.toy import STEPS as TOY_STEPS
 from support.worlds import ROOT, run_world
 
 from diffusers_adapters.flux import FluxAdapter
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import (
     CacheConfig,
     apply_cache_on_transformer,

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from support.calibrations import even_levels, fitted_for, fitted_on
 from support.flux import STEPS, Flux, tiny_vae
 from support.loops import Branch, alone, denoise
-from support.tiny import TINY_PIPELINES
-from support.tiny.flux import tiny_flux
 
+from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, remove_cache
 from xfuser_fastcache.artifacts.calibration import CALIBRATION, VERSION, Fitted, load_fitted
 from xfuser_fastcache.artifacts.file import Kind, write_file

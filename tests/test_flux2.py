@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline
 from support.counted import counted_tokens
-from support.tiny import TINY_PIPELINES
-from support.tiny.flux2 import tiny_flux2
-from support.tiny.model import picture
 
 from diffusers_adapters.flux2 import Flux2Adapter
+from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny.flux2 import tiny_flux2
+from diffusers_adapters.tiny.model import picture
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from diffusers import FluxKontextPipeline, FluxPipeline
 from PIL import Image
-from support.tiny.flux2 import tiny_flux2, tiny_klein
-from support.tiny.model import picture
 from support.worlds import ROOT, launch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from diffusers_adapters.tiny.flux2 import tiny_flux2, tiny_klein
+from diffusers_adapters.tiny.model import picture
 
 STEPS, TEXT = 10, 16
 CALL = (

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
-from support.tiny.flux import tiny_flux
 from torch import nn
 
 import diffusers_adapters
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import (
     CacheConfig,
     apply_cache_on_transformer,

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from PIL import Image
-from support.tiny import TINY_PIPELINES
 from support.worlds import ROOT, launch
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model, Qwen3Config, Qwen3Model
+
+from diffusers_adapters.tiny import TINY_PIPELINES
 
 STEPS = 14
 CALL = (

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from diffusers_adapters.tiny.wan import tiny_wan
+from xfuser_fastcache import apply_cache_on_transformer
+from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.inputs import digest_of
 from xfuser_fastcache.models.forward_layout import ForwardLayout
 from xfuser_fastcache.xdit.gloo_waits import tag_of
+from xfuser_fastcache.xdit.inputs import told
 
 CALL: dict[str, Any] = {
     "prompt": ["a red ring"],
@@ -68,6 +72,18 @@ def test_shapes_alone_can_be_compared_without_reading_values() -> None:
     assert digest_of(other.to("meta"), values=False) == digest_of(other, values=False)
 
 
+def test_equal_values_have_equal_digests_however_they_lie_in_memory() -> None:
+    """Diffusers expands one row of embeddings or of ids to a batch."""
+    held = torch.arange(8.0).reshape(2, 4)
+    assert digest_of(held.T.contiguous().T) == digest_of(held)
+    for expanded in (
+        torch.ones(1).expand(3),
+        torch.ones(1, 1).expand(2, 4),
+        held[:, :1].expand(2, 4),
+    ):
+        assert digest_of(expanded) == digest_of(expanded.clone())
+
+
 def test_latents_and_timestep_are_left_out_however_they_are_given() -> None:
     layout = ForwardLayout(parameters=("hidden_states", "timestep"))
     text = torch.ones(1, 2)
@@ -81,3 +97,22 @@ def test_messages_of_another_shape_or_dtype_have_another_tag() -> None:
     assert len(tags) == 3
     assert tag_of(torch.ones(2, 3)) in tags
     assert all(0 <= tag < 2**31 for tag in tags)
+
+
+@pytest.mark.parametrize("left_out", ["transformer", "transformer_2"])
+def test_a_pipeline_is_called_and_compared_with_either_expert_left_out(
+    left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(Consensus, "compare", lambda self, value, what: compared.append(value))
+
+    class Pipeline:
+        transformer: Any = None
+        transformer_2: Any = None
+        __call__ = told(lambda self, size: size)
+
+    pipe, (kept,) = Pipeline(), {"transformer", "transformer_2"} - {left_out}
+    setattr(pipe, kept, tiny_wan()[0].transformer)
+    assert pipe(3) == 3 and not compared
+    apply_cache_on_transformer(getattr(pipe, kept), verify_consensus=True)
+    assert pipe(3) == 3 and len(compared) == 1

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from support.counted import counted_tokens
-from support.tiny import TINY_PIPELINES
 
 from diffusers_adapters.krea2 import Krea2Adapter
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import get_cache_statistics
 from xfuser_fastcache.apply import apply_cache_on_pipeline, remove_cache_from_pipeline
 from xfuser_fastcache.models.token_layout import TokenCounts

@@ -14,27 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.matrix import STEPS, VARIANTS, is_first_of_family, variants
-from support.tiny import TINY_MODELS
+from support.matrix import IN_CI, STEPS, VARIANTS, is_first_of_family, variants
 from support.worlds import WorldFailed, launch, run_world
 
 from diffusers_adapters.registry import adapters
+from diffusers_adapters.tiny import TINY_MODELS
 from xfuser_fastcache.backends import BACKENDS
 from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK
+from xfuser_fastcache.chaos.families import runs_in
 
-
-def excluded(model: str, layout: str) -> bool:
-    """Whether xDiT itself cannot run the model, or its family, there."""
-    tiny, flags = TINY_MODELS[model], {flag.split("=")[0] for flag in LAYOUTS[layout][1]}
-    if tiny.alone and "data" in layout:
-        return True
-    known = {e.flag for e in EXCLUDED if e.model == tiny.adapter} - set(tiny.beyond)
-    return bool(flags & {flag.split("=")[0] for flag in (*known, *(e.flag for e in tiny.limits))})
-
-
-CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_MODELS if not excluded(m, layout)]
+CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_MODELS if runs_in(m, LAYOUTS[layout][1])]
 OTHERS = [name for name in BACKENDS if name != "Fast"]
-EVERYWHERE = [name for name, tiny in TINY_MODELS.items() if tiny.in_ci is None]
+EVERYWHERE = [name for name in TINY_MODELS if name not in IN_CI]
 
 
 def is_slow(model: str, layout: str, backend: str) -> bool:
@@ -43,16 +34,15 @@ def is_slow(model: str, layout: str, backend: str) -> bool:
     Second versions of a family on four ranks are, and in each cell all backends but `Fast` and one
     other: the next model has the next one, and so has the next layout. A model that few layouts
     run meets all backends on one rank. Of models that CI does not run everywhere, all backends run
-    on one rank if they are the first of their family and name a layout; `Fast` does, and in the
-    layouts they name.
+    on one rank if they are the first of their family and `IN_CI` names a layout; `Fast` does, and
+    in the layouts that it names.
     """
-    tiny = TINY_MODELS[model]
-    everywhere = tiny.in_ci is None
-    first = is_first_of_family(model) and tiny.in_ci
+    tiny, everywhere = TINY_MODELS[model], model not in IN_CI
+    first = is_first_of_family(model) and IN_CI.get(model)
     if layout == ONE_RANK and (tiny.of_runner if everywhere else first):
         return False
     if not everywhere:
-        return backend != "Fast" or layout not in (ONE_RANK, *tiny.in_ci)
+        return backend != "Fast" or layout not in (ONE_RANK, *IN_CI[model])
     turn = EVERYWHERE.index(model) + list(LAYOUTS).index(layout)
     in_turn = backend in ("Fast", OTHERS[turn % len(OTHERS)])
     return not in_turn or (LAYOUTS[layout][0] > 2 and not is_first_of_family(model))
@@ -177,8 +167,8 @@ def test_every_registered_backend_is_in_every_layout_and_several_of_them_in_ci(l
 
 
 def test_every_registered_backend_meets_every_family_in_ci_that_runs_in_several_layouts() -> None:
-    for model, tiny in TINY_MODELS.items():
-        if tiny.in_ci == () or not (model in EVERYWHERE or is_first_of_family(model)):
+    for model in TINY_MODELS:
+        if IN_CI.get(model) == () or not (model in EVERYWHERE or is_first_of_family(model)):
             continue
         met = {b for m, at, b in CASES if m == model and not is_slow(m, at, b)}
         assert met == set(BACKENDS), model
@@ -250,7 +240,7 @@ def norm_of(ranks: int, *flags: str) -> float:
 @pytest.mark.parametrize(
     ("model", "flag"),
     [
-        pytest.param(*c, marks=SLOW if "video" in c[0] or TINY_MODELS[c[0]].in_ci == () else ())
+        pytest.param(*c, marks=SLOW if "video" in c[0] or IN_CI.get(c[0]) == () else ())
         for c in FAILING
     ],
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny.flux2 import tiny_flux2, tiny_klein
 from support.worlds import ROOT, WorldFailed, launch, run_world
 
+from diffusers_adapters.tiny.flux2 import tiny_flux2, tiny_klein
 from xfuser_fastcache.xdit import mends
 from xfuser_fastcache.xdit.cpu_platform import enable_cpu_platform
 from xfuser_fastcache.xdit.mends.qwen import real_keys

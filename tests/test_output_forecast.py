@@ -16,10 +16,10 @@ import torch
 from support.calibrations import even_levels, fitted_on
 from support.loops import SCHEDULER
 from support.stack import WholeForward, config_of
-from support.tiny import TINY_PIPELINES
-from support.tiny.flux import tiny_flux
 from torch import nn
 
+from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,

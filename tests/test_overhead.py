@@ -74,6 +74,7 @@ def block(
         return measure(hidden_states, *others)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(_parts, "LIMIT_S", 0.05)
         patch.setattr(_parts, "measure", spy)
         patch.setattr(overhead, "measure_block", lambda dtype: measure_block(dtype, SMALL, 0.5))
         flags = ["--flux_block", "--dtype", "bfloat16", "--report", str(path)]

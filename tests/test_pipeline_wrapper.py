@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from support.tiny import TINY_PIPELINES
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, get_cache_trace
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.xdit.pipeline import xFuserFastCachePipelineWrapper

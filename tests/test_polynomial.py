@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny import TINY_PIPELINES
 from support.worlds import python
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import CacheConfig, apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration.polynomial import ChangeRecorder, fit_polynomial

@@ -10,10 +10,10 @@ import pytest
 import torch
 from support.calibrations import fitted_for
 from support.flux import GUIDED, STEPS
-from support.tiny import TINY_PIPELINES
-from support.tiny.flux import tiny_flux
 from torch import nn
 
+from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration.cells import tables_of

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.calibrations import fitted_for
-from support.tiny import TINY_PIPELINES
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.calibration.steering import (

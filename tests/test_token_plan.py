@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.stack import BARE, DIM, ones
 from support.stack import Stack as PlainStack
-from support.tiny import TINY_PIPELINES
 from torch._dynamo.testing import CompileCounter
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import (
     CacheConfig,
     apply_cache_on_transformer,

@@ -14,14 +14,14 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
 )
 from support.counted import counted_tokens
-from support.tiny import TINY_PIPELINES
-from support.tiny.hunyuan_video import tiny_hunyuan_video
-from support.tiny.model import picture
 
 from diffusers_adapters.cogvideox import CogVideoXAdapter
 from diffusers_adapters.consisid import ConsisIDAdapter
 from diffusers_adapters.hunyuan_video import HunyuanVideoAdapter
 from diffusers_adapters.hunyuan_video15 import HunyuanVideo15Adapter
+from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny.hunyuan_video import tiny_hunyuan_video
+from diffusers_adapters.tiny.model import picture
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,

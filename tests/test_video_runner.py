@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from support.tiny import TINY_PIPELINES
-from support.tiny.hunyuan_video import tiny_hunyuan_video, tiny_hunyuan_video15
 from support.worlds import ROOT, launch, run_world
 from transformers import (
     AutoTokenizer,
@@ -25,6 +23,9 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny.hunyuan_video import tiny_hunyuan_video, tiny_hunyuan_video15
 
 STEPS, FRAMES, SIDE = 14, 9, 32
 # Pipelines of HunyuanVideo leave the first words out, which are those of their templates.
@@ -138,7 +139,7 @@ def test_xfusers_pipeline_takes_cache_args(tmp_path: Path, name: str) -> None:
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
             import diffusers
-            from support.tiny import TINY_PIPELINES
+            from diffusers_adapters.tiny import TINY_PIPELINES
             from support.worlds import report
             from xfuser_fastcache import get_cache_statistics
             from xfuser_fastcache.xdit import cpu_platform

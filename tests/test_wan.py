@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.counted import counted_tokens
 from support.stack import EVER
-from support.tiny import TINY_MODELS, TINY_PIPELINES
-from support.tiny.wan import tiny_wan
 from torch import nn
 
+from diffusers_adapters.tiny import TINY_MODELS, TINY_PIPELINES
+from diffusers_adapters.tiny.wan import tiny_wan
 from diffusers_adapters.wan import WanAdapter
 from xfuser_fastcache import get_cache_statistics, get_cache_trace
 from xfuser_fastcache.apply import (

@@ -16,10 +16,10 @@ import pytest
 import schedule_worker
 from PIL import Image
 from support.served import Served
-from support.tiny.wan import tiny_wan, tiny_wan_i2v, tiny_wan_vae
 from support.worlds import ROOT, launch, python, run_world
 from transformers import AutoTokenizer, T5EncoderModel
 
+from diffusers_adapters.tiny.wan import tiny_wan, tiny_wan_i2v, tiny_wan_vae
 from xfuser_fastcache.xdit.runner_classes import refuse
 
 STEPS, FRAMES = 14, 9
@@ -106,7 +106,7 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
             import torch
-            from support.tiny.wan import tiny_wan
+            from diffusers_adapters.tiny.wan import tiny_wan
             from support.worlds import report
             from xfuser_fastcache.xdit import cpu_platform
             cpu_platform.enable_cpu_platform()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.counted import counted_tokens
-from support.tiny import TINY_PIPELINES
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from diffusers_adapters.z_image import ZImageAdapter
 from xfuser_fastcache import get_cache_statistics
 from xfuser_fastcache.apply import apply_cache_on_pipeline, remove_cache_from_pipeline

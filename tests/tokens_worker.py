@@ -18,10 +18,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from support.calibrations import fitted_for  # noqa: E402
 from support.matrix import SIZES, STEPS, build, same  # noqa: E402
-from support.tiny import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import own_share  # noqa: E402
 
+from diffusers_adapters.tiny import TINY_PIPELINES  # noqa: E402
 from xfuser_fastcache.apply import adapter_of  # noqa: E402
 from xfuser_fastcache.artifacts.linear_map import LinearMap, SpanMaps  # noqa: E402
 from xfuser_fastcache.artifacts.linear_maps import FittedMaps  # noqa: E402

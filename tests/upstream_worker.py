@@ -16,10 +16,10 @@ if sys.argv[1] != "installed":
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from support.tiny import TINY_PIPELINES  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import wrap  # noqa: E402
 
+from diffusers_adapters.tiny import TINY_PIPELINES  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 
 STEPS = 12

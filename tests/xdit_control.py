@@ -49,7 +49,7 @@ def use_embeddings_for_prompts(pipeline: Any, call: dict[str, Any]) -> None:
 
 def run(model: str, options: argparse.Namespace, warmup_steps: int) -> list[dict[str, Any]]:
     """Build one pipeline and generate ``--repeat`` times; one description a generation."""
-    from support.tiny import TINY_PIPELINES
+    from diffusers_adapters.tiny import TINY_PIPELINES
 
     size = {} if options.size is None else {"size": options.size}
     pipeline, call = TINY_PIPELINES[model](batch=options.batch, **size)

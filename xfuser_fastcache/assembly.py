@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -143,6 +143,14 @@ class Request:
             )
 
 
+@runtime_checkable
+class SaysFingerprint(Protocol):
+    """An adapter for a class that holds checkpoints of another family's class, and their files."""
+
+    def fingerprint(self, model: nn.Module, blocks: int) -> dict[str, str]:
+        """Return what `artifacts.calibration.fingerprint` finds in that family's class."""
+
+
 def _for_family(config: CacheConfig, forecaster: str | None) -> CacheConfig:
     """Return a config with its family's forecaster where `Fast` would bring its own, and nothing
     that was asked for needs what that withholds. A budget's own forecaster is kept: it holds as
@@ -274,7 +282,10 @@ def _check_files(
     """Refuse a file that was made for another model; without one no weights are read."""
     for held, kind in ((request.fitted, CALIBRATION), (request.maps, LINEAR_MAPS)):
         if held is not None:
-            found = fingerprint(model, adapter.model_class, adapter.embedder, blocks)
+            if isinstance(adapter, SaysFingerprint):
+                found = adapter.fingerprint(model, blocks)
+            else:
+                found = fingerprint(model, adapter.model_class, adapter.embedder, blocks)
             check_model(held.metadata, request.path, kind, found)
 
 

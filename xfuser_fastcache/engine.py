@@ -107,7 +107,8 @@ class CacheEngine:
         if call.starts_generation:
             self._begin_plan(call)
         begins = call.generation != self._generation
-        self.inputs.check_call(call.place, arrival.inputs if begins else None)
+        is_new = begins or call.branch not in self.branches
+        self.inputs.check_call(call.place, call.setup, arrival.inputs if is_new else None)
         if begins:
             self._generation = call.generation
             self._note_bytes()

@@ -7,6 +7,7 @@ packages' metadata.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -73,21 +74,44 @@ class Registry(Mapping[str, Any]):
 
     def __init__(self, group: str):
         self.group = group
+        self._added: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return repr(self.group)
 
     def __getitem__(self, name: str) -> Any:
-        return _entries(self.group)[name].load()
+        return self._added[name] if name in self._added else _entries(self.group)[name].load()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_entries(self.group))
+        return iter({**_entries(self.group), **self._added})
 
     def __len__(self) -> int:
-        return len(_entries(self.group))
+        return len(_entries(self.group)) + len(self._added)
 
     def __contains__(self, name: object) -> bool:
-        return name in _entries(self.group)
+        return name in self._added or name in _entries(self.group)
+
+    def add(self, name: str, thing: Any) -> None:
+        """Register what no installed package brings, for this process.
+
+        That is for modules that a program loads from a folder, as ComfyUI does with nodes; loaded
+        once more, they take the place of what they were.
+
+        Raises:
+            ValueError: another thing has that name.
+        """
+        known = self._added.get(name)
+        if name in _entries(self.group) or (known is not None and _home(known) != _home(thing)):
+            raise ValueError(
+                f"something is registered in {self.group!r} as {name!r} already, and it is not "
+                f"that of {_home(thing)[0]}; choose another name, or remove one of the two copies"
+            )
+        self._added[name] = thing
+
+
+def _home(thing: Any) -> tuple[str | None, str]:
+    """Return where a class is written; a file may be loaded under several module names."""
+    return inspect.getsourcefile(thing), thing.__qualname__
 
 
 ADAPTERS = Registry("xfuser_fastcache.adapters")

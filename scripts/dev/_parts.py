@@ -155,8 +155,14 @@ class Breakdown:
         Console(width=100).print(table)
 
 
-def median_us(call: Callable[[], Any], limit_s: float = LIMIT_S) -> float:
-    """Return the median time of `call` in microseconds, on the threads that torch has now."""
+def median_us(call: Callable[[], Any], limit_s: float | None = None) -> float:
+    """Return the median time of `call` in microseconds, on the threads that torch has now.
+
+    Args:
+        call: what is timed.
+        limit_s: longest time to spend on it, in seconds; left out, `LIMIT_S`.
+    """
+    limit_s = limit_s or LIMIT_S
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     timed = timer.adaptive_autorange(0.05, min_run_time=limit_s / 5, max_run_time=limit_s)
     return timed.median * 1e6

@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, help="of the pipeline; else as many as stages")
     parser.add_argument("--computed_steps", type=int, help="else 10 for flux, 12 for others")
     parser.add_argument("--num_prompts", type=int, default=8)
+    parser.add_argument("--warmup_steps", type=int, default=1, help="synchronous steps")
     parser.add_argument("--calibration", default="", help="made in this layout; it alone is tried")
     parser.add_argument("--choose", action="store_true", help="on captions that choose, not judge")
     options = parser.parse_args()
@@ -124,7 +125,8 @@ def main() -> None:
     start()
     sizes = [f"--height={PIXELS}", f"--width={PIXELS}", f"--num_inference_steps={STEPS}"]
     stages = f"--pipefusion_parallel_degree={options.stages}", f"--num_pipeline_patch={patches}"
-    flags = xdit_parser().parse_args(["--model", toy, *sizes, *stages])
+    warm_up = f"--warmup_steps={options.warmup_steps}"
+    flags = xdit_parser().parse_args(["--model", toy, *sizes, *stages, warm_up])
     subject = RankSubject(load_in_layout(flags, "float32"), STEPS, call_arguments(toy))
     first = dist.get_rank() == 0
     one_rank: list[np.ndarray] = []

@@ -36,6 +36,10 @@ STATISTICS = {
     **{"steps": 4, "audits": 4, "false_skip_rate": 0.25},
     "blocks": {"blocks.0": {"computed": 3, "skipped": 1}},
 }
+DECISIONS = [
+    {"branch": branch, "first_block": "blocks.0", "last_block": "blocks.3", "steps": steps}
+    for branch, steps in enumerate(("fs-c", "fs-s"))
+]
 DEFAULTS = {"height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 3.5}
 
 
@@ -113,7 +117,7 @@ class LedPainter:
         Image.new("RGB", (order["width"], order["height"]), colour).save(picture, "PNG")
         return {
             **{"error": None, "place": "after", "seconds": 0.25, "memory_bytes": 1},
-            **{"statistics": STATISTICS, "decisions": []},
+            **{"statistics": STATISTICS, "decisions": DECISIONS},
             "picture": base64.b64encode(picture.getvalue()).decode(),
         }
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
+from diffusers_adapters.tiny.flux import tiny_flux
 from support.stack import EVER
-from support.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer
 from xfuser_fastcache.engine import CacheEngine
 from xfuser_fastcache.hooks import hook_on

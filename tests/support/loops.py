@@ -13,9 +13,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from diffusers_adapters.tiny.flux import tiny_flux
 from support.flux import STEPS
 from support.stack import EVER
-from support.tiny.flux import tiny_flux
 from xfuser_fastcache import apply_cache_on_transformer
 from xfuser_fastcache.hooks import hook_on
 

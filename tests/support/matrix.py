@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from diffusers_adapters.registry import adapters
-from support.tiny import TINY_MODELS
+from diffusers_adapters.tiny import TINY_MODELS
 from support.xdit_runs import wrap
 from xfuser_fastcache.benchmarks.layouts import LAYOUTS
+from xfuser_fastcache.chaos.families import SIZES
 from xfuser_fastcache.plugins import BUILT_IN, FORECASTERS, TOKEN_PLANS
 
 STEPS = 8
@@ -32,6 +33,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 FORECASTS_ALL = ("Fast", "TaylorSeer")
+
+# Layouts beside one rank in which CI runs a tiny pipeline, with `Fast` alone. Those that are not
+# named run in all of them, with other backends in turn.
+IN_CI: dict[str, tuple[str, ...]] = {
+    "cogvideox": ("cfg 2",),
+    "consisid": ("ulysses 2",),
+    "flux-control": (),
+    "flux-fill": ("ring 2",),
+    "flux-kontext": ("ulysses 2",),
+    "flux2": ("pipefusion 2",),
+    "flux2-edit": (),
+    "hunyuan-dit": (),
+    "hunyuan-video": ("ulysses 2",),
+    "hunyuan-video15": ("ring 2",),
+    "klein": (),
+    "krea2": ("ulysses 2",),
+    "krea2-turbo": (),
+    "ideogram4": (),
+    "latte": (),
+    "ltx2": (),
+    "lumina2": (),
+    "pixart-sigma": ("cfg 2",),
+    "qwen": ("ulysses 2",),
+    "qwen-edit": ("cfg 2",),
+    "qwen-edit-2511": (),
+    "sana": (),
+    "sd3.5": ("ulysses 2", "pipefusion 2"),
+    "wan-i2v": ("cfg 2",),
+    "wan-ti2v": ("ulysses 2",),
+    "wan-vace": ("ulysses 2",),
+    "wan22": ("ring 2",),
+    "z-image": ("ulysses 2",),
+    "z-image-turbo": (),
+}
 
 
 def is_first_of_family(model: str) -> bool:
@@ -61,14 +96,6 @@ def variants(model: str, backend: str, slow: bool, turn: int) -> dict[str, dict[
     others = [name for name in found if name != "stack"] or ["stack"]
     other = others[(turn + list(TINY_MODELS).index(model)) % len(others)]
     return {name: found[name] for name in ("stack", other)}
-
-
-# Eight blocks: a stage of PipeFusion 4 must not be empty.
-SIZES = {
-    model: {"num_layers": 4, "num_single_layers": 4}
-    for model, tiny in TINY_MODELS.items()
-    if tiny.adapter == "flux"
-} | {"hunyuan-dit": {"num_layers": 8}}
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

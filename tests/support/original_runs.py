@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
-from support.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer, remove_cache
 from xfuser_fastcache.hooks import hook_on
 

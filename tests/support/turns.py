@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from diffusers_adapters.tiny import TINY_PIPELINES
 from support.flux import STEPS
 from support.stack import EVER
-from support.tiny import TINY_PIPELINES
 from xfuser_fastcache import apply_cache_on_transformer
 
 

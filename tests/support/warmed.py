@@ -14,6 +14,9 @@ for _name in (
 ):
     import_module(_name)
 
+# Each rank would search all objects for pipelines, and copy their pages; there are none yet.
+import_module("xfuser_fastcache.clock.pipelines").watch_pipelines()
+
 # A round of a rank's garbage collector would go through all of it, and copy its pages.
 gc.collect()
 gc.freeze()

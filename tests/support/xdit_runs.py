@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from xfuser_fastcache.xdit import cpu_platform
+from xfuser_fastcache.xdit.loaded import class_in_xfuser
 from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_runner
 
 _MODELS = "xfuser.model_executor.models"
@@ -29,8 +30,6 @@ _RUNNER_MODELS = {
     "Ideogram4Pipeline": ("ideogram4", "xFuserIdeogram4Model"),
 }
 _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
-# Without OpenCV, xfuser registers a class for another class of the pipeline's name.
-_PIPELINE_CLASSES = {"ConsisIDPipeline": "xFuserConsisIDPipeline"}
 
 
 def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, Any]:
@@ -42,7 +41,6 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
         The wrapped pipeline and xfuser's ``InputConfig``.
     """
     import xfuser
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
     arguments = xfuser.xFuserArgs(
         height=call["height"],
@@ -65,9 +63,7 @@ def wrap(pipeline: Any, call: dict[str, Any], **xfuser_args: Any) -> tuple[Any, 
     of_runner = is_of_runner(pipeline, parallel)
     if parallel.pp_degree == 1 and of_runner:
         return as_the_runner_has_it(pipeline, engine_config), input_config
-    named = _PIPELINE_CLASSES.get(type(pipeline).__name__)
-    made = getattr(xfuser, named) if named else xFuserPipelineWrapperRegister.get_class(pipeline)
-    return made(pipeline, engine_config), input_config
+    return class_in_xfuser(pipeline)(pipeline, engine_config), input_config
 
 
 def latents_of(output: Any) -> Any:

@@ -161,7 +161,7 @@ def settled_scale(first: float, allowed: Callable[[float], float]) -> float:
     Returns:
         One of `SCALES`, at most `first`; 0.0 where none is allowed.
 
-    Source: docs/methods/statistics.md, "Why calibrate twice".
+    Source: docs/methods/calibrated.md, "Why calibrate twice".
 
     Example:
         >>> settled_scale(0.5, lambda scale: scale)

@@ -1,7 +1,7 @@
 """The statistics of calibration: how thresholds keep alpha, and how many generations it takes.
 
 What alpha bounds is defined in `false_skips.py`; the maths, with its assumptions, is in
-`docs/methods/statistics.md`.
+`docs/methods/calibrated.md`.
 """
 
 from __future__ import annotations

@@ -6,29 +6,18 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from xfuser_fastcache.chaos.tiny import STEPS
+from diffusers_adapters.tiny import TINY_MODELS
+from xfuser_fastcache.chaos.families import LAYOUTS, STEPS
 
 # Longest wait for another rank, and how long a rank is stopped: below it and beyond it.
 LIMIT_S = 4.0
 STOPPED_S = {"stopped below the limit": 1.0, "stopped beyond the limit": LIMIT_S + 3.0}
 
-# Name -> ranks, flags of xfuser, and the families that xfuser runs so.
-_ALL = ("flux", "sd3", "pixart")
-LAYOUTS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
-    "ulysses 2": (2, {"ulysses_degree": 2}, _ALL),
-    "ring 2": (2, {"ring_degree": 2}, _ALL),
-    "cfg 2": (2, {"use_cfg_parallel": True}, ("sd3", "pixart")),
-    "pipefusion 2": (2, {"pipefusion_parallel_degree": 2}, _ALL),
-    "data 2": (2, {"data_parallel_degree": 2}, _ALL),
-    "cfg 2 x ulysses 2": (4, {"use_cfg_parallel": True, "ulysses_degree": 2}, ("sd3", "pixart")),
-    "pipefusion 2 x ulysses 2": (
-        4,
-        {"pipefusion_parallel_degree": 2, "ulysses_degree": 2},
-        ("flux", "sd3", "pixart"),
-    ),
-    "pipefusion 3": (3, {"pipefusion_parallel_degree": 3}, ("flux",)),
-}
-_OFTEN_2 = 6  # a layout of two ranks is this many times as likely as a larger one
+# How often a layout of two ranks is drawn for each larger one, and one of the families that nearly
+# all layouts run for each other one.
+_OFTEN_2 = 5
+_OFTEN_FAMILIES = 3
+_EVERYWHERE = ("flux", "sd3", "pixart")
 
 # What another rank cannot know of: each replica of a data-parallel layout may do it on its own.
 _OF_ONE_REPLICA = (
@@ -43,13 +32,14 @@ _OF_ONE_REPLICA = (
     "cache applied twice",
     "slow rank",
 )
+_BATCH = "other batch"
 FAULTS = (
     *_OF_ONE_REPLICA,
     "other config",
     "other mask",
     "other steps",
     "other size",
-    "other batch",
+    _BATCH,
     "other embeddings",
     "other seed",
     "cache removed",
@@ -76,8 +66,8 @@ class World:
 
     Attributes:
         seed: of it.
-        family: of the model.
-        layout: a name of `LAYOUTS`.
+        family: a name of `TINY_MODELS`.
+        layout: a name of `families.LAYOUTS`.
         fault: one of `FAULTS`.
         rank: on which it happens.
         step: at which it happens, where it happens during a generation.
@@ -101,10 +91,13 @@ class World:
         weights = [_OFTEN_2 if ranks == 2 else 1 for ranks, _, _ in LAYOUTS.values()]
         layout = draw.choices(list(LAYOUTS), weights)[0]
         ranks, flags, families = LAYOUTS[layout]
+        family = draw.choices(
+            families, [_OFTEN_FAMILIES if f in _EVERYWHERE else 1 for f in families]
+        )[0]
         alone = "data_parallel_degree" in flags
-        fault = draw.choice(_OF_ONE_REPLICA if alone else FAULTS)
+        faults = _OF_ONE_REPLICA if alone else FAULTS
+        fault = draw.choice([f for f in faults if f != _BATCH or not TINY_MODELS[family].alone])
         options = draw.choice(CACHES)
-        family = draw.choice(families)
         verify = fault in HIDDEN or draw.random() < 0.5
         return cls(
             seed=seed,
@@ -126,11 +119,6 @@ class World:
     def flags(self) -> dict[str, Any]:
         """Fields of `xFuserArgs`."""
         return LAYOUTS[self.layout][1]
-
-    @property
-    def takes_callbacks(self) -> bool:
-        """Whether xfuser takes any: PixArt under PipeFusion does not."""
-        return not (self.family == "pixart" and "pipefusion" in self.layout)
 
     def __str__(self) -> str:
         cache = self.options["use_cache"]

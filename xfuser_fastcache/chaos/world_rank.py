@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import os
 import signal
 import time
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 
-from xfuser_fastcache.apply import apply_cache_on_transformer, get_cache_statistics
+from diffusers_adapters.tiny import TINY_MODELS
+from xfuser_fastcache.apply import apply_cache_on_pipeline, denoisers_of, get_cache_statistics
 from xfuser_fastcache.assembly import adapter_of, blocks_held
+from xfuser_fastcache.chaos.families import STEPS, build
 from xfuser_fastcache.chaos.faults import REDRAWN, STOPPED_S, World
-from xfuser_fastcache.chaos.tiny import build
 from xfuser_fastcache.reports.clips import content_of
 from xfuser_fastcache.state import prober
 from xfuser_fastcache.xdit.groups import XDiTLayout
@@ -42,6 +44,7 @@ class Rank:
         self.rank = rank
         self.cached = cached
         self.say = say
+        self.tiny = TINY_MODELS[world.family]
         self.pipe, self.call = build(world.family, **world.flags)
         self._undo: list[Callable[[], Any]] = []
         self._raises = False
@@ -55,11 +58,7 @@ class Rank:
     def apply(self, **changes: Any) -> None:
         """Put the cache on."""
         if self.cached:
-            apply_cache_on_transformer(
-                self.pipe.transformer,
-                scheduler=self.pipe.scheduler,
-                **{**self.world.options, **changes},
-            )
+            apply_cache_on_pipeline(self.pipe, **{**self.world.options, **changes})
 
     def remove(self) -> None:
         """Take the cache off, if there is one."""
@@ -70,13 +69,13 @@ class Rank:
         call = {**self.call, **changes}
         batch = len(call["prompt_embeds"])
         generators = [torch.Generator("cpu").manual_seed(seed + item) for item in range(batch)]
-        if self.world.takes_callbacks:
-            name = "callback" if self.world.family == "pixart" else "callback_on_step_end"
-            call[name] = self._in_callback
-        output = self.pipe(generator=generators, output_type="latent", **call)
-        if output is None:
+        call["generator"] = generators[0] if self.tiny.alone else generators
+        if self._callback:
+            call[self._callback] = self._in_callback
+        output = self.pipe(**call)
+        picture = None if output is None else content_of(output)
+        if not isinstance(picture, torch.Tensor):  # another rank has it
             return ""
-        picture = content_of(output)
         if not picture.isfinite().all():
             return "not finite"
         return hashlib.sha256(picture.contiguous().numpy().tobytes()).hexdigest()[:16]
@@ -85,7 +84,20 @@ class Rank:
         """Return the digest of all decisions; "" without a cache."""
         if not self.cached:
             return ""
-        return str(get_cache_statistics(self.pipe.transformer)["decisions_digest"])
+        found = map(get_cache_statistics, denoisers_of(self.pipe).values())
+        return " ".join(statistics["decisions_digest"] for statistics in found)
+
+    @property
+    def _callback(self) -> str | None:
+        """The argument that a function to call at each step is given by; None without any."""
+        if self.tiny.adapter == "pixart" and "pipefusion" in self.world.layout:
+            return None  # xfuser refuses it
+        # A pipeline of xfuser's may take whatever the class above it does.
+        calls = [
+            vars(kind)["__call__"] for kind in type(self.pipe).__mro__ if "__call__" in vars(kind)
+        ]
+        takes = {name for call in calls for name in inspect.signature(call).parameters}
+        return next((name for name in ("callback_on_step_end", "callback") if name in takes), None)
 
     # ---- faults ------------------------------------------------------------------------------
 
@@ -102,13 +114,15 @@ class Rank:
             return self._told(num_inference_steps=self.call["num_inference_steps"] + 3)
         if fault == "other size":
             size = 2 * self.call["height"]
-            return self._told(height=size, width=size)
+            area = {"max_area": size * size} if "max_area" in self.call else {}  # Kontext's limit
+            return self._told(height=size, width=size, **area)
         if fault == "other batch":
-            twice = {k: v.repeat(2, 1, 1)[:2] for k, v in self.call.items() if _is_tokens(v)}
-            pooled = {k: v.repeat(2, 1)[:2] for k, v in self.call.items() if _is_pooled(v)}
-            return self._told(**twice, **pooled)
+            twice = self.tiny.make(batch=2)[1]
+            return self._told(**{**twice, "num_inference_steps": STEPS})
         if fault == "other embeddings":
-            return self._told(prompt_embeds=self.call["prompt_embeds"] + 0.5)
+            text = self.call["prompt_embeds"]
+            shifted = [t + 0.5 for t in text] if isinstance(text, list) else text + 0.5
+            return self._told(prompt_embeds=shifted)
         if fault == "other seed":
             return self._told(seed=1007)
         self._set_trap(fault)
@@ -155,9 +169,9 @@ class Rank:
             self._undo.append(block.register_forward_pre_hook(reached).remove)
 
     def _blocks(self) -> list[Any]:
-        model = XDiTLayout().model_of(self.pipe.transformer)
-        held = blocks_held(model, adapter_of(model))
-        return [block for listed in held.values() for block in listed]
+        models = map(XDiTLayout().model_of, denoisers_of(self.pipe).values())
+        held = [blocks_held(model, adapter_of(model)) for model in models]
+        return [block for lists in held for listed in lists.values() for block in listed]
 
     def _measure_wrongly(self, number: float) -> None:
         """Let this rank measure a number that is none, at the world's step and later ones."""
@@ -175,6 +189,8 @@ class Rank:
 
     def _in_callback(self, *arguments: Any) -> dict[str, Any]:
         step = next(x for x in arguments if isinstance(x, int))
+        if isinstance(arguments[-1], dict):
+            assert isinstance(arguments[-1]["latents"], torch.Tensor)
         if self._raises and step == self.world.step:
             self.say("fault", None)
             raise Injected(f"in a callback on rank {self.rank} at step {step}")
@@ -205,14 +221,6 @@ class Rank:
             self.say("removed with", f"{type(error).__name__}: {error}")
         self.apply()
         return self.draw()
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 3
-
-
-def _is_pooled(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 2
 
 
 def main(world: World, rank: int, port: int, cached: bool, wire: Connection, log: str) -> None:

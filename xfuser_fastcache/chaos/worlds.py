@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 from xfuser_fastcache.chaos import world_rank
 from xfuser_fastcache.chaos.faults import LIMIT_S, REDRAWN, STOPPED_S, World
 from xfuser_fastcache.chaos.trials import Verdict
+from xfuser_fastcache.xdit.runner_classes import PIPELINES, TRANSFORMERS
 
 # Beyond the limit of its waits, how long a world may take to end.
 _SLACK_S = 15.0
@@ -45,10 +46,9 @@ _IMPORTED = (
     "torch._dynamo",
     "xfuser",
     "xfuser.model_executor.pipelines.register",
-    "diffusers.pipelines.flux",
-    "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    *sorted({module for module, _ in (*TRANSFORMERS.values(), *PIPELINES.values())}),
     "xfuser_fastcache.chaos.world_rank",
+    "xfuser_fastcache.chaos.warmed",
 )
 
 

@@ -37,8 +37,9 @@ from xfuser_fastcache.reports.views import (
     statistics_table,
     write_trace,
 )
+from xfuser_fastcache.xdit.asked import read_options
 from xfuser_fastcache.xdit.generator import Generator, Run, images_of
-from xfuser_fastcache.xdit.integration import METHODS, read_options, requested
+from xfuser_fastcache.xdit.integration import METHODS, requested
 from xfuser_fastcache.xdit.loaded import (
     DTYPES,
     call_arguments,

@@ -151,6 +151,8 @@ class Reader:
             context_step=getattr(context, "step_index", None),
             stages=self.stages,
             denoiser=self.denoiser,
-            inputs=lambda: digest_of(forward.beside(args, kwargs)),
+            inputs=lambda values, latents: digest_of(
+                forward.beside(args, kwargs), given.latents if latents else None, values=values
+            ),
             setup=f"batch {given.batch}, size {tokens}, {dtype}{self._plan or 'no plan'}",
         )

@@ -10,6 +10,7 @@ from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.config.budget import Budget, budget_of
 
 STEPS_MASK, BUDGET = "steps mask", "budget"
+_GAP_TO_TAIL = 3
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Schedule:
         """
         if self.budget is None or steps is None:
             return self.mask
-        return _spread(steps, self.budget.of(steps), self.warm_up)
+        return spread(steps, self.budget.of(steps), self.warm_up)
 
     def refuses(self, planned: int | None, steps: int | None) -> str | None:
         """Say why a generation cannot begin; None where it can.
@@ -115,10 +116,25 @@ class Schedule:
 
 
 @cache
-def _spread(steps: int, computed: int, warm_up: int) -> tuple[int, ...]:
-    """Return the flags of a budget: its warm-up, and from there on evenly spaced steps."""
+def spread(steps: int, computed: int, warm_up: int = 1) -> tuple[int, ...]:
+    """Return the flags of a budget, 1 where a step is computed.
+
+    They begin with its warm-up. From there on steps are evenly spaced, and behind the last one a
+    third of a gap is skipped (docs/decisions/budgets.md).
+
+    Args:
+        steps: of the generation.
+        computed: how many of them are.
+        warm_up: how many of those are the first ones.
+
+    Example:
+        >>> spread(12, 4)
+        (1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0)
+    """
     first = min(max(warm_up - 1, 0), computed - 1)
-    return (*[1] * first, *even_mask(steps - first, computed - first))
+    steps, computed = steps - first, computed - first
+    tail = (steps - 1) // (_GAP_TO_TAIL * (computed - 1)) if computed > 1 else 0
+    return (*[1] * first, *even_mask(steps - tail, computed), *[0] * tail)
 
 
 def even_mask(steps: int, computed: int, last: bool = True) -> list[int]:

@@ -39,7 +39,8 @@ class Arrival:
         stages: of the pipeline. Schedulers of all but one stage stand still.
         denoiser: which one of the pipeline's.
         setup: batch, size and plan, in words that are equal on all ranks.
-        inputs: makes a digest of what it is given beside latents and timestep.
+        inputs: makes a digest of what it is given beside its timestep; told whether of values, or
+            of shapes alone, and whether of its latents as well.
     """
 
     latents: torch.Tensor
@@ -54,7 +55,7 @@ class Arrival:
     stages: int = 1
     denoiser: int = 0
     setup: str = ""
-    inputs: Callable[[], str] = str
+    inputs: Callable[[bool, bool], str] = lambda values, latents: ""
 
     @cached_property
     def timestep(self) -> Timestep:

@@ -161,7 +161,7 @@ class CacheConfig(CheckedOptions):
         None,
         integer(1),
         "budget: compute so many steps; with a calibration those that its search has found, else "
-        "the first, the last and evenly spaced ones. Only what cannot be forecast adds to them",
+        "the first and evenly spaced ones. Only what cannot be forecast adds to them",
     )
     speedup: float | None = option(
         None, number(1), "budget: compute at most one step in so many (ratio)"

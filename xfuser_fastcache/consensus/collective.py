@@ -301,7 +301,8 @@ class Consensus:
         if others:
             raise ConsensusError(
                 f"ranks {others} were given other {what} than rank {self.group.rank}, in one "
-                f"decision group {list(self.group.ranks)}, whose ranks draw one picture together. "
+                f"decision group {list(self.group.ranks)}, whose ranks draw one picture together: "
+                f"{'; '.join(f'rank {rank} {other}' for rank, other in sorted(found.items()))}. "
                 "Give all of them the same; replicas that draw pictures of their own need a group "
                 "each: give process_group."
             )

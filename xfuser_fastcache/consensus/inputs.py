@@ -20,7 +20,7 @@ class SharedInputs:
 
     Args:
         consensus: of the decision group.
-        verify: whether values are compared; else sizes alone, and those in a pipeline alone.
+        verify: whether values are compared; else sizes alone, where nothing else tells of them.
 
     Attributes:
         place: of the last call.
@@ -50,12 +50,20 @@ class SharedInputs:
         elif self.consensus.group.stages > 1:
             self.consensus.compare(digest(False), _SHAPES, within_stage=True)
 
-    def check_call(self, place: str, digest: Callable[[], str] | None) -> None:
+    def check_call(
+        self, place: str, setup: str = "", digest: Callable[[bool, bool], str] | None = None
+    ) -> None:
         """Take in where a call of the transformer is, and compare what it is given.
+
+        A transformer that cuts its tokens by itself may attend across ranks before its first block,
+        as Z-Image's refiners and VACE's hints do. No vector has told of its sizes by then, and
+        others than a peer's end the process inside gloo.
 
         Args:
             place: in words.
-            digest: of what it is given, where a generation begins with it; else None.
+            setup: what it is given, in words.
+            digest: of what it is given, where a generation or a branch of it begins; else None.
+                Told whether values are compared, or shapes alone, and whether its latents are.
 
         Raises:
             ConsensusError: see `check_pipeline`.
@@ -63,8 +71,13 @@ class SharedInputs:
         if digest is not None:
             self._refuse_failed()
         self.place = place
-        if digest is not None and self.verify and self.consensus.group.whole_inputs:
-            self.consensus.compare(digest(), _INPUTS)
+        group = self.consensus.group
+        if digest is None or not group.whole_inputs:
+            return
+        if group.cuts_tokens:
+            self.consensus.compare(f"{setup}, shapes {digest(False, True)}", _SHAPES)
+        if self.verify:
+            self.consensus.compare(digest(True, group.cuts_tokens), _INPUTS)
 
     def _refuse_failed(self) -> None:
         if self.consensus.group.stages > 1 and self.consensus.failed:
@@ -97,6 +110,7 @@ def _digest(value: Any, found: Any, values: bool) -> None:
     if isinstance(value, torch.Tensor):
         found.update(f"{tuple(value.shape)} {value.dtype}".encode())
         if values:
+            # A tensor that was expanded to a batch has no bytes of its own for each item.
             held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             found.update(held.numpy().tobytes())
     elif isinstance(value, Mapping):

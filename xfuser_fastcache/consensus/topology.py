@@ -33,6 +33,8 @@ class DecisionGroup:
         device_group: process group to use with `sync_backend="nccl"`; None without one.
         whole_inputs: whether a forward pass is given the same on all ranks, but for its latents;
             False where the pipeline has cut it.
+        cuts_tokens: whether a forward pass cuts the tokens that it is given by itself, so that its
+            latents are the same as well.
         replica: global ranks that draw one picture with this one, in group order; empty where all
             do. More than they decide together where replicas share weights by FSDP.
     """
@@ -47,6 +49,7 @@ class DecisionGroup:
     branch: int | None = None
     device_group: Any = None
     whole_inputs: bool = True
+    cuts_tokens: bool = False
     replica: tuple[int, ...] = ()
 
     @property

@@ -36,7 +36,7 @@ class CalibratedGate(Gate):
         test: `"conformal"` or `"chi2"`.
         significance_level: alpha; with `"conformal"` one that is not the calibration's never skips.
 
-    Source: docs/methods/statistics.md.
+    Source: docs/methods/calibrated.md.
     """
 
     fitted: Fitted

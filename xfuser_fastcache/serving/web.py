@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import socket
 import threading
@@ -21,6 +22,7 @@ from xfuser_fastcache.serving.connections import Arrivals, BoundedProtocol
 from xfuser_fastcache.serving.desk import Desk, Events, HungUp
 from xfuser_fastcache.serving.heads import HeadCheck
 from xfuser_fastcache.serving.openai import images_door
+from xfuser_fastcache.serving.page import page_door
 from xfuser_fastcache.serving.refusals import Declined, refused
 from xfuser_fastcache.serving.requests import GenerateRequest
 from xfuser_fastcache.serving.service import Answer, Job
@@ -43,6 +45,10 @@ def make_app(desk: Desk, about: dict[str, Any], hosts: Collection[str]) -> FastA
     app = FastAPI(title="xfuser-fastcache", openapi_url=None)
     service, limits = desk.service, desk.limits
     app.include_router(images_door(desk, about["model"]))
+    app.include_router(page_door())
+    fields = ("height", "width", "num_inference_steps", "guidance_scale")
+    asked = {"defaults": {name: desk.defaults.get(name) for name in fields}}
+    about = {**about, **asked, "limits": dataclasses.asdict(limits)}
     app.add_middleware(
         HeadCheck,
         hosts=hosts,

@@ -225,6 +225,7 @@ class XDiTLayout:
                 (c.device_group for c in (replica, sharded) if c.world_size == len(ranks)), None
             ),
             whole_inputs=cuts_tokens and (cuts_guidance or not guidance_is_parallel),
+            cuts_tokens=cuts_tokens,
             replica=tuple(replica.ranks) if len(ranks) > replica.world_size else (),
         )
 

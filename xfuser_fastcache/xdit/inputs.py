@@ -20,7 +20,9 @@ def told(call: Callable[..., Any]) -> Callable[..., Any]:
         from xfuser_fastcache.hooks import hook_on
         from xfuser_fastcache.xdit.groups import XDiTLayout
 
-        hook = hook_on(self.transformer)
+        # Of Wan 2.2's two experts, either may be left out.
+        held = (getattr(self, name, None) for name in ("transformer", "transformer_2"))
+        hook = next(filter(None, (hook_on(part) for part in held if part is not None)), None)
         try:
             if hook is not None:
                 hook.engine.inputs.check_pipeline(

@@ -7,8 +7,8 @@ the patched functions do what xfuser's do. `uninstall` restores all of it.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from xfuser_fastcache import enable_cache
 from xfuser_fastcache.patching import AliasFinder, Changes, PatchingFinder
 from xfuser_fastcache.plugins import BUILT_IN, GATES
+from xfuser_fastcache.xdit.asked import read_options
 from xfuser_fastcache.xdit.compat import CPU_SWITCH, require, without_accelerator
 from xfuser_fastcache.xdit.families import family_of
 from xfuser_fastcache.xdit.inputs import told
@@ -116,26 +117,6 @@ def requested(cache_method: str | None, cache_config: Any = None) -> CacheConfig
             "one of them out"
         )
     return CacheConfig.from_dict({**options, "use_cache": backend})
-
-
-def read_options(cache_config: Any) -> dict[str, Any]:
-    """Return options that are given as JSON or as a mapping; none where nothing is given.
-
-    Raises:
-        ValueError: something else.
-    """
-    options = {} if cache_config is None else cache_config
-    if isinstance(options, str):
-        try:
-            options = json.loads(options)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"cache_config={options!r} is not valid JSON: {error}") from error
-    if not isinstance(options, Mapping):
-        raise ValueError(
-            f"cache_config={cache_config!r} must hold a mapping of options, such as "
-            '{"cache_ratio_threshold": 0.1}'
-        )
-    return dict(options)
 
 
 def _in_cache_args(cache_args: Mapping[str, Any] | None) -> CacheConfig | None:
@@ -302,6 +283,11 @@ def _patch_pipeline(class_name: str) -> Callable[[ModuleType], None]:
     return patch
 
 
+def _patch_call(class_name: str, module: ModuleType) -> None:
+    """The cache hears of calls."""
+    _wrap(module, f"{class_name}.__call__", told)
+
+
 def _patch_runner(module: ModuleType) -> None:
     """The runner puts our caches on where it puts its own: behind quantising and compiling."""
 
@@ -393,6 +379,18 @@ PATCHES |= {
         "pipeline_consisid": "xFuserConsisIDPipeline",
         "pipeline_pixart_alpha": "xFuserPixArtAlphaPipeline",
         "pipeline_pixart_sigma": "xFuserPixArtSigmaPipeline",
+    }.items()
+}
+PATCHES |= {
+    # diffusers' own, made to share guidance out: no rank is given what the others are.
+    f"{_PIPELINES}.{module}": Patch(
+        f"the comparison of what {name} is given",
+        (f"{name}.__call__",),
+        functools.partial(_patch_call, name),
+    )
+    for module, name in {
+        "pipeline_wan_i2v": "xFuserWanImageToVideoPipeline",
+        "pipeline_qwen_image_edit": "xFuserQwenImageEditPipeline",
     }.items()
 }
 # diffusers' modules, too, where its users look for a cache.

@@ -19,6 +19,8 @@ from xfuser_fastcache.xdit.runner_classes import as_the_runner_has_it, is_of_run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A file of arguments of the pipeline's call that the folder of a model may hold.
 CALL = "call.json"
+# Without OpenCV, xfuser registers its class for a stand-in of the pipeline that is named here.
+_UNREGISTERED = {"ConsisIDPipeline": "xFuserConsisIDPipeline"}
 
 
 def dtype_of(name: str | None, on_gpu: bool) -> torch.dtype:
@@ -153,11 +155,25 @@ def put_in_layout(pipeline: Any, **arguments: Any) -> Any:
     return _in_xfusers_class(pipeline, engine_config)
 
 
-def _in_xfusers_class(pipeline: Any, engine_config: Any) -> Any:
+def class_in_xfuser(pipeline: Any) -> Any:
+    """Return xfuser's class around a pipeline.
+
+    Args:
+        pipeline: diffusers' own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import xfuser
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
+    name = _UNREGISTERED.get(type(pipeline).__name__)
+    return getattr(xfuser, name) if name else xFuserPipelineWrapperRegister.get_class(pipeline)
+
+
+def _in_xfusers_class(pipeline: Any, engine_config: Any) -> Any:
     cpu_platform.prepare_engine_config(engine_config, pipeline)
     if is_of_runner(pipeline, engine_config.parallel_config):
         refuse(pipeline, engine_config.parallel_config)
         return as_the_runner_has_it(pipeline, engine_config)
-    return xFuserPipelineWrapperRegister.get_class(pipeline)(pipeline, engine_config)
+    return class_in_xfuser(pipeline)(pipeline, engine_config)

@@ -267,6 +267,13 @@ MENDS = (
         flux.refuse_what_it_drops,
     ),
     Mend(
+        "FLUX.2 under PipeFusion: a callback at a step's end crashes before Python 3.12",
+        flux.FLUX2_PIPELINE,
+        flux.STEPS2,
+        flux.looks_for_tensors_in_a_comprehension,
+        flux.give_callbacks_their_tensors,
+    ),
+    Mend(
         "SD3 on several ranks: max_sequence_length is dropped, T5 pads to 256 tokens",
         "xfuser.model_executor.pipelines.pipeline_stable_diffusion_3",
         _SD3_CALL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ PIPELINED, WHOLE = "xFuserFluxTransformer2DWrapper", "xFuserFlux1Transformer2DWr
 PIPELINED2, WHOLE2 = "xFuserFlux2Transformer2DModelWrapper", "xFuserFlux2Transformer2DWrapper"
 FLUX2_PIPELINE = "xfuser.model_executor.pipelines.pipeline_flux2"
 CALL2 = "xFuserFlux2PipelineBase.__call__"
+STEPS2 = "xFuserFlux2PipelineBase._sync_pipeline"
 
 
 def pads_by_another_name(source: str) -> bool:
@@ -92,3 +94,39 @@ def refuse_what_it_drops(module: ModuleType) -> None:
         return call(self, image, *args, guidance_scale=guidance_scale, **kwargs)
 
     replace(module, CALL2, call_or_refuse)
+
+
+def looks_for_tensors_in_a_comprehension(source: str) -> bool:
+    """What callbacks are given is read from `locals()` inside a comprehension.
+
+    Before Python 3.12 that has locals of its own.
+    """
+    return "{ k: locals()[k] for k in callback_on" in " ".join(source.split())
+
+
+def give_callbacks_their_tensors(module: ModuleType) -> None:
+    """Take them from the frame of the loop, which is the one that calls back."""
+    run = require(module, STEPS2)
+
+    @functools.wraps(run)
+    def run_with_tensors(
+        self: Any,
+        *args: Any,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Any = ("latents",),
+        **kwargs: Any,
+    ) -> Any:
+        def call_back(pipeline: Any, step: int, timestep: Any, _: Any) -> Any:
+            held = sys._getframe(1).f_locals
+            given = {name: held[name] for name in callback_on_step_end_tensor_inputs}
+            return callback_on_step_end(pipeline, step, timestep, given)
+
+        return run(
+            self,
+            *args,
+            callback_on_step_end=callback_on_step_end and call_back,
+            callback_on_step_end_tensor_inputs=(),
+            **kwargs,
+        )
+
+    replace(module, STEPS2, run_with_tensors)

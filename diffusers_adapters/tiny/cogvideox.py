@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_cogvideox(
@@ -54,4 +54,4 @@ def tiny_cogvideox(
     return pipeline, call
 
 
-MODELS = {"cogvideox": TinyModel(tiny_cogvideox, "cogvideox", in_ci=("cfg 2",))}
+MODELS = {"cogvideox": TinyModel(tiny_cogvideox, "cogvideox")}

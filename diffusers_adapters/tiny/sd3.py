@@ -11,7 +11,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_sd3(
@@ -57,5 +57,5 @@ def tiny_sd35(
 
 MODELS = {
     "sd3": TinyModel(tiny_sd3, "sd3"),
-    "sd3.5": TinyModel(tiny_sd35, "sd3", in_ci=("ulysses 2", "pipefusion 2")),
+    "sd3.5": TinyModel(tiny_sd35, "sd3"),
 }

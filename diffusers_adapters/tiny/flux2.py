@@ -13,7 +13,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs, picture
 
 
 def tiny_flux2(
@@ -94,7 +94,7 @@ _DROPPED = Limit(
     error=None,
 )
 MODELS = {
-    "flux2": TinyModel(tiny_flux2, "flux2", of_runner=True, in_ci=("pipefusion 2",)),
-    "flux2-edit": TinyModel(tiny_flux2_edit, "flux2", of_runner=True, limits=(_DROPPED,), in_ci=()),
-    "klein": TinyModel(tiny_klein, "flux2", of_runner=True, limits=(_DROPPED,), in_ci=()),
+    "flux2": TinyModel(tiny_flux2, "flux2", of_runner=True),
+    "flux2-edit": TinyModel(tiny_flux2_edit, "flux2", of_runner=True, limits=(_DROPPED,)),
+    "klein": TinyModel(tiny_klein, "flux2", of_runner=True, limits=(_DROPPED,)),
 }

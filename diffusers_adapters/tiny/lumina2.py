@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_lumina2(
@@ -49,4 +49,4 @@ def tiny_lumina2(
     return pipeline, call
 
 
-MODELS = {"lumina2": TinyModel(tiny_lumina2, "lumina2", branches_apart=True, in_ci=())}
+MODELS = {"lumina2": TinyModel(tiny_lumina2, "lumina2", branches_apart=True)}

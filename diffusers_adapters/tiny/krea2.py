@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_krea2(
@@ -72,10 +72,8 @@ def tiny_krea2(
 # Diffusers 0.37 has no such class.
 MODELS = (
     {
-        "krea2": TinyModel(tiny_krea2, "krea2", of_runner=True, in_ci=("ulysses 2",)),
-        "krea2-turbo": TinyModel(
-            partial(tiny_krea2, is_distilled=True), "krea2", of_runner=True, in_ci=()
-        ),
+        "krea2": TinyModel(tiny_krea2, "krea2", of_runner=True),
+        "krea2-turbo": TinyModel(partial(tiny_krea2, is_distilled=True), "krea2", of_runner=True),
     }
     if hasattr(diffusers, "Krea2Pipeline")
     else {}

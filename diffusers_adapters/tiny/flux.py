@@ -15,7 +15,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
 
 
 def tiny_flux(
@@ -124,9 +124,7 @@ _OF_FILL = (
 )
 MODELS = {
     "flux": TinyModel(tiny_flux, "flux"),
-    "flux-kontext": TinyModel(
-        tiny_kontext, "flux", of_runner=True, limits=_OF_KONTEXT, in_ci=("ulysses 2",)
-    ),
-    "flux-control": TinyModel(tiny_control, "flux", in_ci=()),
-    "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_OF_FILL, in_ci=("ring 2",)),
+    "flux-kontext": TinyModel(tiny_kontext, "flux", of_runner=True, limits=_OF_KONTEXT),
+    "flux-control": TinyModel(tiny_control, "flux"),
+    "flux-fill": TinyModel(tiny_fill, "flux", of_runner=True, limits=_OF_FILL),
 }

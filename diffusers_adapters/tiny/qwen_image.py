@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
 
 
 def tiny_qwen(
@@ -46,7 +46,7 @@ def tiny_qwen(
         "axes_dims_rope": (8, 4, 4),
         **sizes,
     }
-    names = ("vae", "text_encoder", "tokenizer")
+    names: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     names += () if pipeline_class is QwenImagePipeline else ("processor",)
     pipeline = pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -74,16 +74,13 @@ def tiny_qwen_edit(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
 
 _CFG = ("--use_cfg_parallel",)
 MODELS = {
-    "qwen": TinyModel(tiny_qwen, "qwen_image", of_runner=True, in_ci=("ulysses 2",)),
-    "qwen-edit": TinyModel(
-        tiny_qwen_edit, "qwen_image", of_runner=True, beyond=_CFG, in_ci=("cfg 2",)
-    ),
+    "qwen": TinyModel(tiny_qwen, "qwen_image", of_runner=True),
+    "qwen-edit": TinyModel(tiny_qwen_edit, "qwen_image", of_runner=True, beyond=_CFG),
     # As the version of November 2025 does, it tells tokens of the picture their own timestep.
     "qwen-edit-2511": TinyModel(
         partial(tiny_qwen_edit, zero_cond_t=True),
         "qwen_image",
         of_runner=True,
         beyond=_CFG,
-        in_ci=(),
     ),
 }

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.guiders import ClassifierFreeGuidance
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 _PARTS = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 
@@ -117,16 +117,6 @@ def tiny_hunyuan_video15(
 
 
 MODELS = {
-    "hunyuan-video": TinyModel(
-        tiny_hunyuan_video,
-        "hunyuan_video",
-        of_runner=True,
-        in_ci=("ulysses 2",),
-    ),
-    "hunyuan-video15": TinyModel(
-        tiny_hunyuan_video15,
-        "hunyuan_video15",
-        of_runner=True,
-        in_ci=("ring 2",),
-    ),
+    "hunyuan-video": TinyModel(tiny_hunyuan_video, "hunyuan_video", of_runner=True),
+    "hunyuan-video15": TinyModel(tiny_hunyuan_video15, "hunyuan_video15", of_runner=True),
 }

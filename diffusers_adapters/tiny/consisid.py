@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, ConsisIDTr
 # `diffusers.ConsisIDPipeline` wants OpenCV, which draws the key points of a face; none are drawn.
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
 
 
 def tiny_consisid(
@@ -77,4 +77,4 @@ def tiny_consisid(
     return pipeline, call
 
 
-MODELS = {"consisid": TinyModel(tiny_consisid, "consisid", in_ci=("ulysses 2",))}
+MODELS = {"consisid": TinyModel(tiny_consisid, "consisid")}

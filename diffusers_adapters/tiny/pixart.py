@@ -13,7 +13,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_pixart(
@@ -57,7 +57,5 @@ def tiny_pixart(
 
 MODELS = {
     "pixart": TinyModel(tiny_pixart, "pixart"),
-    "pixart-sigma": TinyModel(
-        partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline), "pixart", in_ci=("cfg 2",)
-    ),
+    "pixart-sigma": TinyModel(partial(tiny_pixart, pipeline_class=PixArtSigmaPipeline), "pixart"),
 }

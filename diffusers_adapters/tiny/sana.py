@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_sana(
@@ -45,4 +45,4 @@ def tiny_sana(
     return pipeline, call
 
 
-MODELS = {"sana": TinyModel(tiny_sana, "sana", in_ci=())}
+MODELS = {"sana": TinyModel(tiny_sana, "sana")}

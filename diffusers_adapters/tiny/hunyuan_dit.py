@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_hunyuan_dit(
@@ -54,4 +54,4 @@ def tiny_hunyuan_dit(
     return pipeline, call
 
 
-MODELS = {"hunyuan-dit": TinyModel(tiny_hunyuan_dit, "hunyuan_dit", in_ci=())}
+MODELS = {"hunyuan-dit": TinyModel(tiny_hunyuan_dit, "hunyuan_dit")}

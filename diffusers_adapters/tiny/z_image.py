@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
-from support.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, Limit, TinyModel, call_kwargs
 
 
 class ZImageTurboPipeline(ZImagePipeline):
@@ -68,12 +68,11 @@ _ONE_BRANCH = Limit(
     "does not support use_cfg_parallel",
 )
 MODELS = {
-    "z-image": TinyModel(tiny_z_image, "z_image", of_runner=True, in_ci=("ulysses 2",)),
+    "z-image": TinyModel(tiny_z_image, "z_image", of_runner=True),
     "z-image-turbo": TinyModel(
         partial(tiny_z_image, pipeline_class=ZImageTurboPipeline),
         "z_image",
         of_runner=True,
         limits=(_ONE_BRANCH,),
-        in_ci=(),
     ),
 }

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_ltx2(
@@ -82,4 +82,4 @@ def tiny_ltx2(
     return pipeline, call
 
 
-MODELS = {"ltx2": TinyModel(tiny_ltx2, "ltx2", of_runner=True, in_ci=())}
+MODELS = {"ltx2": TinyModel(tiny_ltx2, "ltx2", of_runner=True)}

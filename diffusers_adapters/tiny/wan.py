@@ -16,7 +16,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs, picture
 
 
 def tiny_wan(
@@ -121,10 +121,8 @@ def tiny_wan_vace(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
 _CFG = ("--use_cfg_parallel",)
 MODELS = {
     "wan": TinyModel(tiny_wan, "wan", of_runner=True),
-    "wan-i2v": TinyModel(tiny_wan_i2v, "wan", of_runner=True, beyond=_CFG, in_ci=("cfg 2",)),
-    "wan-ti2v": TinyModel(tiny_wan_ti2v, "wan", of_runner=True, beyond=_CFG, in_ci=("ulysses 2",)),
-    "wan22": TinyModel(partial(tiny_wan, experts=2), "wan", of_runner=True, in_ci=("ring 2",)),
-    "wan-vace": TinyModel(
-        tiny_wan_vace, "wan_vace", of_runner=True, alone=True, in_ci=("ulysses 2",)
-    ),
+    "wan-i2v": TinyModel(tiny_wan_i2v, "wan", of_runner=True, beyond=_CFG),
+    "wan-ti2v": TinyModel(tiny_wan_ti2v, "wan", of_runner=True, beyond=_CFG),
+    "wan22": TinyModel(partial(tiny_wan, experts=2), "wan", of_runner=True),
+    "wan-vace": TinyModel(tiny_wan_vace, "wan_vace", of_runner=True, alone=True),
 }

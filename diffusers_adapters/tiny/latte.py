@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, LattePipeline, LatteTransformer3DModel
 
-from support.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
+from diffusers_adapters.tiny.model import TEXT_TOKENS, TinyModel, call_kwargs
 
 
 def tiny_latte(
@@ -49,4 +49,4 @@ def tiny_latte(
     return pipeline, call
 
 
-MODELS = {"latte": TinyModel(tiny_latte, "latte", in_ci=())}
+MODELS = {"latte": TinyModel(tiny_latte, "latte")}

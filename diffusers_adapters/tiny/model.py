@@ -1,4 +1,4 @@
-"""What a tiny pipeline is to the tests: its maker, and what xDiT can do with it."""
+"""What a tiny pipeline is: its maker, and what xDiT can do with it."""
 
 from __future__ import annotations
 
@@ -42,9 +42,6 @@ class TinyModel:
         alone: whether one is drawn a call, so that there is no batch for replicas to share.
         limits: what xDiT cannot do with it.
         beyond: flags of what xDiT can do with it, though not with the first of its family.
-        in_ci: layouts beside one rank in which CI runs it, with `Fast` alone; None for all of
-            them, with other backends in turn. The first of a family meets all backends on one rank,
-            if CI runs it in another layout too.
     """
 
     make: Callable[..., tuple[Any, dict[str, Any]]]
@@ -55,7 +52,6 @@ class TinyModel:
     alone: bool = False
     limits: tuple[Limit, ...] = ()
     beyond: tuple[str, ...] = ()
-    in_ci: tuple[str, ...] | None = None
 
 
 def call_kwargs(batch: int, size: int) -> dict[str, Any]:
