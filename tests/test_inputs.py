@@ -36,10 +36,11 @@ def test_equal_calls_have_equal_digests() -> None:
     assert digest_of((), CALL) == digest_of((), dict(reversed(again.items())))
 
 
-def test_a_tensor_that_is_one_number_expanded_is_that_number_repeated() -> None:
+@pytest.mark.parametrize("items", [1, 2])
+def test_a_tensor_that_is_one_number_expanded_is_that_number_repeated(items: int) -> None:
     """So LTX-2's pipeline gives the noise level of each item."""
-    expanded = torch.tensor(0.5).expand(2)
-    assert digest_of((), {"sigma": expanded}) == digest_of((), {"sigma": torch.full((2,), 0.5)})
+    expanded, repeated = torch.tensor(0.5).expand(items), torch.full((items,), 0.5)
+    assert digest_of((), {"sigma": expanded}) == digest_of((), {"sigma": repeated})
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def _encoder() -> tuple[Any, Any]:
         "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
     }
-    vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "out_hidden_size": 4}
+    vision: dict[str, Any] = {"depth": 1, "hidden_size": 8, "num_heads": 1, "out_hidden_size": 4}
     vision |= {"intermediate_size": 8, "deepstack_visual_indexes": []}
     torch.manual_seed(0)
     config = Qwen3VLConfig(text_config=text, vision_config=vision)

@@ -111,8 +111,10 @@ def _digest(value: Any, found: Any, values: bool) -> None:
         found.update(f"{tuple(value.shape)} {value.dtype}".encode())
         if values:
             # A tensor that was expanded to a batch has no bytes of its own for each item.
-            held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(held.numpy().tobytes())
+            # A copy: one number expanded cannot be seen as bytes, however it is made contiguous.
+            held = torch.empty(value.numel(), dtype=value.dtype)
+            held.copy_(value.detach().reshape(-1))
+            found.update(held.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
         for key in sorted(key for key, held in value.items() if not callable(held)):
             found.update(repr(key).encode())
