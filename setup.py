@@ -121,6 +121,7 @@ setup(
             "hunyuan_dit = diffusers_adapters.hunyuan_dit:HunyuanDiTAdapter",
             "ltx2 = diffusers_adapters.ltx2:LTX2Adapter",
             "latte = diffusers_adapters.latte:LatteAdapter",
+            "ideogram4 = diffusers_adapters.ideogram4:Ideogram4Adapter",
         ],
         "xfuser_fastcache.layouts": ["xdit = xfuser_fastcache.xdit.groups:XDiTLayout"],
     },

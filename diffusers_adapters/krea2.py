@@ -9,10 +9,8 @@ import torch
 
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.block_contract import BlockContract, Table
-from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.noise import FlowSigma
 from xfuser_fastcache.models.streams import ENCODER, HIDDEN
-from xfuser_fastcache.models.token_layout import TokenCounts
 
 
 class Krea2Adapter(ModelAdapter):
@@ -37,9 +35,8 @@ class Krea2Adapter(ModelAdapter):
     noise = FlowSigma(given="sigma")
 
     @classmethod
-    def forward_contract(cls, model: Any, counts: TokenCounts) -> ForwardContract:
-        """Of the latents all are noise: text joins them behind."""
-        return ForwardContract(cls.forward_layout(), cls.noise_channels(model))
+    def latent_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """All: text joins them behind."""
 
     @classmethod
     def image_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> range:

@@ -99,7 +99,7 @@ def cases(
         for denoiser in denoisers:
             remove_cache(denoiser)
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"group": XDiTLayout().decision_group(denoisers[0]).ranks}
     if flags["pipefusion_parallel_degree"] > 1:
         found["synchronous"] = synchronous(generate)
         control = generate()
@@ -171,7 +171,7 @@ def main() -> None:
     found = {m: cases(m, backends, slow, turn, flags) for m, backends in models.items()}
     for model in models:
         found[model]["references"] = references(model, batches)
-    report(dist.get_rank(), group=XDiTLayout().decision_group().ranks, models=found)
+    report(dist.get_rank(), models=found)
     cpu_platform.finish()
 
 

@@ -214,9 +214,13 @@ def test_it_works_after_the_import_and_is_gone_after_uninstall() -> None:
     given = ("_cache_config", "disable_cache", "enable_cache", "is_cache_enabled")
     models = (
         "ConsisIDTransformer3DModel",
+        "HunyuanDiT2DModel",
+        "Ideogram4Transformer2DModel",
         "Krea2Transformer2DModel",
+        "Lumina2Transformer2DModel",
         "PixArtTransformer2DModel",
         "SD3Transformer2DModel",
+        "SanaTransformer2DModel",
         "ZImageTransformer2DModel",
     )
     mixin = [f"CacheMixin.{name}" for name in names]

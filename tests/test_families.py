@@ -1,4 +1,4 @@
-"""SANA, Lumina-Image 2.0, HunyuanDiT, LTX-2 and Latte in plain diffusers."""
+"""SANA, Lumina-Image 2.0, HunyuanDiT, LTX-2, Latte and Ideogram-4 in plain diffusers."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ SIZES = {
     "hunyuan-dit": ({2 * 64}, 4),
     "ltx2": ({2 * 32, 32}, 1),
     "latte": ({2 * 4 * 64}, 4),
+    **({"ideogram4": ({64}, 1)} if "ideogram4" in TINY_PIPELINES else {}),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "stack": {},
@@ -114,7 +115,7 @@ def test_the_modulated_input_is_what_attention_is_given(name: str) -> None:
     pipe, generate = made(name)
     adapter = adapter_of(pipe.transformer)
     block = getattr(pipe.transformer, next(iter(adapter.block_lists)))[0]
-    attention = getattr(block, "attn1", None) or block.attn
+    attention = next(getattr(block, n) for n in ("attn1", "attn", "attention") if hasattr(block, n))
     given: list[torch.Tensor] = []
     pairs = []
 

@@ -10,7 +10,7 @@ import pytest
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from PIL import Image
 from support.worlds import ROOT, launch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+from transformers import AutoTokenizer, Gemma2Config, Gemma2Model, Qwen3Config, Qwen3Model
 
 from diffusers_adapters.tiny import TINY_PIPELINES
 
@@ -24,6 +24,7 @@ MODELS = {
     "Qwen/Qwen-Image": "qwen",
     "Tongyi-MAI/Z-Image": "z-image",
     "Tongyi-MAI/Z-Image-Turbo": "z-image-turbo",
+    "Alpha-VLLM/Lumina-Image-2.0": "lumina2",
 }
 
 
@@ -67,10 +68,24 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
             head_dim=8,
         )
     )
+    small = text_encoder.config
+    gemma = Gemma2Model(
+        Gemma2Config(
+            vocab_size=small.vocab_size,
+            hidden_size=small.hidden_size,
+            intermediate_size=small.intermediate_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
     for name, model in MODELS.items():
         pipe, _ = TINY_PIPELINES[model]()
         pipe.register_modules(
-            vae=vae_of(model).eval(), text_encoder=text_encoder, tokenizer=tokenizer
+            vae=vae_of(model).eval(),
+            text_encoder=gemma if model == "lumina2" else text_encoder,
+            tokenizer=tokenizer,
         )
         pipe.save_pretrained(folder / name)
     return folder
@@ -87,6 +102,8 @@ SLOW = pytest.mark.slow
         ("Z-Image-Turbo", "--ulysses_degree 2"),
         pytest.param("Z-Image", "--use_cfg_parallel", marks=SLOW),
         pytest.param("Z-Image", "--ring_degree 2", marks=SLOW),
+        pytest.param("Lumina2", "--ulysses_degree 2", marks=SLOW),
+        pytest.param("Lumina2", "--use_cfg_parallel", marks=SLOW),
         pytest.param("Qwen-Image", "--ulysses_degree 2", marks=SLOW),
         pytest.param(
             "Qwen-Image", "--ring_degree 2 --guidance_scale 4 --negative_prompt disc", marks=SLOW

@@ -63,6 +63,9 @@ class Case:
         ranks: the reports, by rank.
         groups: the decision group of every rank.
         replicas: degree of data parallelism.
+        deciders: how many groups decide by themselves: a replica, or one of its branches where each
+            has a model of its own.
+        models: that a rank runs at every step.
         of_runner: whether xfuser has no pipeline class for it, and its runner takes it.
         in_stages: whether it is a pipeline.
         same_corrections: whether a calibration corrects as on one rank. Not in a pipeline, whose
@@ -78,6 +81,8 @@ class Case:
     ranks: list[dict[str, Any]]
     groups: list[tuple[int, ...]]
     replicas: int
+    deciders: int
+    models: int
     of_runner: bool
     in_stages: bool
     same_corrections: bool
@@ -127,13 +132,16 @@ def case(request: pytest.FixtureRequest) -> Case:
     in_stages = "pipefusion" in layout
     least = 0.15 if in_stages else 0.3
     tiny = TINY_MODELS[model]
+    replicas = 2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1
     branches_shared = (tiny.of_runner or tiny.branches_apart) and "cfg" in layout
     return Case(
         variants=list(variants(model, backend, slow, turn_of(layout))),
         backend=backend,
         ranks=[report["models"][model] for report in found],
-        groups=[tuple(report["group"]) for report in found],
-        replicas=2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1,
+        groups=[tuple(report["models"][model]["group"]) for report in found],
+        replicas=replicas,
+        deciders=replicas * (2 if tiny.branches_apart and "cfg" in layout else 1),
+        models=1 if "cfg" in layout else tiny.models_a_step,
         of_runner=tiny.of_runner and not in_stages,
         in_stages=in_stages,
         same_corrections=not in_stages and not branches_shared,
@@ -192,7 +200,7 @@ def test_a_cell_computes_what_one_rank_computes(case: Case) -> None:
 def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
     assert all(rank["restored_exact"] for rank in case.ranks)
     # All ranks of a replica decide together: both of CFG parallel, though they see different text.
-    assert {len(group) for group in case.groups} == {len(case.ranks) // case.replicas}
+    assert {len(group) for group in case.groups} == {len(case.ranks) // case.deciders}
     found = [rank["backends"][case.backend] for rank in case.ranks]
     assert all(f["threshold_0_exact"] for f in found)
     for variant in case.variants:
@@ -200,7 +208,7 @@ def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
         assert all(c["repeats"] and c["changed"] and c["finite"] for c in cached)
         assert all(c["hits"] >= case.least_hits for c in cached)
         assert all(c["collectives_per_step"] == 1 for c in cached)
-        assert all(c["steps"] == 2 * STEPS for c in cached)
+        assert all(c["steps"] == 2 * STEPS * case.models for c in cached)
         if variant == "budget":
             skipped = 1 - VARIANTS[variant]["computed_steps"] / STEPS
             assert all(c["hits"] == pytest.approx(skipped) for c in cached)
@@ -208,7 +216,7 @@ def test_a_cell_runs_cached_and_all_its_ranks_agree(case: Case) -> None:
         by_group: dict[tuple[int, ...], set[str]] = {}
         for group, c in zip(case.groups, cached, strict=True):
             by_group.setdefault(group, set()).add(c["digest"])
-        assert len(by_group) == case.replicas
+        assert len(by_group) == case.deciders
         assert all(len(digests) == 1 for digests in by_group.values())
 
 
@@ -231,13 +239,16 @@ def norm_of(ranks: int, *flags: str) -> float:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("model", "flag"),
-    [pytest.param(*c, marks=SLOW if "video" in c[0] else ()) for c in FAILING],
+    [
+        pytest.param(*c, marks=SLOW if "video" in c[0] or IN_CI.get(c[0]) == () else ())
+        for c in FAILING
+    ],
 )
 def test_what_is_excluded_fails_in_xdit_itself(model: str, flag: str) -> None:
     error = FAILING[model, flag]
     if error is None:
         alone, together = norm_of(1, "--model", model), norm_of(2, "--model", model, flag)
-        assert together != pytest.approx(alone, rel=1e-3)
+        assert together != pytest.approx(alone, rel=1e-4)  # rounding alone: 1e-8
         return
     with pytest.raises(WorldFailed) as failed:
         launch("xdit_control.py", 2, "--model", model, flag, timeout_s=120)

@@ -324,6 +324,18 @@ def test_padding_is_attended_to_unmended_and_one_rank_is_equalled_mended(mended:
 
 @pytest.mark.slow
 @pytest.mark.gloo
+def test_ltx2_attends_to_padding_unmended_and_equals_one_rank_mended(mended: Path) -> None:
+    """9 tokens of video on two ranks, which its audio attends to, too."""
+    arguments = ("--model", "ltx2", "--size", "192")
+    (one,) = lines(launch("xdit_control.py", 1, *arguments))
+    for line in lines(launch("xdit_control.py", 2, *arguments, *ULYSSES)):
+        assert line["norm"] != pytest.approx(one["norm"], rel=1e-3)
+    for line in lines(launch(mended, 2, *arguments, *ULYSSES)):
+        assert_close(line, one)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("model", "error"),
     [
@@ -506,6 +518,7 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserQwenImageTransformerWrapper = MendedQwen
     module.xFuserZImageTransformer2DWrapper = MendedZImage
     module.xFuserKrea2Transformer2DWrapper = MendedKrea2
+    module.xFuserLTX2VideoTransformer3DWrapper = MendedWan
     module.xFuserPatchEmbedWrapper = MendedPatchEmbed
     module.CacheManager = MendedCacheManager
     assert not mend.is_needed(module)

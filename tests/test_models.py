@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support.worlds import ROOT, python
+from diffusers import DiffusionPipeline
+from support.worlds import ROOT, WorldFailed, launch, python
 from torch import nn
 
 from diffusers_adapters.registry import adapters
-from xfuser_fastcache import apply_cache_on_transformer
+from xfuser_fastcache import apply_cache_on_pipeline, apply_cache_on_transformer
 from xfuser_fastcache.cli import main, models
-from xfuser_fastcache.xdit.families import FAMILIES, Example, family_of
+from xfuser_fastcache.xdit.families import FAMILIES, Example, Family, family_of
 
 NAMES = """
 import importlib, json, pkgutil
@@ -87,6 +88,23 @@ def test_another_packages_adapter_has_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(models, "loaded", lambda group: {**adapters(), "other": Other})
     (row,) = (row for row in models.rows() if row["adapter"] == "other")
     assert models.cells_of(row)[:3] == ["other", "OtherTransformer2DModel", "diffusers' pipeline"]
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.error], ids=lambda f: f.title)
+def test_what_xdit_itself_cannot_draw_ends_in_its_error(family: Family) -> None:
+    name = {"LingBot-Video": "LingBot-Video-Dense"}[family.title]
+    with pytest.raises(WorldFailed) as failed:
+        launch("wan_runner.py", 1, ".", "--model", name, "--prompt", "ring", timeout_s=120)
+    assert family.error in failed.value.output
+
+
+def test_a_unet_is_refused_by_name_with_a_pointer() -> None:
+    pipe = DiffusionPipeline()
+    pipe.unet = type("UNet2DConditionModel", (nn.Linear,), {})(2, 2)
+    with pytest.raises(TypeError, match="UNet2DConditionModel.*docs/models.md.*DeepCache"):
+        apply_cache_on_pipeline(pipe)
 
 
 @pytest.mark.parametrize(

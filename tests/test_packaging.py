@@ -222,6 +222,7 @@ DECLARED = {
     ),
     ("xfuser_fastcache.adapters", "ltx2"): "diffusers_adapters.ltx2:LTX2Adapter",
     ("xfuser_fastcache.adapters", "latte"): "diffusers_adapters.latte:LatteAdapter",
+    ("xfuser_fastcache.adapters", "ideogram4"): "diffusers_adapters.ideogram4:Ideogram4Adapter",
     ("xfuser_fastcache.layouts", "xdit"): "xfuser_fastcache.xdit.groups:XDiTLayout",
 }
 

@@ -120,7 +120,8 @@ def apply_cache_on_transformer(
     request = Request.of(config, adapter)
     group = layout.decision_group(transformer, request.whole_forward)
     # A pipeline's stages run patches; where a condition's tokens are in them is not known.
-    count = functools.partial(adapter.image_tokens, model) if group.stages == 1 else None
+    which = adapter.latent_tokens if request.whole_forward else adapter.image_tokens
+    count = functools.partial(which, model) if group.stages == 1 else None
     counts = TokenCounts(count, group.shard, group.shards)
     held = blocks_held(model, adapter)
     blocks = [block for listed in held.values() for block in listed]
@@ -208,6 +209,12 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     }
     if not found and held.get("transformer") is not None:
         adapter_of(_layout(held["transformer"], None).model_of(held["transformer"]))
+    if not found and held.get("unet") is not None:
+        raise TypeError(
+            f"{type(pipe).__name__} draws with a UNet, {type(held['unet']).__name__}, which has no "
+            "stack of transformer blocks to skip. `fastcache models` and docs/models.md list what "
+            "the cache runs on; for UNets there is DeepCache (arXiv 2312.00858)."
+        )
     if not found:
         has = ", ".join(f"{name} ({type(part).__name__})" for name, part in held.items())
         raise TypeError(

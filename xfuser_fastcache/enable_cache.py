@@ -115,4 +115,5 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     f"{_TRANSFORMERS}.sana_transformer": _give("SanaTransformer2DModel"),
     f"{_TRANSFORMERS}.transformer_lumina2": _give("Lumina2Transformer2DModel"),
     f"{_TRANSFORMERS}.hunyuan_transformer_2d": _give("HunyuanDiT2DModel"),
+    f"{_TRANSFORMERS}.transformer_ideogram4": _give("Ideogram4Transformer2DModel"),
 }

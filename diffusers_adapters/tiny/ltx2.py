@@ -23,7 +23,8 @@ def tiny_ltx2(
     """LTX-2 with its three guidances, in three calls a step: 32 tokens of video, 18 of audio.
 
     Both of guidance in one batch, then one with a block that attends to nothing, then one with
-    video and audio apart. A VAE makes a latent pixel of 64 x 64, and a latent frame of 16.
+    video and audio apart. A VAE makes a latent pixel of 64 x 64, and a latent frame of 16. Of 192
+    pixels a side it is one frame of 9 tokens.
     """
     torch.manual_seed(seed)
     transformer = LTX2VideoTransformer3DModel(
@@ -73,7 +74,7 @@ def tiny_ltx2(
         transformer=transformer,
         **dict.fromkeys(("text_encoder", "tokenizer", "vocoder")),
     )
-    call = {**call_kwargs(batch, size), "num_frames": 17, "frame_rate": 24.0}
+    call = {**call_kwargs(batch, size), "num_frames": 17 if size > 192 else 1, "frame_rate": 24.0}
     for prefix in ("", "negative_"):
         call[f"{prefix}prompt_embeds"] = torch.randn(batch, TEXT_TOKENS, 32)
         call[f"{prefix}prompt_attention_mask"] = torch.ones(batch, TEXT_TOKENS)

@@ -50,6 +50,7 @@ IN_CI: dict[str, tuple[str, ...]] = {
     "klein": (),
     "krea2": ("ulysses 2",),
     "krea2-turbo": (),
+    "ideogram4": (),
     "latte": (),
     "ltx2": (),
     "lumina2": (),

@@ -27,6 +27,7 @@ _RUNNER_MODELS = {
     "HunyuanVideoPipeline": ("hunyuan", "xFuserHunyuanvideoModel"),
     "HunyuanVideo15Pipeline": ("hunyuan", "xFuserHunyuanvideo15Model"),
     "LTX2Pipeline": ("ltx", "xFuserLTX2VideoModel"),
+    "Ideogram4Pipeline": ("ideogram4", "xFuserIdeogram4Model"),
 }
 _TASKS = {"HunyuanVideo15Pipeline": "t2v"}  # where one has to be named
 

@@ -96,6 +96,7 @@ EXCLUDED = (
             ("hunyuan_video", CFG, _SEQUENCE_ALONE),
             ("hunyuan_video15", f"{PIPEFUSION}=2", _NO_PIPELINE),
             ("hunyuan_video15", CFG, _SEQUENCE_ALONE),
+            ("ideogram4", f"{PIPEFUSION}=2", _NO_PIPELINE),
             ("ltx2", f"{PIPEFUSION}=2", _NO_PIPELINE),
             ("ltx2", CFG, _SEQUENCE_ALONE),
         )

@@ -69,7 +69,7 @@ def _row(family: Family, adapter: Any) -> dict[str, Any]:
     return {
         "models": family.title,
         "adapter": family.adapter if adapter is not None else "",
-        "why_not": "" if adapter is not None else family.why_not,
+        "why_not": "" if adapter is not None else family.reason,
         "transformer": "" if adapter is None else adapter.model_class,
         "pipelines": list(family.pipelines),
         "runner": bool(family.names),

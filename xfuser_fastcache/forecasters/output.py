@@ -117,7 +117,7 @@ class OutputForecaster(Forecaster):
     def corrected(self, plain: Streams, terms: list[torch.Tensor], weights: Weights) -> Streams:
         """Return a forecast with the weighted terms added to its noise prediction."""
         image = plain.hidden_states.clone()
-        noise = noise_part(image, terms[0].shape[2] if image.dim() == 4 else None)
+        noise = noise_part(image, terms[0].shape[2])
         noise += sum(each(weight, term) * term for weight, term in zip(weights, terms, strict=True))
         return Streams(image, plain.encoder_hidden_states)
 

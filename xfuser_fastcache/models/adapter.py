@@ -96,6 +96,16 @@ class ModelAdapter:
         """
         return None
 
+    @classmethod
+    def latent_tokens(
+        cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> range | None:
+        """Return which of the latents that the forward pass is given are noise; None for all.
+
+        They are the image's tokens, unless the blocks are given others than the forward pass.
+        """
+        return cls.image_tokens(model, args, kwargs)
+
     # ---- what is read ------------------------------------------------------------------------
 
     @classmethod

@@ -228,7 +228,7 @@ def noise_part(output: torch.Tensor, channels: int | None) -> torch.Tensor:
             dimension 1.
         channels: of the latents; None for all.
     """
-    return output[:, :, :channels] if output.dim() == 4 and channels is not None else output
+    return output if channels is None else output[:, :, :channels]
 
 
 def laid_out_as(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,7 @@ class Family:
         pipelines: classes of diffusers that xfuser has a pipeline class for.
         adapter: that is registered for it; "" where there is none.
         why_not: the reason, in a sentence, where there is none.
+        error: what xDiT itself says, where it cannot draw with the family either.
         since: release of diffusers that xfuser's runner asks for, where it is above 0.37.
         example: None where there is no adapter.
     """
@@ -64,8 +65,14 @@ class Family:
     pipelines: tuple[str, ...] = ()
     adapter: str = ""
     why_not: str = ""
+    error: str = ""
     since: str = "0.37"
     example: Example | None = None
+
+    @property
+    def reason(self) -> str:
+        """Say why there is no adapter, and what xDiT says, in a sentence."""
+        return f"{self.why_not}. xDiT says `{self.error}`" if self.error else self.why_not
 
 
 _NOT_YET = "not yet"
@@ -190,19 +197,38 @@ FAMILIES = (
     Family(
         "Ideogram-4",
         ("ideogram-",),
-        why_not=f"{_NOT_YET}; its branches are two models",
+        adapter="ideogram4",
         since="0.39",
+        example=Example("ideogram-ai/ideogram-4-fp8", (128, 128, 128), 1, 4608),
     ),
     Family(
-        "LingBot-Video", ("lingbot-video",), why_not=f"{_NOT_YET}; diffusers has no class for it"
+        "LingBot-Video",
+        ("lingbot-video",),
+        why_not="xDiT's runner draws it with a package that PyPI does not have",
+        error="No module named 'lingbot_video'",
     ),
-    Family("Cosmos3", ("cosmos3",), why_not=f"{_NOT_YET}; it packs its streams into one"),
-    Family("MiniMax-H3", ("minimax-h3",), why_not=f"{_NOT_YET}; it packs its streams into one"),
-    Family("FastH3", ("fasth3", "fastvideo"), why_not="it has 4 steps and none to spare"),
+    Family(
+        "Cosmos3",
+        ("cosmos3",),
+        why_not=f"{_NOT_YET}; it takes lists of videos, sounds and actions for latents, and its "
+        "blocks hold them in one sequence without a batch",
+    ),
+    Family(
+        "MiniMax-H3",
+        ("minimax-h3",),
+        why_not=f"{_NOT_YET}; rows of video, audio and text stand in one sequence in an order that "
+        "each call brings, and each has a timestep of its own",
+    ),
+    Family(
+        "FastH3",
+        ("fasth3", "fastvideo"),
+        why_not="it has 4 steps and none to spare",
+    ),
     Family(
         "causal Wan",
         ("causalwan",),
-        why_not="it denoises a few frames at a time, so that no step is like the one before",
+        why_not="it draws 3 frames at a time in 8 distilled steps, and each call writes keys that "
+        "later frames attend to, so that none can be left out",
     ),
     Family(
         "SANA Sprint",
@@ -212,7 +238,8 @@ FAMILIES = (
     Family(
         "Stable Diffusion XL",
         pipelines=("StableDiffusionXLPipeline",),
-        why_not="its model is a UNet, which has no stack of blocks",
+        why_not="its model is a UNet, which has no stack of blocks; DeepCache (arXiv 2312.00858) "
+        "is for those",
     ),
 )
 

@@ -50,6 +50,19 @@ def _names_of(code: CodeType) -> set[str]:
     return set(code.co_names).union(*within)
 
 
+# By which a forward's code asks for its place among ranks that share tokens; Ideogram-4's keeps it.
+_PLACES = {"get_sequence_parallel_rank", "get_ulysses_parallel_rank", "_sp_rank"}
+
+
+# Where ranks share the guidance of these, one may call its transformer at a step and the other not:
+# Ideogram-4 has one for each branch, and Lumina-Image leaves a branch out at late steps. So ranks
+# decide with those of their branch alone.
+_BRANCHES_APART = {"Ideogram4Transformer2DModel", "Lumina2Transformer2DModel"}
+
+# Of these xDiT's ranks share no guidance: each of them runs both branches.
+_GUIDED_WHOLE = {"LatteTransformer3DModel"}
+
+
 def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     """Say whether a transformer's own forward cuts what it is given: by tokens, by guidance.
 
@@ -58,7 +71,7 @@ def cuts(transformer: nn.Module) -> tuple[bool, bool]:
     code of the forward asks for its place in.
     """
     names = names_in(transformer.forward)
-    by_tokens = names & {"get_sequence_parallel_rank", "get_ulysses_parallel_rank"}
+    by_tokens = names & _PLACES
     return bool(by_tokens), "get_classifier_free_guidance_rank" in names
 
 
@@ -151,6 +164,8 @@ class XDiTLayout:
     ) -> DecisionGroup:
         """Return the ranks of this model replica, and those that share its weights by FSDP.
 
+        Of some families, under CFG parallelism, those of one branch; see `_BRANCHES_APART`.
+
         Args:
             transformer: that is cached.
             whole_forward: whether it is measured in front of its forward pass, else at its blocks.
@@ -168,6 +183,10 @@ class XDiTLayout:
                 "on the ranks that run the transformer only."
             )
         replica, sharded = parallel_state.get_model_replica_group(), parallel_state.get_fs_group()
+        bases: set[str] = set()
+        if transformer is not None:
+            bases = {base.__name__ for base in type(self.model_of(transformer)).__mro__}
+            replica = parallel_state.get_sp_group() if bases & _BRANCHES_APART else replica
         rank = dist.get_rank()
         ranks = deciding_ranks(rank, replica.world_size, sharded.world_size)
         self._stages = parallel_state.get_pipeline_parallel_world_size()
@@ -181,6 +200,7 @@ class XDiTLayout:
                     "ulysses_degree, ring_degree, use_cfg_parallel or data_parallel_degree."
                 )
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
+        guidance_is_parallel = guidance_is_parallel and not bases & _GUIDED_WHOLE
         branch = parallel_state.get_classifier_free_guidance_rank()
         shard, shards, counts = 0, 1, parallel_state.get_tensor_model_parallel_rank() == 0
         cuts_tokens, cuts_guidance = (

@@ -6,13 +6,14 @@ Those are given all latents on every rank, cut them by themselves and gather in 
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
 
 _MODELS = "xfuser.model_executor.models.transformers"
-# Class of a diffusers transformer -> the runner's subclass of it.
+# Class of a diffusers transformer -> the runner's subclass of it, or what makes that when called.
 TRANSFORMERS = {
     "FluxTransformer2DModel": (f"{_MODELS}.transformer_flux", "xFuserFlux1Transformer2DWrapper"),
     "Flux2Transformer2DModel": (f"{_MODELS}.transformer_flux2", "xFuserFlux2Transformer2DWrapper"),
@@ -38,6 +39,10 @@ TRANSFORMERS = {
         f"{_MODELS}.transformer_hunyuan_video15",
         "xFuserHunyuanVideo15Transformer3DWrapper",
     ),
+    "Ideogram4Transformer2DModel": (
+        f"{_MODELS}.transformer_ideogram4",
+        "get_ideogram4_transformer_wrapper_class",
+    ),
     "LTX2VideoTransformer3DModel": (
         f"{_MODELS}.transformer_ltx2",
         "xFuserLTX2VideoTransformer3DWrapper",
@@ -53,6 +58,10 @@ PIPELINES = {
         "xfuser.model_executor.pipelines.pipeline_qwen_image_edit",
         "xFuserQwenImageEditPipeline",
     ),
+    "Ideogram4Pipeline": (
+        "xfuser.model_executor.pipelines.pipeline_ideogram4",
+        "get_ideogram4_pipeline_class",
+    ),
 }
 # Those whose class xDiT has, and registers only where its module is imported.
 UNLISTED = {"FluxControlPipeline": "xfuser.model_executor.pipelines.pipeline_flux_control"}
@@ -64,6 +73,14 @@ OF_PIPEFUSION = ("Flux2Pipeline", "Flux2KleinPipeline")
 GUIDED_IN_A_BATCH = ("ZImagePipeline",)
 # Those that xDiT's runner refuses ring attention for.
 WITHOUT_RING = ("Krea2Pipeline",)
+
+
+# What loaders of HunyuanVideo and Ideogram-4 call, and not their constructors.
+_OF_LOADERS = (
+    "install_xdit_attention_processors",
+    "_install_xfuser_processors",
+    "_init_sp_state",
+)
 
 
 def is_of_runner(pipeline: Any, parallel: Any) -> bool:
@@ -100,7 +117,7 @@ def as_the_runner_has_it(pipeline: Any, engine_config: Any) -> Any:
     """
     from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
 
-    for part in ("transformer", "transformer_2"):
+    for part in ("transformer", "transformer_2", "unconditional_transformer"):
         held = getattr(pipeline, part, None)
         if held is not None:
             made = _class_of(TRANSFORMERS[type(held).__name__])
@@ -145,15 +162,16 @@ def refuse(pipeline: Any, parallel: Any) -> None:
 
 def _class_of(place: tuple[str, str]) -> Any:
     module, name = place
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    return found if inspect.isclass(found) else found()
 
 
 def _converted(model: Any, kind: Any) -> nn.Module:
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with init_empty_weights(include_buffers=False):
         made = kind(**config)
-    # HunyuanVideo's loaders do this, and not its constructor.
-    if hasattr(made, "install_xdit_attention_processors"):
-        made.install_xdit_attention_processors()
+    for name in _OF_LOADERS:
+        if hasattr(made, name):
+            getattr(made, name)()
     made.load_state_dict(model.state_dict(), assign=True)
     return made.requires_grad_(False).train(model.training)

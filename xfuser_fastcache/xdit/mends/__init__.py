@@ -17,7 +17,16 @@ from xfuser_fastcache.xdit.compat import (
     replace,
     require,
 )
-from xfuser_fastcache.xdit.mends import attention, flux, hunyuan_video, krea2, pixart, qwen, z_image
+from xfuser_fastcache.xdit.mends import (
+    attention,
+    flux,
+    hunyuan_video,
+    krea2,
+    ltx2,
+    pixart,
+    qwen,
+    z_image,
+)
 
 logger = logging.getLogger("xfuser_fastcache")
 
@@ -347,6 +356,13 @@ MENDS = (
         krea2.FORWARD,
         lambda source: "data_ptr" in source,
         krea2.keep_masks_by_tensor,
+    ),
+    Mend(
+        "LTX-2 under Ulysses: the padding of tokens that do not divide by the ranks is seen",
+        ltx2.MODULE,
+        f"{ltx2.TRANSFORMER}.forward",
+        attention.attends_to_padding,
+        ltx2.attend_to_real_tokens,
     ),
     Mend(
         "HunyuanVideo: tokens that do not divide by the ranks end in an error of gloo or NCCL",
