@@ -393,11 +393,11 @@ def test_a_model_without_step_caches_of_xdits_takes_ours_and_not_xdits(xfuser: A
 
 
 def test_a_model_of_the_runner_without_step_caches_says_so(xfuser: Any) -> None:
-    from xfuser.model_executor.models.runner_models.lumina2 import xFuserLumina2Model
+    from xfuser.model_executor.models.runner_models.cosmos3 import xFuserCosmos3NanoModel
 
-    config = xfuser.xFuserArgs(model="Alpha-VLLM/Lumina-Image-2.0", cache_method="fastcache")
+    config = xfuser.xFuserArgs(model="nvidia/Cosmos3-Nano", cache_method="fastcache")
     with pytest.raises(ValueError, match="cach"):
-        xFuserLumina2Model(config)
+        xFuserCosmos3NanoModel(config)
 
 
 IMPORTS = """
