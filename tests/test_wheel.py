@@ -21,7 +21,7 @@ from xfuser_fastcache.calibration.prompts import AUDIT, CALIBRATE, shipped
 Fastcache = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_wheel_holds_every_module_and_the_prompts(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_module_the_prompts_and_the_page(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True, timeout=120,
@@ -32,7 +32,10 @@ def test_the_wheel_holds_every_module_and_the_prompts(tmp_path: Path) -> None:
     wanted = {p.relative_to(ROOT) for package in packages for p in package.rglob("*.py")}
     prompts = Path("xfuser_fastcache", "calibration", "prompts")
     typed = {package.relative_to(ROOT) / "py.typed" for package in packages}
-    assert found == wanted | typed | {prompts / f"{use}.txt" for use in (CALIBRATE, AUDIT)}
+    beside = {prompts / f"{use}.txt" for use in (CALIBRATE, AUDIT)}
+    page = Path("xfuser_fastcache", "serving", "page")
+    beside |= {page / name for name in ("index.html", "page.css", "page.js")}
+    assert found == wanted | typed | beside
     # A wheel is such an archive of them, and must stay small enough to be no burden.
     packed = shutil.make_archive(str(tmp_path / "packed"), "zip", built)
     assert os.path.getsize(packed) < 2**20
