@@ -274,6 +274,8 @@ def _try_paths(rng: random.Random, service: Target) -> str:
     answer = service.send(method, path, None, {})
     if method == "HEAD":  # has no body to say why
         return "refused"
+    if (method, path, answer.status, answer.kind) == ("GET", "/", 200, "text/html"):
+        return "the page"
     return _judge(f"{method} {path}", answer, {400, 404, 405, 413, 415})
 
 
