@@ -24,8 +24,8 @@ from xfuser_fastcache.artifacts.moved import moved
 from xfuser_fastcache.backends import forecaster_of, gate_of, uncovered_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.config.budget import Budget, budget_of
-from xfuser_fastcache.config.methods import made
+from xfuser_fastcache.config.budget import Budget
+from xfuser_fastcache.config.methods import budget_of, made
 from xfuser_fastcache.config.parts import parts_of
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup
