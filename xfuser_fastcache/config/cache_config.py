@@ -170,7 +170,7 @@ class CacheConfig(CheckedOptions):
         None,
         choice(*QUALITIES, AUTO),
         "budget: compute 18, 15, 11 or 8 of 28 steps, and that share of other numbers; auto: "
-        "medium, but all of fewer than 10. Fast takes it where nothing else says which steps",
+        "medium, but all of fewer than 16. Fast takes it where nothing else says which steps",
     )
     linear_maps: str | None = option(
         None,
