@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 # Share of steps that is computed. The names are those of cache-dit's masks of steps, and so are the
 # shares: its masks for 28 steps compute 18, 15, 11 and 8 of them.
 QUALITIES = {"slow": 18 / 28, "medium": 15 / 28, "fast": 11 / 28, "ultra": 8 / 28}
-# A quality of ours: `medium` from so many steps on. Of fewer a skip may cost more than a step left out
-# does, so that all are computed. By measurement (docs/decisions/no-option.md).
+# A quality of ours: `medium` from so many steps on. Of fewer a skip may cost more than leaving the
+# step out, so that all are computed. By measurement (docs/decisions/no-option.md).
 AUTO, AUTO_STEPS = "auto", 16
 BUDGETS = ("computed_steps", "speedup", "quality")
 _SAYING = ("gate", "steps_mask", "calibration", "num_warmup_steps", "max_consecutive_skips")
