@@ -372,24 +372,5 @@ MENDS = (
         hunyuan_video.shares_unevenly,
         hunyuan_video.refuse_uneven_shares,
     ),
-    Mend(
-        "xDiT's runner without imageio-ffmpeg: no video can be written",
-        video.RUNNER,
-        video.WRITER,
-        video.needs_ffmpeg,
-        video.write_by_pyav,
-    ),
-    *(
-        Mend(
-            f"{name} without ftfy: prompts crash in diffusers' pipeline",
-            f"{video.PIPELINES}.{module}",
-            video.CLEANER,
-            video.calls_ftfy_unasked,
-            video.leave_characters,
-        )
-        for name, module in (
-            ("Wan image to video", "pipeline_wan_i2v"),
-            ("Wan VACE", "pipeline_wan_vace"),
-        )
-    ),
+    *(Mend(*found) for found in video.FOUND),
 )

@@ -13,10 +13,11 @@ import numpy as np
 from xfuser_fastcache.reports.mp4 import mp4, writes_mp4
 from xfuser_fastcache.xdit.compat import replace, require
 
-RUNNER = "xfuser.model_executor.models.runner_models.base_model"
+RUNNER = "xfuser.model_executor.models.runner_models"
 WRITER = "export_to_video"
 PIPELINES = "diffusers.pipelines.wan"
 CLEANER = "basic_clean"
+VACE = "xFuserWan21VACEModel._run_pipe"
 
 
 def needs_ffmpeg(source: str) -> bool:
@@ -51,3 +52,55 @@ def calls_ftfy_unasked(source: str) -> bool:
 def leave_characters(module: ModuleType) -> None:
     """Leave a prompt's characters as they are, as Wan's pipeline for text does without ftfy."""
     vars(module).setdefault("ftfy", SimpleNamespace(fix_text=str))
+
+
+def gives_a_list(source: str) -> bool:
+    """The runner's prompts are a list, which diffusers' pipeline of VACE refuses."""
+    return 'prompt=input_args["prompt"],' in source
+
+
+def give_one_prompt(module: ModuleType) -> None:
+    """Give the only prompt of a list by itself."""
+    run = require(module, VACE)
+
+    @functools.wraps(run)
+    def run_with_one(self: Any, input_args: dict[str, Any]) -> Any:
+        given = dict(input_args)
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(given[name], list) and len(given[name]) == 1:
+                (given[name],) = given[name]
+        return run(self, given)
+
+    replace(module, VACE, run_with_one)
+
+
+# What they break, module, function, and how it is recognised and mended; see `Mend`.
+FOUND = (
+    (
+        "xDiT's runner without imageio-ffmpeg: no video can be written",
+        f"{RUNNER}.base_model",
+        WRITER,
+        needs_ffmpeg,
+        write_by_pyav,
+    ),
+    (
+        "Wan VACE by the runner: its prompts are a list, which diffusers refuses",
+        f"{RUNNER}.wan",
+        VACE,
+        gives_a_list,
+        give_one_prompt,
+    ),
+    *(
+        (
+            f"{name} without ftfy: prompts crash in diffusers' pipeline",
+            f"{PIPELINES}.{module}",
+            CLEANER,
+            calls_ftfy_unasked,
+            leave_characters,
+        )
+        for name, module in (
+            ("Wan image to video", "pipeline_wan_i2v"),
+            ("Wan VACE", "pipeline_wan_vace"),
+        )
+    ),
+)
