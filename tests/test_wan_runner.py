@@ -25,7 +25,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffusers_adapters.tiny.wan import tiny_wan, tiny_wan_i2v, tiny_wan_vace, tiny_wan_vae
+from diffusers_adapters.tiny.wan import (
+    tiny_wan,
+    tiny_wan22_i2v,
+    tiny_wan_i2v,
+    tiny_wan_vace,
+    tiny_wan_vae,
+)
 from xfuser_fastcache.xdit.runner_classes import refuse
 
 STEPS, FRAMES = 14, 9
@@ -39,7 +45,7 @@ MODELS: dict[str, Any] = {
     "Wan2.1-I2V-14B-720P-Diffusers": tiny_wan_i2v,
     "Wan2.1-VACE-1.3B-diffusers": tiny_wan_vace,
     "Wan2.2-T2V-A14B-Diffusers": partial(tiny_wan, experts=2),
-    "Wan2.2-I2V-A14B-Diffusers": partial(tiny_wan, experts=2, in_channels=36),
+    "Wan2.2-I2V-A14B-Diffusers": tiny_wan22_i2v,
     "Wan2.2-TI2V-5B-Diffusers": partial(tiny_wan, expand_timesteps=True),
 }
 
