@@ -99,7 +99,6 @@ class Steered:
             levels=[step.noise_level for step in plan],
             masks={sum(MASK): MASK},
             steering=np.ones((1, STEPS, 5), np.float32),
-            steering_blind=np.zeros((1, STEPS, 3), np.float32),
             steering_guided=weights[None],
             metadata={OTHERS: others},
         ).save(path)
