@@ -92,10 +92,11 @@ def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) ->
     assert torch.equal(generate(), control)
 
 
-def test_what_stands_in_by_default_is_the_output_forecast_unless_more_is_asked_for() -> None:
+def test_what_stands_in_by_default_is_as_large_as_the_latents_unless_more_is_asked_for() -> None:
     pipe, _ = made("wan")
     for options, forecaster in (
-        ({}, "output"),
+        ({}, "data"),
+        ({"cache_ratio_threshold": 0.05}, "output"),
         ({"steps_mask": MASK}, "output"),
         ({"computed_steps": 2}, "data"),
         ({"forecaster": "reuse"}, "reuse"),
