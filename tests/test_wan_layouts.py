@@ -72,7 +72,7 @@ def test_every_version_of_wan_holds_its_promise_in_every_layout(
     # Steps count through; no forecast crosses the boundary, and nothing else is computed.
     assert steps == [2 * SWITCH, 2 * (wan_worker.STEPS - SWITCH)]
     assert skipped == wanted - {SWITCH}
-    # The first expert's anchors are freed, and its watchdog is silent for as long as it rests.
+    # The first expert's anchors are freed, and its watchdog rests, for longer than it has patience.
     held = ranks[0]["first_holds"]
     assert len(held) * wan_worker.PAUSE_S > wan_worker.PATIENCE_S and not any(held)
 
