@@ -77,15 +77,16 @@ def test_every_version_of_wan_holds_its_promise_in_every_layout(
     assert len(held) * wan_worker.PAUSE_S > wan_worker.PATIENCE_S and not any(held)
 
 
+# Replicas draw a batch of two, of other embeddings; and under ring attention the padding of tokens
+# that do not divide is seen (docs/limits.md).
+ALIKE = [c for c in CASES if "data" not in c[0] and not ("ring" in c[0] and c[2] == 48)]
+
+
 @pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize(("at", "name", "size"), CASES, ids=str)
-def test_uncached_every_layout_draws_what_one_rank_draws(at: str, name: str, size: int) -> None:
-    """Under ring attention the padding of 27 tokens stays; docs/limits.md says so."""
-    if "ring" in at and size == 48:
-        pytest.skip("padding under ring attention is seen: another picture than on one rank")
+@pytest.mark.parametrize(("at", "name", "size"), ALIKE, ids=str)
+def test_uncached_a_layout_draws_what_one_rank_draws(at: str, name: str, size: int) -> None:
     alone = ranks_of(ONE_RANK)[0][f"{name}, {size}"]["control"]
     for found in ranks_of(at):
-        mine = found[f"{name}, {size}"]["control"]
-        assert mine[:1] == pytest.approx(alone, rel=1e-6) or "data" in at
+        assert found[f"{name}, {size}"]["control"] == pytest.approx(alone, rel=1e-6)
