@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,8 @@ def test_nothing_recorded_is_refused() -> None:
 @pytest.mark.parametrize("call", [lambda m, x: m(x, x, x, x[0]), lambda m, x: m(x, timestep=x[0])])
 def test_the_timestep_is_read_by_place_or_name(call: Callable[..., Any]) -> None:
     class Bare(nn.Module):
+        config = SimpleNamespace(in_channels=1)
+
         def forward(self, x: torch.Tensor, *_: Any, timestep: Any = None) -> torch.Tensor:
             return x * 2
 

@@ -105,7 +105,7 @@ class Steered:
         return self.masked(calibration=str(path))
 
 
-@pytest.fixture(scope="module", params=["wan", "wan22"])
+@pytest.fixture(scope="module", params=["wan", "wan22", "wan22-i2v"])
 def steered(request: pytest.FixtureRequest) -> Steered:
     with torch.no_grad():
         return Steered(request.param)

@@ -7,12 +7,27 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from xfuser_fastcache.apply import model_of
 from xfuser_fastcache.clock.clock import Reader
 from xfuser_fastcache.clock.pipelines import PresentScheduler, watch_pipelines
 from xfuser_fastcache.clock.timeline import Timeline
 from xfuser_fastcache.consensus.topology import PlainLayout
 from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.token_layout import TokenCounts
+
+
+def contract_of(denoiser: nn.Module, adapter: type[ModelAdapter], stages: int) -> ForwardContract:
+    """Return how a denoiser's forward pass is read: the noise, without a condition's channels.
+
+    Args:
+        denoiser: whose forward the pipeline calls.
+        adapter: of its family.
+        stages: of PipeFusion, of which all but the first are given hidden states.
+    """
+    if stages > 1:
+        return ForwardContract()
+    return ForwardContract(adapter.forward_layout(), adapter.noise_channels(model_of(denoiser)))
 
 
 class Spot(NamedTuple):

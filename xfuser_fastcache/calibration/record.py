@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xfuser_fastcache.calibration.branches import BranchCounter
+from xfuser_fastcache.calibration.branches import BranchCounter, contract_of
 from xfuser_fastcache.calibration.team import Alone, Team
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.models.adapter import ModelAdapter
-from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.models.forward_layout import noise_tokens
 from xfuser_fastcache.xdit.ranks import Place
 
 
@@ -85,7 +85,7 @@ class Recorder:
         self.denoisers = denoisers
         self.max_tokens = max_tokens
         self.team = team or Alone()
-        self._contract = ForwardContract()
+        self._contract = contract_of(denoisers[0], adapter, self.team.place.stages)
         self._branches: list[_Branch] = []
         self._counter = BranchCounter(denoisers, adapter)
         self._handles: list[Any] = []

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xfuser_fastcache.calibration.branches import BranchCounter, Spot
+from xfuser_fastcache.calibration.branches import BranchCounter, Spot, contract_of
 from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.calibration.team import Alone, Team
 from xfuser_fastcache.forecasters.output import OutputForecaster
 from xfuser_fastcache.models.adapter import ModelAdapter
-from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.models.forward_layout import noise_tokens
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
@@ -56,6 +56,7 @@ class Observer:
             step at work, those of its calls so far.
         spot: of the call at work.
         entries: steps at which another denoiser has taken over.
+        contract: how their forward passes are read.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Observer:
         self.entries: list[int] = []
         self.spot = Spot(0, 0, takes_over=False)
         self._counter = BranchCounter(denoisers, adapter)
+        self.contract = contract_of(denoisers[0], adapter, self.team.place.stages)
         self._handles: list[Any] = []
 
     def __enter__(self) -> Observer:
@@ -114,8 +116,8 @@ class Observer:
     def _observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        latents = ForwardContract().read(args, kwargs).hidden_states
-        image = ForwardContract().unpack(output).hidden_states
+        latents = self.contract.read(args, kwargs).hidden_states
+        image = self.contract.unpack(output).hidden_states
         given, made = self.rows(latents, noise_tokens(image, latents))
         if self.spot.step < len(self.outputs):
             self.outputs[-1] = torch.cat((self.outputs[-1], made))
@@ -225,7 +227,7 @@ class FullRun:
                 f"steps with {branches} branches of guidance: masks are searched where every step "
                 "has the same one or two; leave --computed_steps out"
             )
-        tokens = ForwardContract().read((final,), {}).hidden_states
+        tokens = observer.contract.layout.tokens(final)
         last = sample(tokens, observer.max_tokens).float()
         latents = [*observer.latents, last.to(observer.latents[-1])]
         updates = updates_of(latents, observer.outputs)
