@@ -96,7 +96,7 @@ def test_what_stands_in_by_default_is_as_large_as_the_latents_unless_more_is_ask
     pipe, _ = made("wan")
     for options, forecaster in (
         ({}, "data"),
-        ({"cache_ratio_threshold": 0.05}, "output"),
+        ({"cache_ratio_threshold": 0.1}, "output"),
         ({"steps_mask": MASK}, "output"),
         ({"computed_steps": 2}, "data"),
         ({"forecaster": "reuse"}, "reuse"),
