@@ -500,13 +500,6 @@ class MendedCacheManager:
         ]
 
 
-class MendedVACE:
-    """How xfuser could give VACE its prompt."""
-
-    def _run_pipe(self, input_args: dict[str, Any]) -> Any:
-        return self.pipe(prompt=input_args["prompt"][0])
-
-
 def mended_writer(frames: Any, path: str, fps: int) -> None:
     """How xfuser could write its videos itself: with PyAV, which it asks for."""
 
@@ -537,7 +530,6 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserLTX2VideoTransformer3DWrapper = MendedWan
     module.xFuserPatchEmbedWrapper = MendedPatchEmbed
     module.CacheManager = MendedCacheManager
-    module.xFuserWan21VACEModel = MendedVACE
     module.export_to_video, module.basic_clean = mended_writer, mended_cleaner
     assert not mend.is_needed(module)
 

@@ -17,7 +17,6 @@ RUNNER = "xfuser.model_executor.models.runner_models"
 WRITER = "export_to_video"
 PIPELINES = "diffusers.pipelines.wan"
 CLEANER = "basic_clean"
-VACE = "xFuserWan21VACEModel._run_pipe"
 
 
 def needs_ffmpeg(source: str) -> bool:
@@ -54,26 +53,6 @@ def leave_characters(module: ModuleType) -> None:
     vars(module).setdefault("ftfy", SimpleNamespace(fix_text=str))
 
 
-def gives_a_list(source: str) -> bool:
-    """The runner's prompts are a list, which diffusers' pipeline of VACE refuses."""
-    return 'prompt=input_args["prompt"],' in source
-
-
-def give_one_prompt(module: ModuleType) -> None:
-    """Give the only prompt of a list by itself."""
-    run = require(module, VACE)
-
-    @functools.wraps(run)
-    def run_with_one(self: Any, input_args: dict[str, Any]) -> Any:
-        given = dict(input_args)
-        for name in ("prompt", "negative_prompt"):
-            if isinstance(given[name], list) and len(given[name]) == 1:
-                (given[name],) = given[name]
-        return run(self, given)
-
-    replace(module, VACE, run_with_one)
-
-
 # What they break, module, function, and how it is recognised and mended; see `Mend`.
 FOUND = (
     (
@@ -82,13 +61,6 @@ FOUND = (
         WRITER,
         needs_ffmpeg,
         write_by_pyav,
-    ),
-    (
-        "Wan VACE by the runner: its prompts are a list, which diffusers refuses",
-        f"{RUNNER}.wan",
-        VACE,
-        gives_a_list,
-        give_one_prompt,
     ),
     *(
         (
