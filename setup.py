@@ -83,6 +83,8 @@ setup(
         "flash-attn": ["flash-attn"],
         "serve": SERVE,
         "ray": ["ray"],
+        # mp4; xfuser 0.7 asks for it as well. ftfy mends characters in prompts of Wan's pipelines.
+        "video": ["av>=12", "ftfy"],
         "bench": ["cache-dit>=1.5,<1.6"],
         # Formats of weights; each by itself will do.
         "quantization": ["torchao", "bitsandbytes", "gguf"],

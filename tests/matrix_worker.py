@@ -26,7 +26,13 @@ from support.worlds import report  # noqa: E402
 from support.xdit_runs import describe, latents_of, own_share  # noqa: E402
 
 from diffusers_adapters.tiny import TINY_MODELS  # noqa: E402
-from xfuser_fastcache.apply import adapter_of, denoisers_of  # noqa: E402
+from xfuser_fastcache.apply import (  # noqa: E402
+    adapter_of,
+    apply_cache_on_pipeline,
+    denoisers_of,
+    remove_cache_from_pipeline,
+)
+from xfuser_fastcache.artifacts.calibration import OTHERS, fingerprint  # noqa: E402
 from xfuser_fastcache.xdit import cpu_platform  # noqa: E402
 from xfuser_fastcache.xdit.groups import XDiTLayout  # noqa: E402
 from xfuser_fastcache.xdit.mends import mend_xfuser  # noqa: E402
@@ -46,12 +52,13 @@ def synchronous(generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
 
 def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
     """Describe a mask whose corrections differ from step to step and with the guidance branch."""
-    from xfuser_fastcache import apply_cache_on_transformer, remove_cache
-
     mask = [1, 1, 0, 1, 0, 1, 0, 0]
     weights = np.random.default_rng(0).normal(0.0, 0.1, (1, STEPS, 3, 5)).astype(np.float32)
-    model = XDiTLayout().model_of(pipe.transformer)
-    plan = adapter_of(model).plan(pipe.scheduler)
+    model, *others = map(XDiTLayout().model_of, denoisers_of(pipe).values())
+    adapter = adapter_of(model)
+    plan = adapter.plan(pipe.scheduler)
+    blocks = sum(len(getattr(model, name)) for name in adapter.block_lists)
+    known = [fingerprint(o, adapter.model_class, adapter.embedder, blocks) for o in others]
     fitted = fitted_for(
         SimpleNamespace(transformer=model),
         STEPS,
@@ -59,15 +66,14 @@ def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[st
         masks={sum(mask): mask},
         steering=weights[:, :, 0],
         steering_guided=weights[:, :, 1:],
+        metadata={OTHERS: known} if known else {},
     )
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/fitted.safetensors"
         fitted.save(path)
-        apply_cache_on_transformer(
-            pipe.transformer, scheduler=pipe.scheduler, calibration=path, steps_mask=mask
-        )
+        apply_cache_on_pipeline(pipe, calibration=path, steps_mask=mask)
     found = describe(generate())
-    remove_cache(pipe.transformer)
+    remove_cache_from_pipeline(pipe)
     return found
 
 
@@ -105,7 +111,7 @@ def cases(
     else:
         control = generate()
         found["synchronous"] = describe(control)
-        if len(denoisers) == 1:
+        if not TINY_MODELS[model].branches_apart:
             found["corrected"] = corrected(pipe, generate)
     found["has_output"] = control is not None
     found["backends"] = {}
@@ -146,7 +152,7 @@ def references(model: str, batches: list[int]) -> dict[str, Any]:
             return latents_of(pipe(**own_share(call, batch)))
 
         found[str(batch)] = {"synchronous": describe(generate())}
-        if len(denoisers_of(pipe)) == 1:
+        if not TINY_MODELS[model].branches_apart:
             found[str(batch)]["corrected"] = corrected(pipe, generate)
     return found
 

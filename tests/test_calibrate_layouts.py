@@ -40,8 +40,7 @@ def flags(model: str, output: Path) -> list[str]:
         "calibrate", "--model", folder, "--output", str(output), "--call", call,
         "--num_inference_steps", str(STEPS), "--dtype", "float32", "--max_lag", "2",
         "--cache_ratio_threshold", "0.3", "--significance_level", "0.5", "--quiet",
-        # Masks are for guidance in one call a step, which Wan has not.
-        *("--computed_steps 3 --moves 0 --batch_size 4".split() if model != "wan" else []),
+        "--computed_steps", "3", "--moves", "0", "--batch_size", "4",
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from xfuser_fastcache.calibration import build
 from xfuser_fastcache.calibration.cells import (
     CELL_RIDGE,
     UPPER_QUANTILE,
-    Tables,
     anchors_of,
     cells,
     degrees_of,
@@ -207,7 +207,7 @@ def test_exponents_of_errors_that_follow_powers_are_found(exponents: tuple[float
     delta, rho = (np.sqrt(seen)[..., None] for seen in (tables.changes, tables.energies))
     errors = level * noise * delta ** exponents[0] * rho ** exponents[1]
     errors[np.isnan(tables.errors)] = np.nan
-    found = exponents_of(Tables(tables.changes, tables.energies, errors))
+    found = exponents_of(replace(tables, errors=errors))
     assert found == pytest.approx(exponents, abs=0.03)
 
 
@@ -215,7 +215,7 @@ def test_exponents_stay_within_what_a_file_may_say() -> None:
     """Few trajectories may seem to follow any power."""
     tables = tables_of([trajectory(*smooth(s, T)) for s in range(3)], LEVELS, random_weights())
     errors = np.sqrt(tables.changes)[..., None] ** 40.0 + 0.0 * tables.errors
-    found = exponents_of(Tables(tables.changes, tables.energies, errors))
+    found = exponents_of(replace(tables, errors=errors))
     assert found == pytest.approx((LARGEST_POWER, 0.0), abs=0.5) and found[0] <= LARGEST_POWER
 
 

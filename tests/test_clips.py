@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from xfuser_fastcache.benchmarks import quality
-from xfuser_fastcache.reports import clips
+from xfuser_fastcache.reports import clips, mp4
 from xfuser_fastcache.reports.measured import psnr_db
 
 
@@ -60,6 +62,39 @@ def test_a_moving_picture_holds_every_frame_side_by_side(
             assert np.array_equal(pixels, (expected * 255).round().astype(np.uint8))
             assert moving.info["duration"] == 250
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_mp4_holds_every_frame_at_its_time_and_is_the_same_each_time(clip: np.ndarray) -> None:
+    av = pytest.importorskip("av")
+    wide = np.broadcast_to(np.linspace(0, 1, 33)[:, None], (9, 16, 33, 3))  # an odd width
+    found = mp4.mp4([wide], fps=12.5)
+    assert found == mp4.mp4([wide], fps=12.5)
+    with av.open(io.BytesIO(found)) as film:
+        (stream,) = film.streams
+        assert (stream.codec_context.name, stream.average_rate) == ("h264", Fraction(25, 2))
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
+    assert np.shape(frames) == (9, 16, 34, 3)
+    assert np.abs(np.array(frames)[:, :, :33] / 255 - wide).max() < 0.03
+    with pytest.raises(ValueError, match="fps=0"):
+        mp4.mp4([clip], fps=0)
+
+
+def test_without_pyav_webp_alone_is_written_and_a_word_said_once(
+    tmp_path: Path,
+    clip: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(mp4.importlib.util, "find_spec", lambda name: None)
+    mp4._say_once.cache_clear()
+    with caplog.at_level("WARNING", "xfuser_fastcache"):
+        for name in ("one", "two"):
+            mp4.save_film([clip], tmp_path / name, fps=8)
+    assert {path.name for path in tmp_path.iterdir()} == {"one.webp", "two.webp"}
+    (said,) = caplog.messages
+    assert "pip install 'xfuser-fastcache[video]'" in said
+    with pytest.raises(ValueError, match="mp4 needs PyAV"):
+        mp4.mp4([clip], fps=8)
 
 
 def test_a_sheet_shows_eight_frames_with_both_ends(

@@ -16,6 +16,7 @@ from PIL import Image
 from support.worlds import ROOT, launch
 
 CONFIG = str(ROOT / "configs" / "toy_flux_fast.yaml")
+ENDINGS = ("webp", "mp4")  # PyAV comes with xfuser
 REPORT_KEYS = {
     "model", "world_size", "parallel", "num_inference_steps", "use_cache", "latency_s", "speedup",
     "psnr_db", "ssim", "statistics", "decisions_digest", "collectives_per_step",
@@ -205,11 +206,53 @@ def test_clips_become_moving_pictures(generate: Any, tmp_path: Path) -> None:
 
     frames = np.random.default_rng(0).uniform(size=(1, 9, 16, 20, 3))
     (clip,) = drawn_by(SimpleNamespace(frames=frames))
-    generate.save_pictures("cached", [clip], tmp_path)
-    generate.save_comparison([clip], [0.9 * clip], ["a ring that moves"], tmp_path)
-    names = {"cached_0.webp", "comparison_0.png", "comparison_0.webp"}
+    generate.save_pictures("cached", [clip], tmp_path, fps=12.5)
+    generate.save_comparison([clip], [0.9 * clip], ["a ring that moves"], tmp_path, fps=12.5)
+    films = {f"{kind}_0.{ending}" for kind in ("cached", "comparison") for ending in ENDINGS}
+    names = {"comparison_0.png", *films}
     assert {path.name for path in tmp_path.iterdir()} == names
     with Image.open(tmp_path / "cached_0.webp") as moving:
         assert (moving.n_frames, moving.size) == (9, (20, 16))
     with Image.open(tmp_path / "comparison_0.webp") as moving:
-        assert (moving.n_frames, moving.size) == (9, (60, 16))
+        moving.load()
+        assert (moving.n_frames, moving.size, moving.info["duration"]) == (9, (60, 16), 80)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fps", "0"], "--fps 0: give more than 0 frames a second"),
+        (["--image", "nowhere.png"], "--image nowhere.png: there is no such file"),
+    ],
+)
+def test_wrong_flags_of_clips_are_refused(
+    generate: Any, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        generate.options_from(["--config", CONFIG, *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_picture_goes_to_pipelines_that_take_one_and_to_no_others(
+    generate: Any, tmp_path: Path
+) -> None:
+    from diffusers import FluxPipeline, WanImageToVideoPipeline
+
+    from xfuser_fastcache.xdit import generator
+
+    def call(kind: type, *flags: str) -> dict[str, Any]:
+        options = generate.options_from(["--config", CONFIG, *flags])
+        return generator._call_of(object.__new__(kind), options)
+
+    path = tmp_path / "first.png"
+    Image.new("L", (3, 2), 7).save(path)
+    found = call(WanImageToVideoPipeline, "--image", str(path))["image"]
+    assert (found.mode, found.size, found.getpixel((0, 0))) == ("RGB", (3, 2), (7, 7, 7))
+    assert "image" not in call(FluxPipeline)
+    with pytest.raises(ValueError, match="FluxPipeline takes no --image; leave it out"):
+        call(FluxPipeline, "--image", str(path))
+    with pytest.raises(ValueError, match="WanImageToVideoPipeline begins with a picture: give --i"):
+        call(WanImageToVideoPipeline)
+    path.write_text("no picture")
+    with pytest.raises(ValueError, match=r"--image .*first.png is no picture that can be read"):
+        call(WanImageToVideoPipeline, "--image", str(path))

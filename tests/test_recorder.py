@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Model:
         return found
 
     def record(self, max_tokens: int = 4096) -> list[Trajectory]:
-        with Recorder(self.transformer, adapter_of(self.transformer), max_tokens) as recorder:
+        with Recorder((self.transformer,), adapter_of(self.transformer), max_tokens) as recorder:
             self.latents = self()
         return recorder.take()
 
@@ -102,7 +103,7 @@ def test_branches_are_recorded_apart() -> None:
 def test_generations_are_recorded_apart() -> None:
     model = Model()
     (wanted,) = model.record()
-    with Recorder(model.transformer, adapter_of(model.transformer), 4096) as recorder:
+    with Recorder((model.transformer,), adapter_of(model.transformer), 4096) as recorder:
         for _ in range(2):
             model()
             (found,) = recorder.take()
@@ -190,7 +191,7 @@ def test_errors_by_the_record_are_those_of_the_forecasts_that_were_made(
 
 def test_a_branch_that_is_left_out_at_some_steps_is_refused() -> None:
     model = Model(**GUIDED)
-    with Recorder(model.transformer, adapter_of(model.transformer), 4096) as recorder:
+    with Recorder((model.transformer,), adapter_of(model.transformer), 4096) as recorder:
         model()
         model.call["true_cfg_scale"] = 1.0
         model()
@@ -203,7 +204,7 @@ def test_a_branch_that_is_left_out_at_some_steps_is_refused() -> None:
 
 def test_nothing_recorded_is_refused() -> None:
     transformer = tiny_flux()[0].transformer
-    with Recorder(transformer, adapter_of(transformer), 4096) as recorder:
+    with Recorder((transformer,), adapter_of(transformer), 4096) as recorder:
         pass
     with pytest.raises(ValueError, match=r"branches of \[\] steps cannot be calibrated on"):
         recorder.take()
@@ -212,11 +213,13 @@ def test_nothing_recorded_is_refused() -> None:
 @pytest.mark.parametrize("call", [lambda m, x: m(x, x, x, x[0]), lambda m, x: m(x, timestep=x[0])])
 def test_the_timestep_is_read_by_place_or_name(call: Callable[..., Any]) -> None:
     class Bare(nn.Module):
+        config = SimpleNamespace(in_channels=1)
+
         def forward(self, x: torch.Tensor, *_: Any, timestep: Any = None) -> torch.Tensor:
             return x * 2
 
     model, found = Bare(), []
-    with Recorder(model, adapter_of(tiny_flux()[0].transformer), 4096) as recorder:
+    with Recorder((model,), adapter_of(tiny_flux()[0].transformer), 4096) as recorder:
         # In one buffer, which the next step overwrites.
         latents = torch.empty(1, 1, 1)
         for level in (3.0, 3.0, 2.0, 2.0):

@@ -81,7 +81,7 @@ def test_several_images_have_seeds_in_a_row_or_drawn(free: LedDoor) -> None:
         ({"height": 100}, 400, "height", "height=100 is not allowed"),
         ({"num_inference_steps": 9}, 400, "num_inference_steps", "give 1 to 8"),
         ({"response_format": "url"}, 400, "response_format", "Input should be 'b64_json', given"),
-        ({"output_format": "webp"}, 400, "output_format", "Input should be 'png'"),
+        ({"output_format": "webp"}, 400, "output_format", "is not allowed; this service gives png"),
         ({"model": "dall-e-3"}, 404, "model", "the model 'dall-e-3' does not exist; this service"),
         (
             {"use_cache": "Fast", "cache_config": {"calibration": "/etc/hostname"}},

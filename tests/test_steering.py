@@ -53,7 +53,7 @@ class Model:
         return FullRun.of(observer, self.uncached, FITTED)
 
     def observer(self, max_tokens: int = 4096) -> Observer:
-        return Observer(self.transformer, PICTURES, max_tokens)
+        return Observer((self.transformer,), adapter_of(self.transformer), PICTURES, max_tokens)
 
     def masked(self, **options: Any) -> torch.Tensor:
         apply_cache_on_transformer(
@@ -106,11 +106,12 @@ def test_a_schedulers_step_is_found_off_the_path_it_was_read_from(family: str) -
         model()
     handle.remove()
     for step in (changed, changed + 1):
-        update, before = full.updates[step], step - 1
+        update = full.updates[step]
         made = update.latents * observer.latents[step]
         made = made + torch.tensordot(update.outputs, observer.outputs[step], dims=1)
-        made = made + update.latents_before * observer.latents[before]
-        made = made + torch.tensordot(update.outputs_before, observer.outputs[before], dims=1)
+        for back, (of_latents, of_outputs) in enumerate(update.before, 1):
+            made = made + of_latents * observer.latents[step - back]
+            made = made + torch.tensordot(of_outputs, observer.outputs[step - back], dims=1)
         assert error(made, observer.latents[step + 1]) < 1e-4
         assert error(observer.latents[step + 1], full.latents[step + 1]) > 1e-2
 

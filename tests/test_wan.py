@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.counted import counted_tokens
 from support.stack import EVER
+from support.worlds import ROOT
 from torch import nn
 
 from diffusers_adapters.tiny import TINY_MODELS, TINY_PIPELINES
@@ -23,14 +24,18 @@ from xfuser_fastcache.apply import (
     denoisers_of,
     remove_cache_from_pipeline,
 )
+from xfuser_fastcache.cli import main
 from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.chi_square import ChiSquareGate
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.measurements.moments import Moments, Reference, measure
 from xfuser_fastcache.models.token_layout import TokenCounts
+from xfuser_fastcache.xdit.anchors import bytes_held, forecasters
+from xfuser_fastcache.xdit.families import Example
 
 STEPS, SWITCH = 10, 4
+SPANS = ("adacorrection", "damped_taylor", "linear", "linear_taylor", "reuse", "taylor2")
 MASK = [1, 1, 0, 1, 0, 0, 1, 0, 0, 1]
 
 
@@ -87,7 +92,7 @@ def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) ->
     assert torch.equal(generate(), control)
 
 
-def test_what_stands_in_by_default_is_the_output_forecast_unless_more_is_asked_for() -> None:
+def test_what_stands_in_by_default_is_as_large_as_the_latents_unless_more_is_asked_for() -> None:
     pipe, _ = made("wan")
     for options, forecaster in (
         ({}, "data"),
@@ -323,3 +328,51 @@ def test_a_720p_video_of_81_frames_neither_overflows_nor_fails_to_be_skipped(giv
     assert (
         verdict.may_skip and not ChiSquareGate(cache_ratio_threshold=0.005).judge(evidence).may_skip
     )
+
+
+def test_latents_of_the_whole_forward_pass_neither_overflow_where_64_ranks_count_them() -> None:
+    """Which xDiT's runner gathers on every rank; one of them counts, and all of them could."""
+    model = SimpleNamespace(
+        config=SimpleNamespace(patch_size=(1, 2, 2), in_channels=16, out_channels=16)
+    )
+    counts = TokenCounts(lambda args, kwargs: WanAdapter.image_tokens(model, args, kwargs))
+    forward = WanAdapter.forward_contract(model, counts)
+    generator = torch.Generator().manual_seed(0)
+    anchor = torch.randn(1, 16, FRAMES, HEIGHT, WIDTH, generator=generator)
+    noise = torch.randn(anchor.shape, generator=generator)
+    read = []
+    for latents in (anchor, anchor + 0.01 * noise):
+        arguments = {"hidden_states": latents, "timestep": torch.ones(1)}
+        counts.open((), arguments)
+        read.append(forward.read((), arguments).hidden_states)
+    own = measure(read[1], Reference.of(read[0]), 0)
+    one, all_of_64 = (Moments.decode((ranks * own).tolist(), 0) for ranks in (1, 64))
+    assert (one.tokens, one.overflow, all_of_64.overflow) == (FRAMES * HEIGHT * WIDTH, 0, 0)
+    assert all_of_64.tokens == 64 * one.tokens
+    assert all_of_64.change / all_of_64.reference == pytest.approx(1e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"forecaster": "output"}, "output"),
+        ({"computed_steps": 6, "forecaster": "data"}, "data"),
+        *(({"forecaster": name}, name) for name in forecasters() if name in SPANS),
+    ],
+)
+def test_what_anchors_take_is_what_their_shapes_say(options: dict[str, Any], name: str) -> None:
+    pipe, generate = made("wan")
+    apply_cache_on_pipeline(pipe, cache_ratio_threshold=EVER, **options)
+    generate()
+    held = get_cache_statistics(pipe.transformer)["cache_bytes"]
+    tiny = Example("tiny", (16, 3, 4, 4), patch=4, width=16)
+    found = bytes_held(forecasters()[name], tiny, dtype=torch.float32)
+    assert held == pytest.approx(found, rel=0.04)  # a budget keeps no sizes of tokens
+    # A rank of sequence parallelism holds its share of tokens, and all latents.
+    share = bytes_held(forecasters()[name], tiny, ranks=4, dtype=torch.float32) / found
+    assert share == pytest.approx(1.0 if name in ("output", "data") else 0.25, abs=0.03)
+
+
+def test_the_page_has_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--anchors"]) == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "video.md").read_text()

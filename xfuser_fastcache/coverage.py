@@ -40,19 +40,20 @@ class Coverage:
         """Return what stands in and what decisions go by from now on; None for as before.
 
         Args:
-            call: the forward pass that begins a generation.
+            call: the forward pass that begins a generation, or at which the denoiser enters it.
             timeline: knows its plan.
         """
         plan = self._plan
         if plan.fitted is None or plan.uncovered is None:
             return None
         differs = plan.fitted.differs_from(timeline.planned_levels)
-        if not differs and call.planned_step:
+        begun = call.planned_step - call.step  # also by another denoiser
+        if not differs and begun:
             differs = (
-                f"it begins at step {call.planned_step} of the plan, as image-to-image does with "
+                f"it begins at step {begun} of the plan, as image-to-image does with "
                 "strength below 1, and those that it was made with began at step 0"
             )
-        levels = None if not differs or call.planned_step else tuple(timeline.planned_levels)
+        levels = None if not differs or begun else tuple(timeline.planned_levels)
         if (not differs, levels) == (self._covers, self._levels):
             return None
         self._covers, self._levels = not differs, levels

@@ -104,9 +104,9 @@ class CacheEngine:
             ValueError: see `Schedule.refuses`; it leaves no generation behind.
         """
         call = self.clock.open(arrival)
-        if call.starts_generation:
-            self._begin_plan(call)
         begins = call.generation != self._generation
+        if begins:
+            self._begin_plan(call)
         is_new = begins or call.branch not in self.branches
         self.inputs.check_call(call.place, call.setup, arrival.inputs if is_new else None)
         if begins:
@@ -147,7 +147,7 @@ class CacheEngine:
             self.forecaster, self.agreement.rules = changed
         schedule = self.agreement.rules.schedule
         refused = schedule and schedule.refuses(timeline.planned_steps, call.steps)
-        if refused:
+        if refused and call.starts_generation:
             timeline.restart()
             raise ValueError(refused)
 

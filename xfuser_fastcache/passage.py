@@ -12,6 +12,7 @@ from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.decisions.agreement import Agreement
+from xfuser_fastcache.forecasters.base import Forecaster
 from xfuser_fastcache.measurements.moments import Reference, measure
 from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import noise_tokens
@@ -71,6 +72,7 @@ class Passage:
         self.step_plan = StepPlan([])
         self.recomputes = False
         self._local: LocalState
+        self._stands_in: Forecaster
         self._decide: Callable[[], None] | None = None
         self._visit: SpanVisit | None = None
         self._said_outside = False
@@ -84,6 +86,7 @@ class Passage:
             decide: takes the consensus and sets `step_plan`; None where that is done.
         """
         self.call, self._local, self._decide = call, local, decide
+        self._stands_in = self.forecaster.on_branch(call.guided)
         self.recomputes = False
         if call.starts_generation:
             self.forget()
@@ -271,9 +274,9 @@ class Passage:
         self._visit = None
         call, _ = self._here()
         now = visit.inputs, call.noise_level
-        spent = self.forecaster.multiply_adds_per_token(visit.memory, *now)
+        spent = self._stands_in.multiply_adds_per_token(visit.memory, *now)
         self.agreement.counters.record_forecast(spent / self._cost)
-        return self.forecaster.forecast(visit.memory, *now)
+        return self._stands_in.forecast(visit.memory, *now)
 
     def _audited(self, visit: SpanVisit, truth: Streams) -> Streams:
         """Stand in for a skipped span that was computed as well, and measure the error."""
@@ -318,6 +321,6 @@ class Passage:
             # Its anchors may hold the NaN, which looking back would bring up again; a span whose
             # output is not known has none.
             memory = Memory()
-        memory = self.forecaster.update(memory, anchor)
+        memory = self._stands_in.update(memory, anchor)
         self._local.remember(visit.span, call.position, memory)
-        return self.forecaster.correct_computed(memory)
+        return self._stands_in.correct_computed(memory)

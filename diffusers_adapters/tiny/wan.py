@@ -98,6 +98,18 @@ def tiny_wan_i2v(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
     return pipeline, {**call, "image": picture(call["height"])}
 
 
+def tiny_wan22_i2v(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.2 I2V A14B: two experts with the channels of a mask and a picture; no image's text."""
+    pipeline, call = tiny_wan(
+        batch=batch,
+        pipeline_class=WanImageToVideoPipeline,
+        experts=2,
+        in_channels=16 + 4 + 16,
+        **sizes,
+    )
+    return pipeline, {**call, "image": picture(call["height"])}
+
+
 def tiny_wan_ti2v(batch: int = 1, **sizes: Any) -> tuple[Any, dict[str, Any]]:
     """Wan 2.2 TI2V: `tiny_wan` with a timestep a token; the first frame's four are given."""
     pipeline, call = tiny_wan(
@@ -124,5 +136,6 @@ MODELS = {
     "wan-i2v": TinyModel(tiny_wan_i2v, "wan", of_runner=True, beyond=_CFG),
     "wan-ti2v": TinyModel(tiny_wan_ti2v, "wan", of_runner=True, beyond=_CFG),
     "wan22": TinyModel(partial(tiny_wan, experts=2), "wan", of_runner=True),
+    "wan22-i2v": TinyModel(tiny_wan22_i2v, "wan", of_runner=True, beyond=_CFG),
     "wan-vace": TinyModel(tiny_wan_vace, "wan_vace", of_runner=True, alone=True),
 }

@@ -64,6 +64,7 @@ IN_CI: dict[str, tuple[str, ...]] = {
     "wan-ti2v": ("ulysses 2",),
     "wan-vace": ("ulysses 2",),
     "wan22": ("ring 2",),
+    "wan22-i2v": (),
     "z-image": ("ulysses 2",),
     "z-image-turbo": (),
 }

@@ -44,6 +44,8 @@ WITHOUT_STAGES = "without PipeFusion"
 
 # What the metadata says of the model and of the test; a file for others is refused.
 MODEL_KEYS = ("model", "model_config", "blocks", "weights", "dtype_family")
+# Where the metadata has the same of the pipeline's further denoisers, a list.
+OTHERS = "other_denoisers"
 _FAMILIES = {torch.float32: "float32", torch.bfloat16: "half", torch.float16: "half"}
 
 
@@ -345,7 +347,7 @@ def fingerprint(model: Any, family: str, embedder: str, blocks: int) -> dict[str
 
 
 def check_model(metadata: dict[str, Any], path: str, kind: Kind, found: dict[str, str]) -> None:
-    """Refuse a file that was made for another model.
+    """Refuse a file that was made for another model, and for no denoiser of one like this.
 
     Args:
         metadata: of the file.
@@ -356,6 +358,8 @@ def check_model(metadata: dict[str, Any], path: str, kind: Kind, found: dict[str
     Raises:
         ValueError: naming what differs.
     """
+    if found in metadata.get(OTHERS, ()):
+        return
     wrong = [
         f"{key.replace('_', ' ')}: {metadata.get(key)} in the file, {found[key]} here"
         for key in MODEL_KEYS

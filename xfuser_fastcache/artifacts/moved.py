@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from xfuser_fastcache.artifacts.calibration import Fitted
+from xfuser_fastcache.artifacts.calibration import OTHERS, Fitted
 
 
 def moved(fitted: Fitted, computed: int, levels: Sequence[float]) -> Fitted | None:
@@ -25,11 +25,13 @@ def moved(fitted: Fitted, computed: int, levels: Sequence[float]) -> Fitted | No
 
     Returns:
         None where there is nothing to move: no such mask, none with corrections, where the plan
-        computes half of its steps or more, whose gaps no longer are the file's, and where either
-        plan takes a noise level twice, as Heun's schedulers do, so that a place is none.
+        computes half of its steps or more, whose gaps no longer are the file's, where either plan
+        takes a noise level twice, as Heun's schedulers do, so that a place is none, and where it is
+        not known at which step of the plan another denoiser takes over.
     """
     mask = fitted.masks.get(computed)
-    if mask is None or not len(fitted.steering) or 2 * computed >= len(levels):
+    several = OTHERS in fitted.metadata
+    if mask is None or several or not len(fitted.steering) or 2 * computed >= len(levels):
         return None
     if any((np.diff(plan) >= 0).any() for plan in (fitted.noise_levels, levels)):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +24,18 @@ _TERMS = np.array(
 )
 
 
-def cells(steps: int, lags: int) -> Iterator[Cell]:
-    """Yield every cell of a plan whose anchors lie within it."""
+def cells(steps: int, lags: int, entries: Iterable[int] = ()) -> Iterator[Cell]:
+    """Yield every cell of a plan whose anchors lie within it, and are of its step's denoiser.
+
+    Args:
+        steps: of the plan.
+        lags: largest lag between anchors.
+        entries: steps at which another denoiser has taken over.
+    """
     for step in range(1, steps):
-        for lag in range(min(lags, step)):
-            for spacing in range(min(lags, step - lag - 1) + 1):
+        within = step - max((entry for entry in entries if entry <= step), default=0)
+        for lag in range(min(lags, within)):
+            for spacing in range(min(lags, within - lag - 1) + 1):
                 yield Cell(step, lag, spacing)
 
 
@@ -131,7 +138,7 @@ def fit_weights(
     """
     steps = len(levels)
     table = np.zeros((steps, lags, lags + 1, 4), np.float32)
-    for cell in cells(steps, lags):
+    for cell in cells(steps, lags, fit[0].entries):
         start = extrapolation(cell, levels)
         train, test = _grams(fit, cell), _grams(held_out, cell)
         plain = _squares(start, test)
@@ -149,11 +156,13 @@ class Tables:
         changes: relative squared change of the latents, `(n, T, G)`.
         energies: mean square of the latents at the anchor, `(n, T, G)`.
         errors: relative error of the forecast, `(n, T, G, G + 1)`; NaN outside of the cells.
+        entries: as of `Trajectory`.
     """
 
     changes: NDArray[np.float64]
     energies: NDArray[np.float64]
     errors: NDArray[np.float64]
+    entries: NDArray[np.int64]
 
     def shape(self, exponents: tuple[float, float]) -> NDArray[np.float64]:
         """Return what errors are in proportion to in a cell: delta and rho to their powers.
@@ -180,14 +189,15 @@ def tables_of(
     changes, energies = np.full((2, len(trajectories), steps, lags), np.nan)
     errors = np.full((len(trajectories), *weights.shape[:3]), np.nan)
     moved = np.array([0, 0, 0, 1.0, -1.0])
-    for cell in cells(steps, lags):
+    entries = trajectories[0].entries
+    for cell in cells(steps, lags, entries):
         grams = _grams(trajectories, cell, relative=False)
         if cell.spacing == 0:
             energies[:, cell.step, cell.lag] = grams[:, 4, 4]
             changes[:, cell.step, cell.lag] = _squares(moved, grams) / grams[:, 4, 4]
         wrong = _squares(error_vector(cell, levels, weights), grams)
         errors[:, cell.step, cell.lag, cell.spacing] = np.sqrt(wrong / grams[:, 2, 2])
-    return Tables(changes, energies, errors)
+    return Tables(changes, energies, errors, entries)
 
 
 def exponents_of(tables: Tables) -> tuple[float, float]:

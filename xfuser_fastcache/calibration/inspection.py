@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from xfuser_fastcache.artifacts.calibration import MODEL_KEYS, Fitted
+from xfuser_fastcache.artifacts.calibration import MODEL_KEYS, OTHERS, Fitted
 from xfuser_fastcache.artifacts.linear_maps import STREAMS, FittedMaps
 from xfuser_fastcache.reports.views import save_png
 
@@ -76,9 +76,10 @@ def inspected_maps(fitted: FittedMaps) -> dict[str, Any]:
 
 
 def _made(metadata: dict[str, Any]) -> dict[str, Any]:
-    rest = {k: v for k, v in sorted(metadata.items()) if k not in MODEL_KEYS}
+    known = (*MODEL_KEYS, *({OTHERS} & set(metadata)))
+    rest = {k: v for k, v in sorted(metadata.items()) if k not in known}
     return {
-        "made_for": {key: metadata.get(key) for key in MODEL_KEYS},
+        "made_for": {key: metadata.get(key) for key in known},
         "made_with": rest,
     }
 

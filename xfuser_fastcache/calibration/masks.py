@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class MaskTrials:
         self.fits = min(max(1, round(FITTED * len(self.batch))), len(self.batch) - 1)
         self.full, self.reference = self._full_run()
         self.guided = self._told(self.full is not None and len(self.full.outputs[0]) == 2)
+        self.entries = self._told(() if self.full is None else self.full.entries)
         self._steered: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def search(self) -> tuple[Fitted, dict[str, Any]]:
@@ -91,14 +92,16 @@ class MaskTrials:
         for budget in self.progress.track(budgets, "masks"):
             proposed = {
                 "searched": runs.team.agreed(functools.partial(seeker.best, budget)),
-                "even": even_mask(self.steps, budget),
-                "even, last skipped": even_mask(self.steps, budget, last=False),
+                "even": self._evenly(budget),
+                "even, last skipped": self._evenly(budget, last=False),
             }
             if budget in self.given:
-                proposed["given"] = self.given[budget]
+                proposed["given"] = entered(self.given[budget], self.entries)
             found = {name: (self.steered(mask), mask) for name, mask in proposed.items()}
             best = max(found.values())
-            value, masks[budget] = improved(*best, options.moves, self.steered, options.seed)
+            value, masks[budget] = improved(
+                *best, options.moves, self.steered, options.seed, self.entries
+            )
             report[str(budget)] = {
                 **{f"{kind}, even": even[kind][budget] for kind in kinds},
                 **{f"steered, {name}": snr for name, (snr, _) in found.items()},
@@ -114,6 +117,9 @@ class MaskTrials:
     def _corrections(self, masks: list[list[int]]) -> dict[str, list[NDArray[np.float32]]]:
         """Return corrections for the chosen masks, by their names in the file."""
         tried = [self._steered[tuple(mask)] for mask in masks]
+        if self.full is not None and self.full.apart:
+            # A call whose branch is not known is taken for one with the prompt.
+            return {"steering_guided": tried, "steering": [one[:, 1] for one in tried]}
         found = {"steering_guided" if self.guided else "steering": tried}
         if self.guided:
             found["steering"] = [self._run(mask)[1] for mask in masks]
@@ -145,17 +151,15 @@ class MaskTrials:
     def _observer(self) -> Observer:
         runs = self.runs
         count, tokens = len(self.batch), self.options.max_tokens
-        return Observer(runs.pipe.transformer, count, tokens, runs.team)
+        denoisers = tuple(runs.denoisers.values())
+        return Observer(denoisers, runs.adapter, count, tokens, runs.team)
+
+    def _evenly(self, budget: int, last: bool = True) -> list[int]:
+        return entered(even_mask(self.steps, budget, last), self.entries)
 
     def _full_run(self) -> tuple[FullRun | None, torch.Tensor]:
         with self._observer() as observer:
             final = self.runs.latents(*self.batch)
-        calls = len(observer.outputs)
-        if calls != self.steps:
-            raise ValueError(
-                f"{calls} calls of the transformer in {self.steps} steps: masks are searched where "
-                "guidance comes in one call a step; leave --computed_steps out"
-            )
         return FullRun.of(observer, final, self.fits), final
 
     def _tried_evenly(self, candidate: Fitted, budgets: list[int]) -> dict[int, float]:
@@ -166,7 +170,7 @@ class MaskTrials:
 
             def ratios(index: int) -> list[float]:
                 reference = self.runs.latents(index)
-                masks = [even_mask(self.steps, budget) for budget in budgets]
+                masks = [self._evenly(budget) for budget in budgets]
                 cached = [
                     self.runs.latents(index, calibration=path, steps_mask=mask) for mask in masks
                 ]
@@ -218,10 +222,35 @@ def given_masks(path: Path | None, steps: int) -> dict[int, list[int]]:
     return given.masks
 
 
+def entered(mask: list[int], entries: Sequence[int]) -> list[int]:
+    """Return a mask that computes the steps at which another denoiser takes over.
+
+    Each takes the place of the computed step that is nearest to it, but the first.
+
+    Example:
+        >>> entered([1, 0, 0, 1, 0, 0, 1], [4])
+        [1, 0, 0, 0, 1, 0, 1]
+    """
+    found = list(mask)
+    for entry in entries:
+        others = [step for step in range(1, len(mask)) if found[step] and step not in entries]
+        if not found[entry] and others:
+            found[min(others, key=lambda step: abs(step - entry))] = 0
+            found[entry] = 1
+    return found
+
+
 def improved(
-    value: float, mask: list[int], moves: int, of: Callable[[list[int]], float], seed: int
+    value: float,
+    mask: list[int],
+    moves: int,
+    of: Callable[[list[int]], float],
+    seed: int,
+    entries: Sequence[int] = (),
 ) -> tuple[float, list[int]]:
     """Move computed steps at random, and keep what raises the value, for so many tries.
+
+    Those at which another denoiser takes over, `entries`, stay.
 
     Returns:
         The highest value, and its mask.
@@ -229,7 +258,8 @@ def improved(
     rng, seen = random.Random(seed), {tuple(mask)}
     for _ in range(moves):
         drawn = (moved(mask, rng) for _ in range(DRAWS))
-        fresh = next((candidate for candidate in drawn if tuple(candidate) not in seen), None)
+        kept = (candidate for candidate in drawn if all(candidate[step] for step in entries))
+        fresh = next((candidate for candidate in kept if tuple(candidate) not in seen), None)
         if fresh is None:
             break
         seen.add(tuple(fresh))

@@ -34,7 +34,7 @@ class ChangeRecorder:
         self._contract = ForwardContract()
         self._last: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._modulated: torch.Tensor | None = None
-        self._counter = BranchCounter(transformer, adapter)
+        self._counter = BranchCounter((transformer,), adapter)
         self._handles: list[Any] = []
 
     def __enter__(self) -> ChangeRecorder:
@@ -69,7 +69,7 @@ class ChangeRecorder:
     def _see_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        branch = self._counter.of(args, kwargs)
+        branch = self._counter.of(module, args, kwargs).branch
         if branch == 0:
             self._steps.append([])
         assert self._modulated is not None

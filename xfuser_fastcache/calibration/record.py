@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from xfuser_fastcache.calibration.branches import BranchCounter
+from xfuser_fastcache.calibration.branches import BranchCounter, contract_of
 from xfuser_fastcache.calibration.team import Alone, Team
 from xfuser_fastcache.hooks import hook_on
 from xfuser_fastcache.models.adapter import ModelAdapter
-from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.models.forward_layout import noise_tokens
 from xfuser_fastcache.xdit.ranks import Place
 
 
@@ -29,11 +30,14 @@ class Trajectory:
         skipped: at which steps a cache skipped, `(T,)`; what it put out there is not in `gram`, but
             what the model would have.
         errors: relative L2 error of what was put out, `(T,)`; 0 where nothing was skipped.
+        entries: steps at which another denoiser has taken over for the rest, which no forecast
+            crosses.
     """
 
     gram: NDArray[np.float64]
     skipped: NDArray[np.bool_]
     errors: NDArray[np.float64]
+    entries: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass
@@ -45,12 +49,14 @@ class _Branch:
         latents: of each step, same shapes.
         skipped: at which steps a cache skipped.
         errors: of what was put out, and the size of the true output, sums of squares, `(T, 2)`.
+        entries: as of `Trajectory`.
     """
 
     outputs: list[torch.Tensor] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
     skipped: list[bool] = field(default_factory=list)
     errors: list[tuple[float, float]] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
 
 
 class Recorder:
@@ -63,33 +69,37 @@ class Recorder:
     bytes. Ranks that share a picture put their parts together when it is taken.
 
     Args:
-        transformer: whose forward the pipeline calls.
-        adapter: of its family.
+        denoisers: of one pipeline, whose forward it calls.
+        adapter: of their family.
         max_tokens: tokens of a picture that are recorded (pixels where the latents are a picture).
         team: whose ranks record it together.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
+        denoisers: Sequence[nn.Module],
         adapter: type[ModelAdapter],
         max_tokens: int,
         team: Team | None = None,
     ):
-        self.transformer = transformer
+        self.denoisers = denoisers
         self.max_tokens = max_tokens
         self.team = team or Alone()
-        self._contract = ForwardContract()
+        self._contract = contract_of(denoisers[0], adapter, self.team.place.stages)
         self._branches: list[_Branch] = []
-        self._counter = BranchCounter(transformer, adapter)
-        self._handle: Any = None
+        self._counter = BranchCounter(denoisers, adapter)
+        self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
-        self._handle = self.transformer.register_forward_hook(self._record, with_kwargs=True)
+        self._handles = [
+            denoiser.register_forward_hook(self._record, with_kwargs=True)
+            for denoiser in self.denoisers
+        ]
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def take(self) -> list[Trajectory]:
         """Return the generation that was just recorded, one trajectory a branch, and forget it.
@@ -114,10 +124,14 @@ class Recorder:
     ) -> None:
         place, (patch, _) = self.team.place, self.team.patch()
         # Under PipeFusion all guidance of a step comes in one call, or on other ranks.
-        index = self._counter.of(args, kwargs) if place.stages == 1 else 0
+        index = 0
+        if place.stages == 1:
+            _, index, takes_over = self._counter.of(module, args, kwargs)
         if index == len(self._branches):
             self._branches.append(_Branch())
         branch = self._branches[index]
+        if place.stages == 1 and takes_over:
+            branch.entries.append(len(branch.skipped))
         hook, truth = hook_on(module), output
         skipped = hook is not None and hook.engine.decisions.decisions[-1].judgements[0].skip
         if hook is not None and skipped:
@@ -157,7 +171,8 @@ class Recorder:
         matrix = torch.stack(kept).double()
         gram = (matrix @ matrix.T / matrix.shape[1]).numpy()
         errors, sizes = self.team.summed(np.array(branch.errors)).T
-        return Trajectory(gram, np.array(branch.skipped), np.sqrt(errors / sizes))
+        entries = np.array(branch.entries, np.int64)
+        return Trajectory(gram, np.array(branch.skipped), np.sqrt(errors / sizes), entries)
 
 
 def sample(tokens: torch.Tensor, most: int, place: Place | None = None) -> torch.Tensor:

@@ -33,7 +33,8 @@ def simulate(
     """Play a gate through records of full computation.
 
     The rules are the engine's with a calibration: the first step and the last one are computed, as
-    is every step whose anchor lies further back than the tables reach.
+    is every step whose anchor lies further back than the tables reach, and that at which another
+    denoiser takes over, which has no older anchor.
 
     Args:
         tables: of the records.
@@ -45,6 +46,9 @@ def simulate(
     for index in range(count):
         last = before = 0
         for step in range(1, steps):
+            if step in tables.entries:
+                last = before = step
+                continue
             cell = Cell(step, step - last - 1, last - before)
             within = cell.lag < lags and cell.spacing <= lags
             forced = step == steps - 1 or not within

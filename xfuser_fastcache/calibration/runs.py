@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,12 +17,13 @@ import torch
 
 from xfuser_fastcache.apply import (
     adapter_of,
-    apply_cache_on_transformer,
+    apply_cache_on_pipeline,
+    denoisers_of,
     model_of,
-    remove_cache,
+    remove_cache_from_pipeline,
     replace_forecaster,
 )
-from xfuser_fastcache.artifacts.calibration import Fitted, fingerprint
+from xfuser_fastcache.artifacts.calibration import OTHERS, Fitted, fingerprint
 from xfuser_fastcache.artifacts.file import replace_file
 from xfuser_fastcache.calibration.options import RunOptions
 from xfuser_fastcache.calibration.record import Recorder, Trajectory
@@ -53,6 +54,7 @@ class Runs:
         call = call_arguments(options.model) if options.call is None else options.call
         self.call = known_arguments(getattr(self.pipe, "module", self.pipe), call)
         self.pipe.set_progress_bar_config(disable=True)
+        self.denoisers = denoisers_of(self.pipe)
         self.model = model_of(self.pipe.transformer)
         self.adapter = adapter_of(self.model)
 
@@ -66,12 +68,12 @@ class Runs:
             forecaster: takes the place of the cache's own.
             **cache: options.
         """
-        transformer = self.pipe.transformer
         if cache:
             config = CacheConfig(forecaster="output", **cache)
-            apply_cache_on_transformer(transformer, config=config, scheduler=self.pipe.scheduler)
+            apply_cache_on_pipeline(self.pipe, config=config)
         if forecaster is not None:
-            replace_forecaster(transformer, forecaster)
+            for denoiser in self.denoisers.values():
+                replace_forecaster(denoiser, forecaster)
         shared = len(indices) > 1
         own: Sequence[int] = indices
         if shared:
@@ -90,7 +92,7 @@ class Runs:
             )
         finally:
             if cache:
-                remove_cache(transformer)
+                remove_cache_from_pipeline(self.pipe)
         return self.team.drawn(None if output is None else content_of(output), shared)
 
     def records(
@@ -125,7 +127,8 @@ class Runs:
 
     def _record(self, index: int, **cache: Any) -> list[Trajectory]:
         tokens = self.options.max_tokens
-        with Recorder(self.pipe.transformer, self.adapter, tokens, self.team) as recorder:
+        denoisers = tuple(self.denoisers.values())
+        with Recorder(denoisers, self.adapter, tokens, self.team) as recorder:
             self.latents(index, **cache)
         return recorder.take()
 
@@ -135,13 +138,17 @@ class Runs:
 
     def metadata(self) -> dict[str, Any]:
         """Return what the file says of its origin."""
-        model = self.model
         scheduler = getattr(self.pipe.scheduler, "module", self.pipe.scheduler)
-        held = sum(len(getattr(model, name)) for name in self.adapter.block_lists)
+        held = sum(len(getattr(self.model, name)) for name in self.adapter.block_lists)
         by_stage = {place.stage: blocks for place, blocks in self.team.of_replica(held)}
         blocks = sum(by_stage.values())
+        first, *others = (
+            fingerprint(model_of(one), self.adapter.model_class, self.adapter.embedder, blocks)
+            for one in self.denoisers.values()
+        )
         return {
-            **fingerprint(model, self.adapter.model_class, self.adapter.embedder, blocks),
+            **first,
+            **({OTHERS: others} if others else {}),
             "scheduler": type(scheduler).__name__,
             "num_inference_steps": self.options.num_inference_steps,
             "seed": self.options.seed,
@@ -166,7 +173,7 @@ def _write(path: Path, found: list[Trajectory]) -> None:
 def _read(path: Path) -> list[Trajectory]:
     with np.load(path) as held:
         count = 1 + max(int(name.split("_")[0]) for name in held.files)
-        names = ("gram", "skipped", "errors")
+        names = [field.name for field in fields(Trajectory)]
         return [Trajectory(*(held[f"{b}_{name}"] for name in names)) for b in range(count)]
 
 

@@ -58,11 +58,15 @@ class MaskSearch:
         self.steps, self.lags = weights.shape[:2]
         self.levels, self.weights, self.impact = levels, weights, impact
         self.gram = np.mean([t.gram for t in trajectories], axis=0)
+        self.entries = trajectories[0].entries.tolist()
         self.cost = lru_cache(None)(self._cost)
 
     def _cost(self, before: int, last: int, end: int) -> float:
         """Squared error of the steps between `last` and `end`, both computed; inf out of reach."""
-        spacing = last - before
+        # A denoiser that takes over computes its first step, and has no anchor before it.
+        spacing = 0 if last in self.entries else last - before
+        if any(last < entry < end for entry in self.entries):
+            return float("inf")
         if end == last + 1:
             return 0.0
         if spacing > self.lags or end - last - 1 > self.lags:

@@ -52,7 +52,7 @@ class StackRecorder:
         self.adapter = adapter
         self.max_tokens = max_tokens
         self._branches: list[list[Passage]] = []
-        self._counter = BranchCounter(transformer, adapter)
+        self._counter = BranchCounter((transformer,), adapter)
         self._branch = 0
         self._inputs: Streams | None = None
         self._handles: list[Any] = []
@@ -92,7 +92,7 @@ class StackRecorder:
         return branches
 
     def _see_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._branch = self._counter.of(args, kwargs)
+        self._branch = self._counter.of(module, args, kwargs).branch
         if self._branch == len(self._branches):
             self._branches.append([])
 

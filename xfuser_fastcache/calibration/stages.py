@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xfuser_fastcache.apply import adapter_of, model_of
+from xfuser_fastcache.calibration.branches import Spot
 from xfuser_fastcache.calibration.masks import MaskTrials
 from xfuser_fastcache.calibration.steering import (
     FullRun,
@@ -37,7 +39,8 @@ class StageObserver(Observer):
     """
 
     def __init__(self, pipe: Any, generations: int, team: Team):
-        super().__init__(pipe.transformer, generations, 0, team)
+        adapter = adapter_of(model_of(pipe.transformer))
+        super().__init__((pipe.transformer,), adapter, generations, 0, team)
         self.scheduler = pipe.scheduler
         # Of the patches of this step so far: latents before and after it, and the output.
         self._patches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -68,6 +71,10 @@ class StageObserver(Observer):
         """Return which tokens of the picture the patch at work has, given how many."""
         start = sum(output.shape[2] for *_, output in self._patches)
         return slice(start, start + count)
+
+    def _open(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Count steps by those that are complete: all guidance of one comes in one call."""
+        self.spot = Spot(len(self.outputs), 0, takes_over=False)
 
     def _observe(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         self._output = ForwardContract().unpack(output).hidden_states

@@ -19,16 +19,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from xfuser_fastcache.calibration.branches import BranchCounter, Spot, contract_of
 from xfuser_fastcache.calibration.cells import ridge_weights
 from xfuser_fastcache.calibration.record import sample
 from xfuser_fastcache.calibration.team import Alone, Team
 from xfuser_fastcache.forecasters.output import OutputForecaster
-from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
+from xfuser_fastcache.models.adapter import ModelAdapter
+from xfuser_fastcache.models.forward_layout import noise_tokens
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
 # Largest relative residual of a scheduler that counts as linear.
 LINEAR = 1e-3
+# A scheduler looks back on two steps (UniPC) where less than this share of what one leaves is left.
+FURTHER = 0.1
 # More than cells have: what the fitted pictures were led to is not quite what others will be.
 TRAJECTORY_RIDGE = 0.05
 # Places of the terms that differ between pictures without and with guidance.
@@ -39,38 +43,58 @@ class Observer:
     """Keeps what the transformer is given and puts out while it is entered.
 
     Args:
-        transformer: whose forward the pipeline calls, with all guidance of a step in one call.
+        denoisers: of one pipeline, whose forward it calls.
+        adapter: of their family.
         generations: pictures of the batch, `n`; a call holds `k n` of them, those without guidance
-            first, as diffusers' pipelines do.
+            first, as diffusers' pipelines do; or a step has `k` calls of `n`.
         max_tokens: tokens of a picture that are kept, an even selection.
         team: whose ranks draw the batch together; each sees all of it.
 
     Attributes:
         latents: of each step so far, `(n, tokens, channels)`, float32.
-        outputs: noise predictions of each step so far, `(k, n, tokens, channels)`, float32.
+        outputs: noise predictions of each step so far, `(k, n, tokens, channels)`, float32; of the
+            step at work, those of its calls so far.
+        spot: of the call at work.
+        entries: steps at which another denoiser has taken over.
+        contract: how their forward passes are read.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
+        denoisers: Sequence[nn.Module],
+        adapter: type[ModelAdapter],
         generations: int,
         max_tokens: int,
         team: Team | None = None,
     ):
-        self.transformer = transformer
+        self.denoisers = denoisers
         self.generations = generations
         self.max_tokens = max_tokens
         self.team = team or Alone()
         self.latents: list[torch.Tensor] = []
         self.outputs: list[torch.Tensor] = []
-        self._handle: Any = None
+        self.entries: list[int] = []
+        self.spot = Spot(0, 0, takes_over=False)
+        self._counter = BranchCounter(denoisers, adapter)
+        self.contract = contract_of(denoisers[0], adapter, self.team.place.stages)
+        self._handles: list[Any] = []
 
     def __enter__(self) -> Observer:
-        self._handle = self.transformer.register_forward_hook(self._observe, with_kwargs=True)
+        for denoiser in self.denoisers:
+            self._handles += [
+                denoiser.register_forward_pre_hook(self._open, with_kwargs=True),
+                denoiser.register_forward_hook(self._observe, with_kwargs=True),
+            ]
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.spot = self._counter.of(module, args, kwargs)
+        if self.spot.takes_over and self.spot.step not in self.entries:
+            self.entries.append(self.spot.step)
 
     def rows(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Return `(k n, tokens, channels)` each as `(k, n, selected tokens, channels)`.
@@ -92,11 +116,14 @@ class Observer:
     def _observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        latents = ForwardContract().read(args, kwargs).hidden_states
-        image = ForwardContract().unpack(output).hidden_states
+        latents = self.contract.read(args, kwargs).hidden_states
+        image = self.contract.unpack(output).hidden_states
         given, made = self.rows(latents, noise_tokens(image, latents))
-        self.latents.append(given[0].clone())
-        self.outputs.append(made.clone())
+        if self.spot.step < len(self.outputs):
+            self.outputs[-1] = torch.cat((self.outputs[-1], made))
+        else:
+            self.latents.append(given[0].clone())
+            self.outputs.append(made.clone())
 
 
 @dataclass(frozen=True)
@@ -106,18 +133,21 @@ class Update:
     Attributes:
         latents: weight of the latents.
         outputs: of the noise predictions, `(k,)`: guidance and step size.
-        latents_before: of the latents one step before.
-        outputs_before: of the noise predictions one step before, `(k,)`.
+        before: both of one step before, and where the scheduler looks back further of two.
     """
 
     latents: float
     outputs: torch.Tensor
-    latents_before: float
-    outputs_before: torch.Tensor
+    before: tuple[tuple[float, torch.Tensor], ...]
 
-    def guided(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return what the scheduler makes of `(k, ...)` predictions: one, in their own unit."""
-        return torch.tensordot(self.outputs / self.outputs.sum(), outputs, dims=1)
+    def guided(self, outputs: torch.Tensor, branches: slice = slice(None)) -> torch.Tensor:
+        """Return what the scheduler makes of `(k, ...)` predictions: one, in their own unit.
+
+        Args:
+            outputs: of these branches.
+            branches: of all; the others are left out.
+        """
+        return torch.tensordot((self.outputs / self.outputs.sum())[branches], outputs, dims=1)
 
 
 def updates_of(latents: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> list[Update]:
@@ -128,34 +158,40 @@ def updates_of(latents: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor])
         outputs: noise predictions of all steps, `(k, n, tokens, channels)` each.
 
     Raises:
-        ValueError: the scheduler is not linear in them, or looks back further than one step.
+        ValueError: the scheduler is not linear in them, or looks back further than two steps.
     """
-    found = []
-    for step, made in enumerate(outputs):
-        seen = [latents[step], *made]
-        if step:
-            seen += [latents[step - 1], *outputs[step - 1]]
-        columns = torch.stack([x.flatten() for x in seen], dim=1).double().cpu().numpy()
+    return [_update(step, latents, outputs) for step in range(len(outputs))]
+
+
+def _update(step: int, latents: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Update:
+    wanted = latents[step + 1].flatten().double().cpu().numpy()
+    made = outputs[step]
+
+    def explained(back: int) -> tuple[float, NDArray[np.float64]]:
+        """Return what share is missed by looking back so many steps, and the weights."""
+        times = range(step, max(step - back, 0) - 1, -1)
+        seen = [x.flatten() for at in times for x in (latents[at], *outputs[at])]
+        columns = torch.stack(seen, dim=1).double().cpu().numpy()
         sizes = np.linalg.norm(columns, axis=0)
-        wanted = latents[step + 1].flatten().double().cpu().numpy()
         # Euler's latents follow from those before: of many solutions the smallest is taken.
         weights = np.linalg.lstsq(columns / sizes, wanted, rcond=1e-6)[0] / sizes
         missed = np.linalg.norm(columns @ weights - wanted) / np.linalg.norm(wanted)
-        if missed > LINEAR:
-            raise ValueError(
-                f"the scheduler's step {step} is not linear in latents and noise predictions "
-                f"({missed:.1e} of it is not explained), so masks cannot be steered"
-            )
-        count = len(made)
-        weights = np.concatenate((weights, np.zeros(2 * (1 + count) - len(weights))))
-        one, before = weights[: 1 + count], weights[1 + count :]
-        found.append(
-            Update(
-                float(one[0]), torch.from_numpy(one[1:]).to(made),
-                float(before[0]), torch.from_numpy(before[1:]).to(made),
-            )
-        )  # fmt: skip
-    return found
+        return float(missed), weights
+
+    missed, weights = explained(back=1)
+    further, more = explained(back=2)
+    if further < FURTHER * missed:
+        missed, weights = further, more
+    if missed > LINEAR:
+        raise ValueError(
+            f"the scheduler's step {step} is not linear in latents and noise predictions "
+            f"({missed:.1e} of it is not explained), so masks cannot be steered"
+        )
+    now, *before = (
+        (float(one[0]), torch.from_numpy(one[1:].copy()).to(made))
+        for one in weights.reshape(-1, 1 + len(made))
+    )
+    return Update(*now, tuple(before))
 
 
 @dataclass(frozen=True)
@@ -167,24 +203,36 @@ class FullRun:
         outputs: noise predictions, `(k, n, tokens, channels)` each.
         updates: the scheduler's steps.
         fitted: how many of the generations weights are fitted on; the others are held out.
+        entries: steps at which another denoiser has taken over.
+        apart: whether guidance's branches are calls that come one after the other.
     """
 
     latents: list[torch.Tensor]
     outputs: list[torch.Tensor]
     updates: list[Update]
     fitted: int
+    entries: tuple[int, ...] = ()
+    apart: bool = False
 
     @classmethod
     def of(cls, observer: Observer, final: torch.Tensor, fitted: int) -> FullRun:
         """Return what an observer saw of a pipeline's run that ended in the latents `final`.
 
         Raises:
-            ValueError: see `updates_of`.
+            ValueError: see `updates_of`; or steps that differ in their branches of guidance.
         """
-        tokens = ForwardContract().read((final,), {}).hidden_states
+        branches = sorted({len(made) for made in observer.outputs})
+        if len(branches) > 1 or branches[-1] > 2:
+            raise ValueError(
+                f"steps with {branches} branches of guidance: masks are searched where every step "
+                "has the same one or two; leave --computed_steps out"
+            )
+        tokens = observer.contract.layout.tokens(final)
         last = sample(tokens, observer.max_tokens).float()
         latents = [*observer.latents, last.to(observer.latents[-1])]
-        return cls(latents, observer.outputs, updates_of(latents, observer.outputs), fitted)
+        updates = updates_of(latents, observer.outputs)
+        apart = observer.spot.branch > 0
+        return cls(latents, observer.outputs, updates, fitted, tuple(observer.entries), apart)
 
 
 class SteeringForecaster(OutputForecaster):
@@ -196,13 +244,14 @@ class SteeringForecaster(OutputForecaster):
     plain output: the extrapolated one, at a computed step that which was computed. The target is
     the output that would take the scheduler from where it is to the full run's next latents.
     By branch, the terms without guidance and those with it are fitted side by side. The latents
-    are the same in both, so that their terms have the same weights.
+    are the same in both, so that their terms have the same weights. Where the branches are calls
+    that come one after the other, each is fitted in its turn, to what those before it have left.
 
     Args:
         full: the same batch with full computation.
         observer: of this run.
         by_branch: whether pictures without and with guidance have weights of their own; for a
-            batch of both.
+            batch of both; for a call of each they always have.
 
     Attributes:
         found: the weights, `(T, 5)`, by branch `(T, 2, 5)`; 0 until a step has been skipped.
@@ -216,18 +265,33 @@ class SteeringForecaster(OutputForecaster):
         self.observer = observer
         self.by_branch = by_branch
         self._sums = np.zeros(0), np.zeros(0)
-        shape = (2, 5) if by_branch else (5,)
+        shape = (2, 5) if by_branch or full.apart else (5,)
         self.found = np.zeros((len(full.outputs), *shape), np.float32)
+        self._guided: int | None = None
+
+    def on_branch(self, guided: int | None) -> SteeringForecaster:
+        """Note which branch the call at work is of."""
+        self._guided = guided
+        return self
 
     def _correct(
         self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Streams:
         """Fit this step's weights, and return the forecast, or what was computed, with them."""
         terms = self.terms(memory, inputs, computed)
-        step, latents = len(self.observer.outputs), inputs.hidden_states
+        step, latents = self.observer.spot.step, inputs.hidden_states
         made = [noise_tokens(x, latents) for x in (plain.hidden_states, *terms)]
         (given, *_), base, *columns = self.observer.rows(latents, *made)
         place = self.observer.team.place
+        if self.full.apart:
+            if self._guided is None:
+                raise ValueError(
+                    "guidance comes in several calls a step, and which is which is not known: they "
+                    "need the names cond and uncond of cache_context; leave --computed_steps out"
+                )
+            weights = self._agreed(lambda: self._fit(step, given, base, columns))
+            self.found[step][self._guided] = weights
+            return self.corrected(plain, terms, weights.tolist())
         if not self.by_branch:
             self.found[step] = self._agreed(lambda: self._fit(step, given, base, columns))
             return self.corrected(plain, terms, self.found[step].tolist())
@@ -253,21 +317,32 @@ class SteeringForecaster(OutputForecaster):
         full, update = self.full, self.full.updates[step]
         at = self.observer.tokens_at_work(latents.shape[1])
         astray = update.latents * (latents - full.latents[step][:, at])
-        if step:
-            seen, before = self.observer, step - 1
+        seen = self.observer
+        for before, (of_latents, of_outputs) in zip(
+            range(step - 1, -1, -1), update.before, strict=False
+        ):
             moved = seen.latents[before] - full.latents[before]
-            astray += update.latents_before * moved[:, at]
+            astray += of_latents * moved[:, at]
             made = seen.outputs[before] - full.outputs[before]
-            astray += torch.tensordot(update.outputs_before, made[:, :, at], dims=1)
+            astray += torch.tensordot(of_outputs, made[:, :, at], dims=1)
         target = full.outputs[step][:, :, at] - astray / update.outputs.sum()
         size = update.guided(full.outputs[step])[: full.fitted].flatten(1).norm(dim=1)
 
-        def relative(rows: torch.Tensor) -> NDArray[np.float64]:
-            guided = update.guided(rows)[: full.fitted].flatten(1) / size[:, None]
+        def relative(rows: torch.Tensor, branches: slice = slice(None)) -> NDArray[np.float64]:
+            guided = update.guided(rows, branches)[: full.fitted].flatten(1) / size[:, None]
             return guided.flatten().double().cpu().numpy()
 
-        columns = np.stack([relative(term) for term in terms], axis=1)
-        sums = columns.T @ columns, columns.T @ relative(target - plain)
+        of_call, missing = slice(None), target - plain
+        if full.apart:
+            call = seen.spot.branch
+            of_call = slice(call, call + 1)
+            missing = target[of_call] - plain
+        columns = np.stack([relative(term, of_call) for term in terms], axis=1)
+        wanted = relative(missing, of_call)
+        if full.apart and call:
+            # What the calls before have left, at this very step.
+            wanted = wanted + relative(target[:call] - seen.outputs[step], slice(call))
+        sums = columns.T @ columns, columns.T @ wanted
         if at.start:
             sums = self._sums[0] + sums[0], self._sums[1] + sums[1]
         self._sums = sums

@@ -43,6 +43,7 @@ PACKAGES = (
 EXTRAS = {
     "fastapi": ("fastcache serve", "serve"),
     "prometheus_client": ("fastcache serve", "serve"),
+    "av": ("clips as mp4", "video"),
     "cache_dit": ("the methods cache-dit-* of fastcache bench", "bench"),
     "ray": ("xDiT's Ray workers", "ray"),
     "flash_attn": ("xDiT's ring attention on GPUs other than by torch's kernels", "flash-attn"),

@@ -1,4 +1,4 @@
-"""Generate pictures with a step cache, on as many ranks as torchrun starts.
+"""Generate pictures or clips with a step cache, on as many ranks as torchrun starts.
 
     fastcache generate --model FOLDER_OR_HUB_NAME --prompt "a red ring" --use_cache Fast
     torchrun --nproc_per_node 2 -m xfuser_fastcache.cli generate \\
@@ -28,9 +28,9 @@ from xfuser_fastcache.reports.clips import (
     clip_sheet,
     compared_clips,
     difference,
-    save_animation,
 )
 from xfuser_fastcache.reports.measured import compared, environment, picture_of
+from xfuser_fastcache.reports.mp4 import save_film
 from xfuser_fastcache.reports.views import (
     comparison_sheet,
     save_heat_map,
@@ -68,6 +68,13 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         help="backend of the step cache, such as Fast; bare, it is DiTFastAttn's flag",
     )
     ours.add_argument("--dtype", choices=DTYPES, help="default bfloat16, float32 without a GPU")
+    pictures = flags.add_argument_group("Pictures and clips")
+    pictures.add_argument(
+        "--image", metavar="FILE", help="picture to begin with, for pipelines that take one"
+    )
+    pictures.add_argument(
+        "--fps", type=float, default=8.0, help="frames a second of clips (default 8)"
+    )
     return flags
 
 
@@ -99,6 +106,10 @@ def read_flags(flags: argparse.ArgumentParser, arguments: list[str]) -> argparse
     flags.set_defaults(**{"no_use_resolution_binning": not binning, **brought, **given})
     options = flags.parse_args(arguments)
     options.call = {name: value for name, value in brought.items() if name not in known}
+    if not options.fps > 0:
+        flags.error(f"--fps {options.fps:g}: give more than 0 frames a second")
+    if options.image and not Path(options.image).is_file():
+        flags.error(f"--image {options.image}: there is no such file")
     return options
 
 
@@ -243,13 +254,13 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"measured on {report['environment']['device']}, median of {report['repeat']} run(s)")
 
 
-def save_pictures(kind: str, images: list[np.ndarray], directory: Path) -> None:
-    """Write pictures as PNG, one by one and several as a grid too; clips as moving WebP."""
+def save_pictures(kind: str, images: list[np.ndarray], directory: Path, fps: float) -> None:
+    """Write pictures as PNG, one by one and several as a grid too; clips as `save_film` does."""
     from diffusers.utils import make_image_grid
 
     if are_clips(images):
         for index, clip in enumerate(images):
-            save_animation([clip], directory / f"{kind}_{index}.webp")
+            save_film([clip], directory / f"{kind}_{index}", fps)
         return
     pictures = [picture_of(image) for image in images]
     if len(pictures) > 1:
@@ -261,9 +272,13 @@ def save_pictures(kind: str, images: list[np.ndarray], directory: Path) -> None:
 
 
 def save_comparison(
-    baseline: list[np.ndarray], cached: list[np.ndarray], prompts: list[str], directory: Path
+    baseline: list[np.ndarray],
+    cached: list[np.ndarray],
+    prompts: list[str],
+    directory: Path,
+    fps: float,
 ) -> None:
-    """Write baseline, cached and difference: a sheet, for each clip one and a moving picture."""
+    """Write baseline, cached and difference: a sheet, for each clip one and a film."""
     if not are_clips(baseline):
         # Replicas that share a single prompt draw a picture of it each.
         captions = prompts * (len(baseline) // len(prompts))
@@ -272,7 +287,7 @@ def save_comparison(
     for index, (before, after) in enumerate(zip(baseline, cached, strict=True)):
         path = directory / f"comparison_{index}"
         clip_sheet(before, after, path.with_suffix(".png"))
-        save_animation([before, after, difference(before, after)], path.with_suffix(".webp"))
+        save_film([before, after, difference(before, after)], path, fps)
 
 
 def main(arguments: list[str]) -> int:
@@ -298,10 +313,10 @@ def main(arguments: list[str]) -> int:
     if dist.get_rank() == 0:
         for kind, runs in (("baseline", baseline), ("cached", cached)):
             if runs:
-                save_pictures(kind, images_of(runs[-1]), directory)
+                save_pictures(kind, images_of(runs[-1]), directory, options.fps)
         if baseline and cached:
             before, after = images_of(baseline[-1]), images_of(cached[-1])
-            save_comparison(before, after, options.prompt, directory)
+            save_comparison(before, after, options.prompt, directory, options.fps)
         report = build_report(options, config, baseline, cached)
         path = Path(options.report or directory / "report.json")
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -3,6 +3,7 @@
     fastcache models
     fastcache models --json
     fastcache models --output docs/models.md
+    fastcache models --anchors
 
 One row for each family of models that xfuser 0.7 runs, and for each registered adapter. Nothing is
 loaded or downloaded: layouts are those that xDiT runs the family in, less what fails there.
@@ -22,6 +23,7 @@ from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, is_excluded
 from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.plugins import ADAPTERS, loaded
+from xfuser_fastcache.xdit.anchors import wan_table
 from xfuser_fastcache.xdit.families import FAMILIES, Family
 
 COLUMNS = (
@@ -144,8 +146,14 @@ def main(arguments: list[str]) -> int:
     """Print the table, as JSON where asked, or write the page."""
     flags = flags_of("fastcache models", __doc__)
     flags.add_argument("--json", action="store_true", help="print a list of JSON")
+    flags.add_argument(
+        "--anchors", action="store_true", help="print what Wan's anchors take, by forecaster"
+    )
     flags.add_argument("--output", help="write a page of Markdown there instead")
     given = flags.parse_args(arguments)
+    if given.anchors:
+        print(wan_table())
+        return 0
     found = rows()
     if given.output:
         Path(given.output).write_text(page(found))

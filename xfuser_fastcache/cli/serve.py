@@ -1,4 +1,4 @@
-"""Serve pictures over HTTP, with a step cache, on as many ranks as torchrun starts.
+"""Serve pictures or clips over HTTP, with a step cache, on as many ranks as torchrun starts.
 
     torchrun --nproc_per_node 2 -m xfuser_fastcache.cli serve \\
         --config configs/toy_flux_fast.yaml --ulysses_degree 2 --port 8000

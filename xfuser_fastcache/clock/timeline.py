@@ -20,6 +20,8 @@ from xfuser_fastcache.clock.sources import (
 from xfuser_fastcache.consensus.topology import Position
 
 logger = logging.getLogger("xfuser_fastcache")
+# By the names that diffusers' pipelines and guiders give calls: 1 with the prompt, 0 without.
+_GUIDED = {"cond": 1, "uncond": 0, "pred_cond": 1, "pred_uncond": 0}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Call:
     name: str | None = None
     setup: str = ""
     steps: int | None = None
+
+    @property
+    def guided(self) -> int | None:
+        """Which branch of guidance it is: 0 without the prompt, 1 with it; None where its name does
+        not say, as where both come in one batch."""
+        return None if self.name is None else _GUIDED.get(self.name)
 
     @property
     def place(self) -> str:

@@ -68,6 +68,15 @@ class Forecaster(CheckedOptions, ABC):
         """
         return self
 
+    def on_branch(self, guided: int | None) -> Forecaster:
+        """Return the forecaster for a call.
+
+        Args:
+            guided: 0 where it is guidance's call without the prompt, 1 with it; None where that is
+                not known.
+        """
+        return self
+
     def multiply_adds_per_token(self, memory: Memory, inputs: Streams, noise_level: float) -> float:
         """Return what a forecast costs that is not negligible, the mean over all tokens.
 

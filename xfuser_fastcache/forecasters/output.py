@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -35,8 +35,9 @@ class OutputForecaster(Forecaster):
     :math:`w_5 (f_1 - f_2)` comes in. A pipeline's stages but the last
     correct nothing, and nor does that one where its latents are not known.
     With classifier-free guidance the pictures without it and those with it have weights of their
-    own, if the calibration has them: which is which is told by `branch`, or else by a batch whose
-    halves hold the same latents, without guidance first, as diffusers' pipelines make it.
+    own, if the calibration has them: which is which is told by `branch`, where each is a call by
+    the call's name (`on_branch`), or else by a batch whose halves hold the same latents, without
+    guidance first, as diffusers' pipelines make it.
     Such a mask's computed steps are corrected, too: what is computed there, now :math:`f_0`, tells
     what the forecasts before it were wrong by, and thus where they have led the latents astray.
 
@@ -69,6 +70,13 @@ class OutputForecaster(Forecaster):
     def withholds(self) -> Collection[Capability]:
         """A calibration corrects this very forecast; single blocks are left alone."""
         return {Capability.BLOCKS}
+
+    def on_branch(self, guided: int | None) -> OutputForecaster:
+        """Return the forecaster with the weights of the call's own branch."""
+        own = self.correction is not None and self.correction.guided is not None
+        if guided is None or self.branch is not None or not own:
+            return self
+        return replace(self, branch=guided)
 
     def kept(self, inputs: Streams, outputs: Streams) -> Streams:
         """Return what an anchor remembers: the output itself."""

@@ -123,12 +123,9 @@ def save_animation(
 
 def animation(clips: Sequence[np.ndarray], ending: str, fps: float = 8.0) -> bytes:
     """Return the bytes of the file that `save_animation` writes; `ending` is the path's."""
-    if not fps > 0:
-        raise ValueError(f"fps={fps}: give more than 0 frames per second")
-    shapes = {clip.shape for clip in clips}
-    if len(shapes) != 1:
-        raise ValueError(f"clips of {sorted(shapes)} do not go side by side: give one shape")
-    frames = [picture_of(frame) for frame in np.concatenate(list(clips), axis=2)]
+    from PIL import Image
+
+    frames = [Image.fromarray(frame) for frame in side_by_side(clips, fps)]
     moving = io.BytesIO()
     frames[0].save(
         moving,
@@ -140,6 +137,24 @@ def animation(clips: Sequence[np.ndarray], ending: str, fps: float = 8.0) -> byt
         **_FORMATS[ending],
     )
     return moving.getvalue()
+
+
+def side_by_side(clips: Sequence[np.ndarray], fps: float) -> np.ndarray:
+    """Return clips side by side as bytes, `(frames, height, sum of widths, 3)`.
+
+    Args:
+        clips: in [0, 1], each `(frames, height, width, 3)`, of one shape.
+        fps: frames per second at which they are to be shown.
+
+    Raises:
+        ValueError: no frames per second, or clips of several shapes.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: give more than 0 frames per second")
+    shapes = {clip.shape for clip in clips}
+    if len(shapes) != 1:
+        raise ValueError(f"clips of {sorted(shapes)} do not go side by side: give one shape")
+    return np.stack([np.asarray(picture_of(f)) for f in np.concatenate(list(clips), axis=2)])
 
 
 def difference(baseline: np.ndarray, cached: np.ndarray) -> np.ndarray:

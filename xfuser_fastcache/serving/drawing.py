@@ -24,6 +24,7 @@ from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.config.methods import budget_of
 from xfuser_fastcache.reports.clips import animation, are_clips
 from xfuser_fastcache.reports.measured import picture_of
+from xfuser_fastcache.reports.mp4 import mp4, writes_mp4
 from xfuser_fastcache.reports.progress import Progress, Task
 from xfuser_fastcache.reports.views import decision_rows
 from xfuser_fastcache.serving.requests import Limits
@@ -117,6 +118,7 @@ class Painter:
         pixels = of_vae * max(2, patch if isinstance(patch, int) else patch[-1])
         # SD3's table of positions ends somewhere.
         most = model.config.get("pos_embed_max_size") or math.inf
+        known = inspect.signature(class_of(self.pipe).__call__).parameters
         return Limits(
             max_side=int(min(self.options.max_side, most * pixels)),
             # xDiT deals the rows of the latent out to the ranks of a sequence.
@@ -124,9 +126,9 @@ class Painter:
             width_multiple=pixels,
             max_steps=self.options.max_steps,
             max_prompt_length=self.options.max_prompt_length,
-            negative_prompts="negative_prompt"
-            in inspect.signature(class_of(self.pipe).__call__).parameters,
+            negative_prompts="negative_prompt" in known,
             two_branches=self.options.use_cfg_parallel,
+            formats=_formats(clips="num_frames" in known),
         )
 
     def attempt(
@@ -142,8 +144,8 @@ class Painter:
             `error`, None where there is none; `place`, one of `PLACES`, where the error was met;
             `memory_bytes`; and of a success `seconds` of the denoising loop, `statistics` of the
             cache, of further denoisers under their names, `decisions` as `decision_rows` gives
-            them, and on the rank that has it `picture`, a
-            PNG in base64; of a video a moving one.
+            them, and on the rank that has it `picture`,
+            in base64, in the order's `output_format`.
         """
         self.entered = self.drawn = False
         try:
@@ -177,6 +179,7 @@ class Painter:
         return {
             **{"prompt": "a trial", "negative_prompt": None, "seed": 0, "cache": cache},
             **{"guidance_scale": self.options.guidance_scale},
+            **{"output_format": limits.formats[0]},
             **{"num_inference_steps": min(_TRIAL_STEPS, limits.max_steps)},
             **sides,
         }
@@ -208,7 +211,8 @@ class Painter:
                     "the picture holds NaN or infinity; give other options of the cache, or "
                     "use_cache=false"
                 )
-            report["picture"] = base64.b64encode(png_of(run.images)).decode()
+            made = encoded(run.images, order["output_format"], self.options.fps)
+            report["picture"] = base64.b64encode(made).decode()
         return report
 
     @contextmanager
@@ -247,10 +251,23 @@ class Painter:
             del scheduler.set_timesteps
 
 
-def png_of(images: list[np.ndarray]) -> bytes:
-    """Return a picture as PNG, or a clip as a moving one."""
+def _formats(clips: bool) -> tuple[str, ...]:
+    """Return in which formats pictures or clips may come, the usual one first."""
+    if not clips:
+        return ("png",)
+    return ("webp", "png", "mp4") if writes_mp4() else ("webp", "png")
+
+
+def encoded(images: list[np.ndarray], form: str, fps: float) -> bytes:
+    """Return a picture as PNG, or a clip as a film.
+
+    Args:
+        images: one, as `Run.images` has it.
+        form: of a clip: webp or png without loss, or mp4.
+        fps: frames a second of a clip.
+    """
     if are_clips(images):
-        return animation(images, ".png")
+        return mp4(images, fps) if form == "mp4" else animation(images, f".{form}", fps)
     file = io.BytesIO()
     picture_of(images[0]).save(file, format="PNG")
     return file.getvalue()

@@ -50,7 +50,6 @@ class ImagesRequest(OpenAIRequest):
 
     n: int = Field(1, ge=1, le=10)
     response_format: Literal["b64_json"] = "b64_json"
-    output_format: Literal["png"] = "png"
     background: Literal["auto", "opaque"] = "auto"
 
 
@@ -81,7 +80,7 @@ def ours(drawn: Answer) -> dict[str, Any]:
 
 def _common(drawn: Answer) -> dict[str, Any]:
     size = f"{drawn.order['width']}x{drawn.order['height']}"
-    return {"size": size, "output_format": "png", "background": "opaque"}
+    return {"size": size, "output_format": drawn.order["output_format"], "background": "opaque"}
 
 
 def _encoded(drawn: Answer) -> str:

@@ -37,6 +37,8 @@ OPERATORS = (
     *("sync_backend", "sync_timeout_s"),
     *sorted(_texts_of(CacheConfig) - {"use_cache", *REGISTRIES}),
 )
+# How a picture or a clip may come.
+MEDIA = {"png": "image/png", "webp": "image/webp", "mp4": "video/mp4"}
 # Lists and mappings in each other; the deepest request that means something has six.
 _MAX_DEPTH = 16
 _MOST_SAID = 3  # of a body's errors
@@ -71,6 +73,9 @@ class GenerateRequest(BaseModel):
     )
     cache_config: dict[str, Any] | None = Field(
         None, description="options of CacheConfig, in place of the service's"
+    )
+    output_format: Literal["png", "webp", "mp4"] | None = Field(
+        None, description="of a clip, default webp; pictures are png"
     )
     stream: bool = Field(False, description="tell of every step by server-sent events")
 
@@ -163,6 +168,7 @@ class Limits:
         max_prompt_length: of each prompt, in characters.
         negative_prompts: whether the pipeline takes them.
         two_branches: CFG parallelism, which needs a guidance scale above 1.
+        formats: in which the model's pictures or clips come; the first where none is asked for.
     """
 
     max_side: int
@@ -172,6 +178,7 @@ class Limits:
     max_prompt_length: int
     negative_prompts: bool
     two_branches: bool
+    formats: tuple[str, ...] = ("png",)
 
     def check(self, order: dict[str, Any]) -> None:
         """Refuse what is beyond the limits.
@@ -202,6 +209,12 @@ class Limits:
         if order["negative_prompt"] and not self.negative_prompts:
             raise RequestRefused(
                 "this model takes no negative_prompt; leave it out", "negative_prompt"
+            )
+        if order["output_format"] not in self.formats:
+            raise RequestRefused(
+                f"output_format={order['output_format']!r} is not allowed; this service gives "
+                f"{' or '.join(self.formats)}",
+                "output_format",
             )
         if self.two_branches and order["guidance_scale"] <= 1:
             raise RequestRefused(
@@ -235,6 +248,7 @@ def order_of(
         order[name] = defaults.get(name) if given is None else given
     if request.seed is None:
         order["seed"] = secrets.randbits(32)
+    order["output_format"] = request.output_format or limits.formats[0]
     limits.check(order)
     return {**order, "cache": _cache_of(request, own)}
 

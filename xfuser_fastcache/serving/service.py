@@ -53,7 +53,7 @@ class Answer:
     """A drawn picture.
 
     Attributes:
-        picture: PNG.
+        picture: the file, in the order's `output_format`.
         statistics: of the cache; empty without one.
         decisions: of the cache, a row a span; see `reports.views.decision_rows`.
         seconds: of the denoising loop on the slowest rank.

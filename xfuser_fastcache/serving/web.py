@@ -24,7 +24,7 @@ from xfuser_fastcache.serving.heads import HeadCheck
 from xfuser_fastcache.serving.openai import images_door
 from xfuser_fastcache.serving.page import page_door
 from xfuser_fastcache.serving.refusals import Declined, refused
-from xfuser_fastcache.serving.requests import GenerateRequest
+from xfuser_fastcache.serving.requests import MEDIA, GenerateRequest
 from xfuser_fastcache.serving.service import Answer, Job
 
 _OPTIONS_BYTES = 1 << 16
@@ -73,13 +73,24 @@ def make_app(desk: Desk, about: dict[str, Any], hosts: Collection[str]) -> FastA
     @app.post("/generate")
     async def generate(request: Request) -> Response:
         asked = await desk.read(request, GenerateRequest)
-        jobs = desk.submit([asked])
         accepted = request.headers.get("accept", "")
+        bare = [form for form in limits.formats if MEDIA[form] in accepted]
+        if bare and asked.output_format not in (None, *bare):
+            raise desk.refusal(
+                f"output_format={asked.output_format!r} and Accept: {accepted:.80} contradict; "
+                "give one of them",
+                "output_format",
+            )
+        if bare:
+            form = asked.output_format or bare[0]
+            asked = asked.model_copy(update={"output_format": form})
+        jobs = desk.submit([asked])
         if asked.stream or "text/event-stream" in accepted:
             return Events(_events(desk, request, jobs), _error_of)
         (drawn,) = await desk.answers(request, jobs)
-        if "image/png" in accepted:
-            return Response(drawn.picture, media_type="image/png", headers=headers_of(drawn))
+        if bare:
+            kind = MEDIA[drawn.order["output_format"]]
+            return Response(drawn.picture, media_type=kind, headers=headers_of(drawn))
         return JSONResponse(body_of(drawn))
 
     @app.get("/health")
@@ -117,6 +128,7 @@ def body_of(drawn: Answer) -> dict[str, Any]:
     """Return the answer to a request as JSON."""
     return {
         "image": base64.b64encode(drawn.picture).decode(),
+        "output_format": drawn.order["output_format"],
         "seed": drawn.order["seed"],
         "height": drawn.order["height"],
         "width": drawn.order["width"],

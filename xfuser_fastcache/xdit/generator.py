@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from xfuser_fastcache.apply import (
     apply_cache_on_pipeline,
@@ -56,10 +57,12 @@ def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
 
     Args:
         pipe: xfuser's.
-        options: flags of xDiT's; `call`, where it is there, holds what no flag can say.
+        options: flags of xDiT's; `call`, where it is there, holds what no flag can say, `image`
+            the path of a picture to begin with.
 
     Raises:
-        ValueError: a negative prompt that the pipeline does not take.
+        ValueError: a negative prompt or a picture that the pipeline does not take, or a picture
+            that it needs.
     """
     wanted = {
         **getattr(options, "call", {}),
@@ -74,11 +77,30 @@ def _call_of(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         "use_resolution_binning": not options.no_use_resolution_binning,
         "output_type": "np",
     }
+    path = getattr(options, "image", None)
+    wanted["image"] = wanted.get("image") if path is None else _picture(path)
     kind = class_of(pipe)
     known = inspect.signature(kind.__call__).parameters
-    if wanted["negative_prompt"] is None or "negative_prompt" in known:
-        return {k: v for k, v in wanted.items() if v is not None and k in known}
-    raise ValueError(f"{kind.__name__} takes no --negative_prompt")
+    for name in ("negative_prompt", "image"):
+        if wanted[name] is not None and name not in known:
+            raise ValueError(f"{kind.__name__} takes no --{name}; leave it out")
+    if "image" in known and known["image"].default is inspect.Parameter.empty:
+        if wanted["image"] is None:
+            raise ValueError(f"{kind.__name__} begins with a picture: give --image FILE")
+    return {k: v for k, v in wanted.items() if v is not None and k in known}
+
+
+def _picture(path: str) -> Image.Image:
+    """Return the picture in a file, in RGB.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        with Image.open(path) as found:
+            return found.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--image {path} is no picture that can be read: {error}") from error
 
 
 def class_of(pipe: Any) -> type:

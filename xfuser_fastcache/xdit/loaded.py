@@ -130,6 +130,8 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     pipeline = DiffusionPipeline.from_pretrained(
         options.model, torch_dtype=chosen, **weights.loading(options, chosen)
     )
+    if getattr(options, "image", None):
+        pipeline = _beginning_with_a_picture(pipeline, chosen)
     device = torch.device("cpu")
     if on_gpu:
         from xfuser.core.distributed import get_world_group
@@ -139,6 +141,19 @@ def load_in_layout(options: argparse.Namespace, dtype: str | None = None) -> Any
     pipe = _in_xfusers_class(pipeline, engine_config)
     weights.place(pipe, options, device)
     return pipe
+
+
+def _beginning_with_a_picture(pipeline: Any, dtype: torch.dtype) -> Any:
+    """Return a pipeline that takes a picture: of Wan 2.2 TI2V the other one of its two.
+
+    Its folder names the pipeline for text alone.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    if "image" in known or not getattr(pipeline.config, "expand_timesteps", False):
+        return pipeline
+    import diffusers
+
+    return diffusers.WanImageToVideoPipeline.from_pipe(pipeline, torch_dtype=dtype)
 
 
 def put_in_layout(pipeline: Any, **arguments: Any) -> Any:

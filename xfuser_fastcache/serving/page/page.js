@@ -109,7 +109,7 @@ async function draw(body, title, signal) {
 
 async function show(shown, drawn) {
   const picture = shown.querySelector("img");
-  picture.src = `data:image/png;base64,${drawn.image}`;
+  picture.src = `data:image/${drawn.output_format};base64,${drawn.image}`;
   picture.alt = `${$("prompt").value}, seed ${drawn.seed}`;
   const skipped = drawn.statistics.block_approx_ratio ?? 0;
   shown.querySelector(".state").textContent = `seed ${drawn.seed}, ${drawn.seconds.toFixed(2)} s, `

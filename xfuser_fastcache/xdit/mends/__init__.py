@@ -25,6 +25,7 @@ from xfuser_fastcache.xdit.mends import (
     ltx2,
     pixart,
     qwen,
+    video,
     z_image,
 )
 
@@ -371,4 +372,5 @@ MENDS = (
         hunyuan_video.shares_unevenly,
         hunyuan_video.refuse_uneven_shares,
     ),
+    *(Mend(*found) for found in video.FOUND),
 )
