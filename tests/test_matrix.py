@@ -133,18 +133,19 @@ def case(request: pytest.FixtureRequest) -> Case:
     least = 0.15 if in_stages else 0.3
     tiny = TINY_MODELS[model]
     replicas = 2 if "--data_parallel_degree=2" in LAYOUTS[layout][1] else 1
-    branches_shared = (tiny.of_runner or tiny.branches_apart) and "cfg" in layout
+    guidance_shared = "cfg" in layout
+    apart = guidance_shared and adapters()[tiny.adapter].branches_apart
     return Case(
         variants=list(variants(model, backend, slow, turn_of(layout))),
         backend=backend,
         ranks=[report["models"][model] for report in found],
         groups=[tuple(report["models"][model]["group"]) for report in found],
         replicas=replicas,
-        deciders=replicas * (2 if tiny.branches_apart and "cfg" in layout else 1),
-        models=1 if "cfg" in layout else tiny.models_a_step,
+        deciders=replicas * (2 if apart else 1),
+        models=1 if guidance_shared else tiny.models_a_step,
         of_runner=tiny.of_runner and not in_stages,
         in_stages=in_stages,
-        same_corrections=not in_stages and not branches_shared,
+        same_corrections=not in_stages and not (guidance_shared and (tiny.of_runner or apart)),
         least_hits=least if backend == "Fast" else least / 2,
         references=references(model),
     )
