@@ -473,6 +473,8 @@ class MendedZImage:
 class MendedKrea2:
     """How xfuser could mend its Krea-2 itself."""
 
+    def __init__(self, num_layers: int) -> None: ...
+
     def forward(self, hidden_states: Any, encoder_attention_mask: Any = None) -> None: ...
 
 
