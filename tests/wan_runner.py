@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from diffusers.pipelines.wan import pipeline_wan_i2v
+from diffusers.pipelines.wan import pipeline_wan_i2v, pipeline_wan_vace
 
 from xfuser_fastcache.xdit import cpu_platform, runner
 
@@ -30,6 +30,7 @@ if __name__ == "__main__":
     from xfuser.model_executor.models.runner_models import base_model
 
     base_model.export_to_video = write_frames
-    if not hasattr(pipeline_wan_i2v, "ftfy"):
-        pipeline_wan_i2v.ftfy = SimpleNamespace(fix_text=str)
+    for pipeline in (pipeline_wan_i2v, pipeline_wan_vace):
+        if not hasattr(pipeline, "ftfy"):
+            pipeline.ftfy = SimpleNamespace(fix_text=str)
     runner.run()

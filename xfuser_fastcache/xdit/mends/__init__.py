@@ -26,6 +26,7 @@ from xfuser_fastcache.xdit.mends import (
     pixart,
     qwen,
     sizes,
+    wan,
     z_image,
 )
 
@@ -322,6 +323,13 @@ MENDS = (
             ("FLUX.1", flux.FLUX, flux.WHOLE, flux.FLUX, flux.tokens),
             ("FLUX.2", flux.FLUX2, flux.WHOLE2, flux.FLUX2, flux.tokens),
         )
+    ),
+    Mend(
+        "Wan VACE by the runner: its prompt is handed on as a list, which diffusers refuses",
+        wan.RUNNER,
+        wan.RUN,
+        wan.hands_on_a_list,
+        wan.hand_on_one_prompt,
     ),
     Mend(
         "Qwen-Image under Ulysses: the padding of text and tokens that do not divide is seen",
