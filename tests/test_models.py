@@ -96,7 +96,7 @@ def test_another_packages_adapter_has_a_row(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_xdit_itself_cannot_draw_ends_in_its_error(family: Family) -> None:
     name = {"LingBot-Video": "LingBot-Video-Dense"}[family.title]
     with pytest.raises(WorldFailed) as failed:
-        launch("wan_runner.py", 1, ".", "--model", name, "--prompt", "ring", timeout_s=120)
+        launch("runner_worker.py", 1, ".", "--model", name, "--prompt", "ring", timeout_s=120)
     assert family.error in failed.value.output
 
 
