@@ -45,11 +45,11 @@ from diffusers_adapters.tiny.wan import tiny_wan, tiny_wan_i2v, tiny_wan_vace, t
 from support.worlds import ROOT
 
 TOY = ROOT / "toys" / "flux"
-# Messages of any pipeline: their content is a text, or a list that begins with one. HunyuanVideo-1.5
-# leaves the first words out, which are those of its own template.
+# Messages of any pipeline: their content is a text, or a list that begins with one. The first words
+# are for HunyuanVideo-1.5, which leaves those of its own template out.
 _TEMPLATE = (
-    "{{ 'ring ' * 120 }}{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }} "
-    "{% endfor %}"
+    "{{ 'ring ' * 120 }}{% for m in messages %}"
+    "{{ m.content if m.content is string else m.content[0].text }} {% endfor %}"
 )
 _SMALL: dict[str, Any] = {
     "vocab_size": 64,
