@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import ChromaTransformer2DModel, DiffusionPipeline
 from support.worlds import ROOT, WorldFailed, launch, python
 from torch import nn
 
@@ -103,8 +103,12 @@ def test_what_xdit_itself_cannot_draw_ends_in_its_error(family: Family) -> None:
 def test_a_unet_is_refused_by_name_with_a_pointer() -> None:
     pipe = DiffusionPipeline()
     pipe.unet = type("UNet2DConditionModel", (nn.Linear,), {})(2, 2)
-    with pytest.raises(TypeError, match="UNet2DConditionModel.*docs/models.md.*DeepCache"):
-        apply_cache_on_pipeline(pipe)
+    for apply in (
+        lambda: apply_cache_on_pipeline(pipe),
+        lambda: apply_cache_on_transformer(pipe.unet),
+    ):
+        with pytest.raises(ValueError, match="UNet2DConditionModel.*docs/models.md.*DeepCache"):
+            apply()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,27 @@ def test_a_unet_is_refused_by_name_with_a_pointer() -> None:
         (type("StableAudioDiTModel", (nn.Linear,), {}), "FluxTransformer2DModel"),
     ],
 )
-def test_a_model_that_is_not_supported_hears_the_nearest(model: type, nearest: str) -> None:
+def test_a_model_that_is_not_supported_hears_the_nearest_by_its_name(
+    model: type, nearest: str
+) -> None:
     with pytest.raises(ValueError, match=f"{model.__name__} is not supported.*{nearest}") as found:
         apply_cache_on_transformer(model(2, 2))
     assert "docs/extending.md" in str(found.value) and "`fastcache models`" in str(found.value)
+
+
+def test_a_model_that_is_not_supported_hears_first_who_has_such_lists_of_blocks() -> None:
+    model = ChromaTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=8,
+        approximator_layers=1,
+    )
+    with pytest.raises(ValueError, match=r"nearest to it are FluxTransformer2DModel, ") as found:
+        apply_cache_on_transformer(model)
+    assert "PixArt" not in str(found.value)
