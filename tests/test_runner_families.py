@@ -66,9 +66,9 @@ STARTS = (
     Start("FLUX.1-Kontext-dev", _KONTEXT, f"{ULYSSES} {EDIT} {_SHORT}"),
     Start("FLUX.1-Kontext-dev", _KONTEXT, f"{RING} {EDIT} {_SHORT}"),
     # xDiT has no step cache for it.
-    Start("Z-Image-Turbo", "Tongyi-MAI/Z-Image-Turbo", ULYSSES, slow=False),
-    Start("Z-Image", "Tongyi-MAI/Z-Image", CFG),
-    Start("Z-Image", "Tongyi-MAI/Z-Image", RING),
+    Start("Z-Image-Turbo", "Tongyi-MAI/Z-Image-Turbo", f"{ULYSSES} --prompt ring", slow=False),
+    Start("Z-Image", "Tongyi-MAI/Z-Image", f"{CFG} --prompt ring"),
+    Start("Z-Image", "Tongyi-MAI/Z-Image", f"{RING} --prompt ring"),
     Start("Lumina2", "Alpha-VLLM/Lumina-Image-2.0", f"{ULYSSES} --prompt ring"),
     Start("Lumina2", "Alpha-VLLM/Lumina-Image-2.0", f"{CFG} --prompt ring"),
     Start("Qwen-Image", "Qwen/Qwen-Image", ULYSSES),
