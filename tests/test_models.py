@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -54,6 +55,25 @@ def test_a_family_has_an_adapter_or_a_reason_and_an_adapter_has_a_family() -> No
         assert bool(family.adapter) != bool(family.why_not), family.title
         assert bool(family.adapter) == bool(family.example), family.title
     assert {family.adapter for family in FAMILIES} - {""} == set(adapters())
+
+
+def test_a_family_joins_by_its_adapter_alone() -> None:
+    """What moves, decides and tells the time names no model's class, nor does an adapter another's.
+
+    ConsisID and VACE are subclasses of their base models' adapters.
+    """
+    package = ROOT / "xfuser_fastcache"
+    rooms = ("engine.py", "hooks.py", "passage.py", "assembly.py", "clock", "decisions", "gates")
+    rooms += ("forecasters", "tokens", "state", "consensus", "measurements", "models")
+    files = [package / "xdit" / "groups.py"]
+    for room in rooms:
+        files += [package / room] if room.endswith(".py") else (package / room).glob("*.py")
+    classes = {adapter.model_class: adapter for adapter in adapters().values()}
+    named = [(f.name, c) for f in files for c in classes if f'"{c}"' in f.read_text()]
+    assert len(files) > 50 and named == []
+    for module in (ROOT / "diffusers_adapters").glob("*.py"):
+        own = {c for c, of in classes.items() if Path(inspect.getfile(of)) == module}
+        assert {c for c in classes if f'"{c}"' in module.read_text()} == own
 
 
 def test_sizes_are_those_of_a_picture_and_a_video() -> None:
