@@ -58,7 +58,6 @@ def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[st
         levels=[step.noise_level for step in plan],
         masks={sum(mask): mask},
         steering=weights[:, :, 0],
-        steering_blind=weights[:, :, 0, :3],
         steering_guided=weights[:, :, 1:],
     )
     with tempfile.TemporaryDirectory() as folder:

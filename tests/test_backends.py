@@ -375,9 +375,16 @@ def test_a_gate_that_rests_on_blocks_refuses_to_forecast_the_whole_forward_pass(
 
 @every_backend
 def test_options_that_are_left_out_are_the_backends_own(backend: str) -> None:
-    config = CacheConfig(use_cache=backend).resolved()
+    (gate,) = CacheConfig(use_cache=backend).methods.gates
+    # An option of its own asks for the gate, also where it is what it would be.
+    asked = {name: getattr(gate, name) for name in list(options_of(gate))[:1]}
+    config = CacheConfig(use_cache=backend, **asked).resolved()
     brought = BACKENDS[backend].companions._asdict()
-    brought.pop("budgeted")  # Instead of its forecaster, where there is a budget.
+    # Instead of its forecaster, where there is a budget; and that budget.
+    brought.pop("budgeted")
+    quality = brought.pop("quality")
+    assert CacheConfig(use_cache=backend).resolved().quality == quality
+    assert config.quality is None
     assert {name: getattr(config, name) for name in brought} == brought
     (gate,) = config.methods.gates
     for name in options_of(gate):

@@ -81,6 +81,50 @@ def test_each_branch_of_guidance_computes_them() -> None:
         assert own == [not computed for computed in spread(STEPS, 4)]
 
 
+# ---- where nothing says which steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "computed"), [(1, 1), (9, 9), (10, 5), (28, 15), (50, 27)])
+def test_fast_alone_computes_about_half_of_the_steps_and_all_of_few(
+    steps: int, computed: int
+) -> None:
+    schedule = Schedule.of(CacheConfig().resolved())
+    assert schedule is not None and schedule.flags(steps) == spread(steps, computed)
+
+
+def test_fast_alone_is_a_budget_on_a_pipeline() -> None:
+    flux = Flux().cache(cache_ratio_threshold=None)
+    wanted = flux(num_inference_steps=10)
+    assert flux.flags == [1 - c for c in spread(10, 5)]
+    assert {row["reason"] for row in get_cache_trace(flux.transformer)} == {"budget"}
+    again = Flux().cache(quality="medium")
+    assert torch.equal(again(num_inference_steps=10), wanted)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cache_ratio_threshold": 0.1}, {"significance_level": 0.1}, {"test": "paper"},
+        {"gate": "Tea"}, {"use_cache": "Tea"}, {"num_warmup_steps": 4},
+        {"max_consecutive_skips": 2}, {"granularity": "block"}, {"shadow_audit": 0.1},
+        {"enable_block_approx": False}, {"gate": {"all_of": ["Fast", "Tea"]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_who_asks_for_a_gate_is_given_it(given: dict[str, Any]) -> None:
+    found = CacheConfig(**given).resolved()
+    assert Schedule.of(found) is None and found.quality is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"forecaster": "taylor"}, {"enable_token_merge": True}, {"num_steps": 28}],
+    ids=str,
+)
+def test_what_says_nothing_of_steps_leaves_the_budget(given: dict[str, Any]) -> None:
+    assert CacheConfig(**given).resolved().quality == "auto"
+
+
 # ---- what it lifts, and what holds beside it ----------------------------------------------------
 
 
@@ -182,6 +226,38 @@ def test_without_a_known_number_of_steps_a_budget_is_refused_with_the_mend() -> 
     with pytest.raises(ValueError, match="not known; pass scheduler=.*, or give num_steps"):
         stack(ones(), 1.0)
     assert stack.ran == stack.flags == []
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"quality": "auto"}, [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]),
+        ({"quality": "slow"}, [0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0]),
+        ({"speedup": 2.5}, [0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0]),
+        ({"speedup": 2, "num_warmup_steps": 3}, [0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0]),
+    ],
+    ids=str,
+)
+def test_without_a_known_number_of_steps_a_share_of_them_is_computed(
+    given: dict[str, Any], flags: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    stack = Stack(**given)
+    for step in range(11):
+        stack(ones(), 1.0 - step / 20)
+    assert stack.flags == flags
+    said = [r.message for r in caplog.records if "without an end" in r.message]
+    assert len(said) == 1 and "pass scheduler=..., or give num_steps" in said[0]
+
+
+def test_a_limit_holds_without_a_known_number_of_steps() -> None:
+    stack = Stack(speedup=4, max_consecutive_skips=2)
+    words = "speedup=4.0 without a known end skips up to 3 in a row, more than"
+    with pytest.raises(ValueError, match=words):
+        stack(ones(), 1.0)
+    stack = Stack(speedup=3, max_consecutive_skips=2)
+    for step in range(7):
+        stack(ones(), 1.0 - step / 20)
+    assert stack.flags == [0, 1, 1, 0, 1, 1, 0]
 
 
 def test_num_steps_stands_in_for_a_scheduler() -> None:

@@ -144,7 +144,7 @@ def test_masks_are_added_and_nothing_else_changes(finished: dict[str, Any]) -> N
     # More steps, fewer errors.
     assert shown["5"]["steered, moved"] > shown["3"]["steered, moved"] + 3
     # The masks bring corrections of their own, from the first skipped step on.
-    check_steering(fitted, fitted.steering, fitted.steering_blind)
+    check_steering(fitted, fitted.steering)
     assert fitted.steering_guided.shape == (0, STEPS, 2, 5)
 
 
@@ -162,7 +162,7 @@ def test_with_guidance_masks_bring_corrections_of_each_branch_as_well(tmp_path: 
     call = json.dumps(call_arguments(model) | SMALL)
     assert run("--model", model, "--call", call, "--computed_steps", "3", "--moves", "0") == 0
     fitted = load_fitted(run.output)
-    check_steering(fitted, fitted.steering, fitted.steering_blind, fitted.steering_guided)
+    check_steering(fitted, fitted.steering, fitted.steering_guided)
     without, with_it = fitted.steering_guided[0, -1]
     assert (without == with_it).tolist() == [False, True, False, True, False]
 

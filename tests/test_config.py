@@ -533,10 +533,12 @@ def test_every_flat_option_is_owned_by_a_method() -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ({"max_consecutive_skips": 4, "num_warmup_steps": 2}, {}),
-        ({"forecaster": "damped_taylor"}, {}),
-        ({"forecaster": {"name": "damped_taylor", "share": 0.6}}, {}),
-        ({"cache_ratio_threshold": 0.05, "significance_level": 0.05, "test": "chi2"}, {}),
+        ({"quality": "auto"}, {}),
+        ({"quality": "auto", "num_warmup_steps": 1}, {}),
+        ({"forecaster": {"name": "data", "share": 0.1}}, {}),
+        ({"max_consecutive_skips": 4, "num_warmup_steps": 2}, {"test": "chi2"}),
+        ({"test": "chi2", "forecaster": {"name": "damped_taylor", "share": 0.6}}, {"test": "chi2"}),
+        ({"cache_ratio_threshold": 0.05, "significance_level": 0.05}, {"test": "chi2"}),
         ({"enable_adacorrection": False, "adacorr_gamma": 1.0, "enable_token_merge": False}, {}),
         ({"gate": {"name": "Fb", "rel_l1_thresh": 0.05}}, {"gate": "Fb"}),
         ({"use_cache": "Ada", "codebook": "slow"}, {"use_cache": "Ada"}),

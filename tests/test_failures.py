@@ -52,7 +52,8 @@ def test_a_failed_apply_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails)
         with pytest.raises(MemoryError, match="no room"):
-            apply_cache_on_transformer(pipe.transformer, scheduler=pipe.scheduler)
+            # A forecaster of blocks has a hook on each.
+            apply_cache_on_transformer(pipe.transformer, forecaster="damped_taylor")
     assert len(closed) == 1
     assert {key: set(vars(module)) for key, module in pipe.transformer.named_modules()} == before
     apply_cache_on_transformer(pipe.transformer, scheduler=pipe.scheduler)

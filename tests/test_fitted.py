@@ -26,10 +26,7 @@ from xfuser_fastcache.artifacts.file import Kind, write_file
 from xfuser_fastcache.artifacts.moved import moved
 from xfuser_fastcache.hooks import hook_on
 
-TABLES = (
-    "noise_levels", "weights", "weights_blind", "slopes", "degrees", "steering", "steering_blind",
-    "steering_guided",
-)  # fmt: skip
+TABLES = ("noise_levels", "weights", "slopes", "degrees", "steering", "steering_guided")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +62,7 @@ def random_tables(seed: int = 0) -> Fitted:
         table = getattr(fitted, name)
         table[:] = abs(rng.normal(size=table.shape))
     fitted.slopes[0] = np.inf
-    steering = {"steering": (5,), "steering_blind": (3,), "steering_guided": (2, 5)}
+    steering = {"steering": (5,), "steering_guided": (2, 5)}
     return dataclasses.replace(
         fitted,
         **{name: rng.normal(size=(2, 5, *n)).astype(np.float32) for name, n in steering.items()},
@@ -88,6 +85,19 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["file"]
 
 
+def test_what_earlier_releases_kept_for_stages_without_latents_is_left_out(tmp_path: Path) -> None:
+    fitted = random_tables()
+    tables = {name: getattr(fitted, name) for name in TABLES}
+    tables |= {
+        name: np.zeros((2, 5, 3), np.float32) for name in ("weights_blind", "steering_blind")
+    }
+    numbers = {name: getattr(fitted, name) for name in ("exponents", "upper", "scales", "masks")}
+    path = tmp_path / "file"
+    write_file(path, CALIBRATION, tables, {**fitted.metadata, **numbers})
+    for name in TABLES:
+        assert np.array_equal(getattr(load_fitted(path), name), tables[name])
+
+
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     one, same, other = (
         load_fitted(saved(tmp_path / name, fitted))
@@ -106,20 +116,17 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
 def test_a_mask_finds_the_corrections_that_were_made_for_it() -> None:
     fitted = random_tables()
     for row, mask in enumerate(([1, 0, 0, 1, 0], [1] * 5)):
-        for sees, table in ((True, fitted.steering), (False, fitted.steering_blind)):
-            found = fitted.trajectory_correction(mask, sees)
-            assert found is not None and found.mask == mask
-            assert np.array_equal(found.weights, table[row])
-            # Which pictures are guided is seen from the latents.
-            assert sees == (found.guided is not None)
-            assert not sees or np.array_equal(found.guided, fitted.steering_guided[row])
+        found = fitted.trajectory_correction(mask)
+        assert found is not None and found.mask == mask and found.guided is not None
+        assert np.array_equal(found.weights, fitted.steering[row])
+        assert np.array_equal(found.guided, fitted.steering_guided[row])
     unguided = dataclasses.replace(fitted, steering_guided=fitted.steering_guided[:0])
-    found = unguided.trajectory_correction([1] * 5, True)
+    found = unguided.trajectory_correction([1] * 5)
     assert found is not None and found.guided is None
-    assert fitted.trajectory_correction([1, 0, 1, 0, 0], True) is None
-    assert fitted.trajectory_correction(None, True) is None
+    assert fitted.trajectory_correction([1, 0, 1, 0, 0]) is None
+    assert fitted.trajectory_correction(None) is None
     bare = fitted_on(fitted.noise_levels, lags=2, masks=fitted.masks)
-    assert bare.trajectory_correction([1] * 5, True) is None
+    assert bare.trajectory_correction([1] * 5) is None
 
 
 def cut_off(count: int) -> Callable[[Path], None]:
@@ -205,7 +212,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"steering_guided has the shape \(0, 2, 1, 5\)",
     ),
     "steering of other terms": (
-        with_tables(steering_blind=np.zeros((0, 2, 2), np.float32)), "steering_blind has the shape",
+        with_tables(steering=np.zeros((0, 2, 3), np.float32)), "steering has the shape",
     ),
     "a mask too long": (with_metadata(masks={2: [1, 1, 0]}), "the mask of 2 steps is .1, 1, 0"),
     "a mask of another sum": (with_metadata(masks={2: [1, 0]}), "the mask of 2 steps is .1, 0., f"),
@@ -371,11 +378,7 @@ EVERY_OTHER = [int(step % 2 == 0) for step in range(STEPS)]
 def corrected() -> dict[str, Any]:
     """Return a mask of four steps, and corrections that nobody overlooks."""
     weights = np.full((1, STEPS, 5), 0.25, np.float32)
-    return {
-        "masks": {4: EVERY_OTHER},
-        "steering": weights,
-        "steering_blind": np.ascontiguousarray(weights[..., :3]),
-    }
+    return {"masks": {4: EVERY_OTHER}, "steering": weights}
 
 
 @OTHER_PLANS
@@ -447,8 +450,7 @@ def test_the_gate_skips_nothing_where_image_to_image_enters_the_plan(
 def random_steering(masks: dict[int, list[int]], steps: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     weights = rng.normal(scale=0.1, size=(len(masks), steps, 5)).astype(np.float32)
-    blind = np.ascontiguousarray(weights[..., :3])
-    return {"masks": masks, "steering": weights, "steering_blind": blind}
+    return {"masks": masks, "steering": weights}
 
 
 def test_a_mask_and_its_corrections_move_to_the_same_places_of_another_plan() -> None:

@@ -200,7 +200,7 @@ def test_a_cached_transformer_is_not_copied_and_says_what_to_do(
 
 
 def test_a_copied_block_says_so_too(transformer: nn.Module) -> None:
-    apply_cache_on_transformer(transformer)
+    apply_cache_on_transformer(transformer, forecaster="damped_taylor")
     with pytest.raises(TypeError, match="Call remove_cache"):
         copy.deepcopy(transformer.transformer_blocks[0])
 

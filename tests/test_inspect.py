@@ -35,7 +35,6 @@ def test_a_calibration_is_told_as_it_is(tmp_path: Path, capsys: pytest.CaptureFi
         slopes=slopes,
         masks=masks,
         steering=steering,
-        steering_blind=steering[..., :3],
         metadata={"cache_ratio_threshold": 0.3, "model": "Some", "scheduler": "Euler"},
     ).save(path)
     code, out, _ = ask(capsys, path, "--json")

@@ -132,6 +132,16 @@ def test_keys_of_other_patches_that_are_carried_on_are_nearer_than_aged_ones(
         assert carried_on > aged + 0.4
 
 
+def test_the_last_stage_forecasts_from_the_latents_as_one_rank_does() -> None:
+    """With one patch no key is old, so that nothing but the forecasts could differ."""
+    stages = ("--pipefusion_parallel_degree=2", "--num_pipeline_patch=1")
+    worlds = [run_world("toy_worker.py", ranks, "--budget", *flags, timeout_s=280)
+              for ranks, flags in ((1, ()), (2, stages))]  # fmt: skip
+    (wanted,), (found,) = ([r["latents"] for r in w.values() if r["latents"]] for w in worlds)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert [r["left_behind"] for w in worlds for r in w.values()] == [[]] * 3
+
+
 @pytest.mark.parametrize("change", ["steps", "size", "batch"])
 def test_the_next_call_may_differ(world: dict[int, dict[str, Any]], change: str) -> None:
     """As if the cache had been applied just before, and close to uncached."""

@@ -92,20 +92,18 @@ def corrected(steps: tuple[int, ...] = (1, 3), step: int = 5) -> Fitted:
     cell = Cell(step, step - steps[-1] - 1, spacing)
     fitted = fitted_on(LEVELS)
     fitted.weights[cell] = (0.3, -0.2, 0.05, 0.1)
-    fitted.weights_blind[cell] = (0.7, -0.4)
     return fitted
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [(1, 3), (3,)], ids=["two anchors", "one anchor"])
-@pytest.mark.parametrize("sees_latents", [True, False])
 @pytest.mark.parametrize("picture", [True, False], ids=["picture", "tokens"])
 def test_corrections_are_those_of_the_formula(
-    picture: bool, sees_latents: bool, steps: tuple[int, ...], dtype: torch.dtype
+    picture: bool, steps: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     memory, x = remembered(steps, picture, dtype), latents(9, dtype)
     plain = OutputForecaster().forecast(memory, x, at(5))
-    found = OutputForecaster(corrected(steps), sees_latents).forecast(memory, x, at(5))
+    found = OutputForecaster(corrected(steps)).forecast(memory, x, at(5))
 
     def tokens(output: torch.Tensor) -> torch.Tensor:
         """The output as `(batch, tokens, channels)`."""
@@ -116,63 +114,55 @@ def test_corrections_are_those_of_the_formula(
     wanted = f0 + (f0 - f1)  # from step 3 to 5 is as far as from 1 to 3
     close = {torch.bfloat16: 5e-2, torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
     torch.testing.assert_close(tokens(plain.hidden_states), wanted, rtol=close, atol=close)
-    # A stage that does not see the latents cannot tell noise from variance.
-    width = CHANNELS if sees_latents else f0.shape[-1]
-    f0, f1 = f0[..., :width], f1[..., :width]
-    if sees_latents:
-        x0, x1 = now.inputs.hidden_states.double(), x.hidden_states.double()
-        wanted[..., :width] += 0.3 * (f0 - f1) - 0.2 * (x1 - x0) + 0.05 * f0 + 0.1 * x1
-    else:
-        wanted += 0.7 * (f0 - f1) - 0.4 * f0
+    f0, f1 = f0[..., :CHANNELS], f1[..., :CHANNELS]
+    x0, x1 = now.inputs.hidden_states.double(), x.hidden_states.double()
+    wanted[..., :CHANNELS] += 0.3 * (f0 - f1) - 0.2 * (x1 - x0) + 0.05 * f0 + 0.1 * x1
     torch.testing.assert_close(tokens(found.hidden_states), wanted, rtol=close, atol=close)
     assert found.hidden_states.dtype == dtype
     # Neither variances nor text are touched, to the bit.
-    variances = (tokens(streams.hidden_states)[..., width:] for streams in (found, plain))
+    variances = (tokens(streams.hidden_states)[..., CHANNELS:] for streams in (found, plain))
     assert torch.equal(*variances)
     assert torch.equal(found.encoder_hidden_states, plain.encoder_hidden_states)
 
 
-def test_the_blind_form_does_not_look_at_the_latents() -> None:
-    memory = remembered((1, 3), True, torch.float64)
-    forecaster = OutputForecaster(corrected(), sees_latents=False)
-    # What enters a pipeline's last stage is as wide as its blocks.
-    narrow, wide = (forecaster.forecast(memory, Streams(random(1, 6, n)), at(5)) for n in (4, 9))
-    assert torch.equal(narrow.hidden_states, wide.hidden_states)
+def test_a_last_stage_whose_latents_are_not_known_corrects_nothing() -> None:
+    unknown = Streams(torch.empty(1, 0, 0, dtype=torch.float64))
+    memory, x = remembered((1, 3), True, torch.float64), latents(9, torch.float64)
+    blind = replace(memory, anchors=(replace(memory.anchors[0], inputs=unknown), memory.anchors[1]))
+    plain = OutputForecaster().forecast(memory, x, at(5)).hidden_states
+    for held, given in ((memory, unknown), (blind, x)):
+        found = OutputForecaster(corrected()).forecast(held, given, at(5)).hidden_states
+        assert torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("sees_latents", [True, False])
 @pytest.mark.parametrize("steps", [(0, 1, 3), (1, 3), (3,)], ids=["three", "two", "one anchor"])
 def test_corrections_for_a_mask_look_at_three_anchors(
-    steps: tuple[int, ...], sees_latents: bool
+    steps: tuple[int, ...],
 ) -> None:
-    steering = np.zeros((STEPS, 5 if sees_latents else 3), np.float32)
-    steering[5] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
+    steering = np.zeros((STEPS, 5), np.float32)
+    steering[5] = (0.3, -0.2, 0.05, 0.1, 0.6)
     mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
-    forecaster = OutputForecaster(corrected(), sees_latents, TrajectoryCorrection(mask, steering))
+    forecaster = OutputForecaster(corrected(), TrajectoryCorrection(mask, steering))
     memory, x = remembered(steps, False, torch.float64, forecaster), latents(9, torch.float64)
     found = forecaster.forecast(memory, x, at(5)).hidden_states
     plain = OutputForecaster().forecast(memory, x, at(5)).hidden_states
     outputs = [anchor.residual.hidden_states for anchor in memory.anchors]
     assert len(outputs) == len(steps)
     f0, f1, f2 = outputs + [outputs[-1]] * (3 - len(outputs))
-    if sees_latents:
-        x0, x1 = memory.anchors[0].inputs.hidden_states, x.hidden_states
-        wanted = plain + 0.3 * (f0 - f1) - 0.2 * (x1 - x0) + 0.05 * f0 + 0.1 * x1
-        wanted = wanted + 0.6 * (f1 - f2)
-    else:
-        wanted = plain + 0.7 * (f0 - f1) - 0.4 * f0 + 0.2 * (f1 - f2)
+    x0, x1 = memory.anchors[0].inputs.hidden_states, x.hidden_states
+    wanted = plain + 0.3 * (f0 - f1) - 0.2 * (x1 - x0) + 0.05 * f0 + 0.1 * x1
+    wanted = wanted + 0.6 * (f1 - f2)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sees_latents", [True, False])
 @pytest.mark.parametrize("steps", [(0, 1, 3), (0, 3)], ids=["three", "two anchors"])
 def test_a_computed_step_of_a_mask_is_corrected_by_what_it_says(
-    steps: tuple[int, ...], sees_latents: bool
+    steps: tuple[int, ...],
 ) -> None:
-    weights = random(STEPS, 5 if sees_latents else 3).numpy()
-    weights[3] = (0.3, -0.2, 0.05, 0.1, 0.6) if sees_latents else (0.7, -0.4, 0.2)
+    weights = random(STEPS, 5).numpy()
+    weights[3] = (0.3, -0.2, 0.05, 0.1, 0.6)
     mask = [int(step in (0, 1, 3)) for step in range(STEPS)]
-    forecaster = OutputForecaster(corrected(), sees_latents, TrajectoryCorrection(mask, weights))
+    forecaster = OutputForecaster(corrected(), TrajectoryCorrection(mask, weights))
     memory = remembered(steps, False, torch.float64, forecaster)
     found = forecaster.correct_computed(memory)
     assert found is not None
@@ -180,10 +170,7 @@ def test_a_computed_step_of_a_mask_is_corrected_by_what_it_says(
     outputs = [anchor.residual.hidden_states for anchor in anchors]
     f0, f1, f2 = outputs + [outputs[-1]] * (3 - len(outputs))
     x0, x1 = (anchor.inputs.hidden_states for anchor in anchors[:2])
-    if sees_latents:
-        wanted = 0.3 * (f0 - f1) - 0.2 * (x0 - x1) + 0.05 * f0 + 0.1 * x0 + 0.6 * (f1 - f2)
-    else:
-        wanted = 0.7 * (f0 - f1) - 0.4 * f0 + 0.2 * (f1 - f2)
+    wanted = 0.3 * (f0 - f1) - 0.2 * (x0 - x1) + 0.05 * f0 + 0.1 * x0 + 0.6 * (f1 - f2)
     torch.testing.assert_close(found.hidden_states, f0 + wanted, rtol=1e-6, atol=1e-6)
     # What is remembered stays what was computed, and the text is not touched.
     assert anchors[0].residual.hidden_states is f0
@@ -195,7 +182,7 @@ def test_a_computed_step_puts_out_what_was_computed_without_a_masks_corrections(
     blank = TrajectoryCorrection(mask, np.zeros((STEPS, 5), np.float32))
     full = TrajectoryCorrection(mask, np.ones((STEPS, 5), np.float32))
     for steering, steps in ((None, (0, 1, 3)), (blank, (0, 1, 3)), (full, (3,)), (full, (0, 1.5))):
-        forecaster = OutputForecaster(corrected(), True, steering)
+        forecaster = OutputForecaster(corrected(), steering)
         assert (
             forecaster.correct_computed(remembered(steps, False, torch.float64, forecaster)) is None
         )
@@ -219,7 +206,7 @@ def test_pictures_without_and_with_guidance_have_weights_of_their_own(picture: b
     x = latents(9, torch.float64).hidden_states
     moved = x + 1.0
     steering = by_branch(COMMON, WITHOUT, WITH)
-    one = remembered((0, 1, 3), picture, torch.float64, OutputForecaster(None, True, steering))
+    one = remembered((0, 1, 3), picture, torch.float64, OutputForecaster(None, steering))
 
     def four(streams: Streams) -> Streams:
         return streams.map(lambda x: torch.cat([x] * 4))
@@ -230,7 +217,7 @@ def test_pictures_without_and_with_guidance_have_weights_of_their_own(picture: b
     def forecast(
         rows: list[torch.Tensor], steering: TrajectoryCorrection, branch: int | None = None
     ) -> Any:
-        forecaster = OutputForecaster(corrected(), True, steering, branch)
+        forecaster = OutputForecaster(corrected(), steering, branch)
         return forecaster.forecast(memory, Streams(torch.cat(rows)), at(5)).hidden_states
 
     alike = {w: forecast([x, moved, x, moved], by_branch(w, w, w)) for w in (COMMON, WITHOUT, WITH)}
@@ -249,15 +236,17 @@ def test_pictures_without_and_with_guidance_have_weights_of_their_own(picture: b
 
 def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> None:
     mask = [int(step in (0, 4, 5)) for step in range(STEPS)]
-    weights = random(STEPS, 3).numpy()
-    forecaster = OutputForecaster(corrected(), False, TrajectoryCorrection(mask, weights))
+    weights = random(STEPS, 5).numpy()
+    forecaster = OutputForecaster(corrected(), TrajectoryCorrection(mask, weights))
     x = latents(9, torch.float64)
 
-    def row(memory: Memory, plain: Streams, found: Streams | None) -> int | None:
+    def row(
+        memory: Memory, plain: Streams, found: Streams | None, given: Streams, computed: bool
+    ) -> int | None:
         """The step whose weights a forecast or a computed step took."""
         if found is None or torch.equal(found.hidden_states, plain.hidden_states):
             return None
-        terms = forecaster.terms(memory, x, computed=False)
+        terms = forecaster.terms(memory, given, computed)
         for step in range(STEPS):
             wanted = forecaster.corrected(plain, terms, weights[step].tolist())
             if torch.equal(wanted.hidden_states, found.hidden_states):
@@ -274,13 +263,13 @@ def test_a_stage_ahead_in_a_mask_takes_the_corrections_of_the_next_step() -> Non
     for (steps, now), wanted in forecasts.items():
         memory = remembered(steps, False, torch.float64, forecaster)
         plain = OutputForecaster().forecast(memory, x, at(now))
-        assert row(memory, plain, forecaster.forecast(memory, x, at(now))) == wanted
+        assert row(memory, plain, forecaster.forecast(memory, x, at(now)), x, False) == wanted
     computed = {(0, 4): 4, (0, 4, 5): 5, (0, 3): 4, (0, 3, 4): 5, (0, 2): None, (3, 4, 5): None}
     for steps, wanted in computed.items():
         memory = remembered(steps, False, torch.float64, forecaster)
-        assert (
-            row(memory, memory.anchors[0].residual, forecaster.correct_computed(memory)) == wanted
-        )
+        newest = memory.anchors[0]
+        found = forecaster.correct_computed(memory)
+        assert row(memory, newest.residual, found, newest.inputs, True) == wanted
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ class Layer:
         """Run a pass; return the keys that it attends to. A skipped one attends to none."""
         self.state.patch_mode = patch is not None
         self.state.pipeline_patch_idx = patch or 0
-        self.keys.open(step, LEVELS[step], begins=step == 0 and not patch)
+        if step == 0 and not patch:
+            self.keys.forget()
+        self.keys.open(step, LEVELS[step])
         found = torch.empty(0)
         if attends:
             new = self.at(LEVELS[step])

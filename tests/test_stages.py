@@ -182,7 +182,7 @@ def test_a_pipeline_computes_at_the_first_decision_that_knows_of_a_nan(
         x = ones(torch.nan if index == 4 else 1.0)
         stack.pipelined(x, 1 - index / 10, patched=index > 0)
     assert stack.flags == [0, 0, 1, 1, 1, 0, 1, 1, 1]
-    assert forgotten == [5, 5]  # of each patch
+    assert forgotten == [0, 5, 5]  # as the generation begins, and of each patch
     assert stack.engine.statistics()["nonfinite_steps"] == 1
 
 

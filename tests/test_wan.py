@@ -73,7 +73,8 @@ def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) ->
 def test_what_stands_in_by_default_is_the_output_forecast_unless_more_is_asked_for() -> None:
     pipe, _ = made("wan", STEPS)
     for options, forecaster in (
-        ({}, "output"),
+        ({}, "data"),
+        ({"cache_ratio_threshold": 0.1}, "output"),
         ({"steps_mask": MASK}, "output"),
         ({"computed_steps": 2}, "data"),
         ({"forecaster": "reuse"}, "reuse"),

@@ -134,6 +134,20 @@ def cases(pipe: Any) -> dict[str, Any]:
     return found
 
 
+def budget(pipe: Any) -> dict[str, Any]:
+    """Draw with a budget alone; return the latents, and what the scheduler has kept of it."""
+    from xfuser_fastcache import apply_cache_on_transformer
+
+    generate(pipe)
+    before = set(vars(pipe.scheduler))
+    apply_cache_on_transformer(pipe.transformer, sync_timeout_s=60, computed_steps=sum(MASK))
+    latents = generate(pipe)
+    return {
+        "latents": None if latents is None else latents.flatten().tolist(),
+        "left_behind": sorted(set(vars(pipe.scheduler)) ^ before),
+    }
+
+
 def calibration(pipe: Any) -> Fitted:
     """Return a calibration for this generation, as one rank would have made it."""
     levels = [step.noise_level for step in FluxAdapter.plan(pipe.scheduler)]
@@ -144,7 +158,6 @@ def calibration(pipe: Any) -> Fitted:
         lags=4,
         masks={sum(MASK): MASK},
         steering=np.full((1, len(MASK), 5), 0.01, np.float32),
-        steering_blind=np.full((1, len(MASK), 3), 0.01, np.float32),
     )
     metadata = fingerprint(model, FluxAdapter.model_class, FluxAdapter.embedder, blocks)
     return replace(made, metadata={**made.metadata, **metadata})
@@ -160,13 +173,16 @@ def main() -> None:
     for flag in ("ulysses", "ring", "pipefusion_parallel", "data_parallel"):
         parser.add_argument(f"--{flag}_degree", type=int, default=1)
     parser.add_argument("--num_pipeline_patch", type=int)
+    parser.add_argument("--budget", action="store_true", help="draw with a budget alone")
     options = parser.parse_args()
+    of_layout = {name: value for name, value in vars(options).items() if name != "budget"}
     cpu_platform.enable_cpu_platform()
-    pipe = load(**vars(options), warmup_steps=1)
+    pipe = load(**of_layout, warmup_steps=1)
     from xfuser.core.distributed import get_model_replica_group
 
     stages = options.pipefusion_parallel_degree
-    report(dist.get_rank(), group=get_model_replica_group().ranks, stages=stages, **cases(pipe))
+    found = budget(pipe) if options.budget else cases(pipe)
+    report(dist.get_rank(), group=get_model_replica_group().ranks, stages=stages, **found)
     cpu_platform.finish()
 
 

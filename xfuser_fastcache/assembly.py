@@ -24,8 +24,8 @@ from xfuser_fastcache.artifacts.moved import moved
 from xfuser_fastcache.backends import forecaster_of, gate_of, uncovered_of
 from xfuser_fastcache.blueprint import Blueprint
 from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.config.budget import Budget, budget_of
-from xfuser_fastcache.config.methods import made
+from xfuser_fastcache.config.budget import Budget
+from xfuser_fastcache.config.methods import budget_of, made
 from xfuser_fastcache.config.parts import parts_of
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup
@@ -41,6 +41,7 @@ from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.models.wrappers import gathered
 from xfuser_fastcache.plugins import ADAPTERS, loaded
 from xfuser_fastcache.reports.statistics import BlockInfo
+from xfuser_fastcache.state.latents import StageLatents
 from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 from xfuser_fastcache.tokens.plan import token_plan
 
@@ -255,11 +256,14 @@ def drawn(
     contracts: list[BlockContract | ForwardContract] = list(of_blocks)
     dim = adapter.dim(model)
     tokens: TokenPlan = NoTokenPlan()
+    latents = None
     if request.whole_forward:
         # What a later stage is given are no latents, of which some channels are noise.
         later = ForwardContract(adapter.forward_layout(), counts=counts)
         contracts = [later if group.stage else adapter.forward_contract(model, counts)]
         dim = adapter.noise_channels(model)
+        if group.stage and group.is_last_stage:
+            latents = StageLatents(adapter.forward_layout().tokens, scheduler)
     else:
         tokens = _token_plan(request, adapter, group, blocks, of_blocks)
     first = sum(part.blocks for stage in consensus.stages[: group.stage] for part in stage)
@@ -297,6 +301,7 @@ def drawn(
         fitted=request.fitted,
         modulated=modulated if first == 0 else None,
         tokens=tokens,
+        latents=latents,
     )
 
 

@@ -74,16 +74,14 @@ def forecaster_of(
         maps: fitted for the span and this forecaster, or None.
         mixture: of the model's latents and predictions, at a noise level.
     """
-    sees_latents = group.stages == 1
     chosen: Forecaster = config.methods.forecaster
     if maps is not None:
         return chosen.with_maps(maps)
     if fitted is None:
-        return chosen.on_model(mixture, sees_latents)
-    # A pipeline's stages but the last hand on what no calibration has seen.
-    last = group.stage == group.stages - 1
-    correction = fitted.trajectory_correction(config.steps_mask, sees_latents) if last else None
-    return OutputForecaster(fitted if last else None, sees_latents, correction, group.branch)
+        return chosen.on_model(mixture, group.is_last_stage)
+    if not group.is_last_stage:  # it hands on what no calibration has seen
+        return OutputForecaster()
+    return OutputForecaster(fitted, fitted.trajectory_correction(config.steps_mask), group.branch)
 
 
 def uncovered_of(group: DecisionGroup, mixture: Callable[[float], Mixture]) -> Forecaster:
@@ -93,4 +91,4 @@ def uncovered_of(group: DecisionGroup, mixture: Callable[[float], Mixture]) -> F
         group: of the rank.
         mixture: of the model's latents and predictions, at a noise level.
     """
-    return DataForecaster().on_model(mixture, group.stages == 1)
+    return DataForecaster().on_model(mixture, group.is_last_stage)

@@ -22,6 +22,7 @@ from xfuser_fastcache.models.block_contract import BlockContract
 from xfuser_fastcache.models.forward_layout import ForwardContract
 from xfuser_fastcache.models.spans import Piece, pieces_held
 from xfuser_fastcache.reports.statistics import BlockInfo
+from xfuser_fastcache.state.latents import StageLatents
 from xfuser_fastcache.state.prober import Prober
 from xfuser_fastcache.tokens.interface import NoTokenPlan, TokenPlan
 
@@ -48,6 +49,8 @@ class Blueprint:
             this rank does not hold that block.
         tokens: which tokens computed spans run on; for one stage only.
         keys: what a patch of PipeFusion attends to of the others.
+        latents: at a pipeline's last stage, where something stands in for its whole forward pass;
+            None elsewhere.
     """
 
     config: CacheConfig
@@ -63,6 +66,7 @@ class Blueprint:
     modulated: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor] | None = None
     tokens: TokenPlan = field(default_factory=NoTokenPlan)
     keys: PatchKeys = field(default_factory=NoPatchKeys)
+    latents: StageLatents | None = None
 
     def rules(self, consensus: Consensus) -> Rules:
         """Return what decisions go by."""

@@ -226,7 +226,7 @@ class CacheEngine:
         for local in self.branches.values():
             local.memories.clear()
             local.references.clear()
-        self.plan.keys.forget()
+        self.passage.forget()
 
     # ---- called by the block hooks ----------------------------------------------------------
 
@@ -276,8 +276,7 @@ class CacheEngine:
     def _note_bytes(self) -> None:
         """Anchors only come to be within a generation, so its end has the most."""
         held = sum(local.nbytes() for local in self.branches.values())
-        held += self.plan.tokens.nbytes() + self.forecaster.nbytes() + self.plan.keys.nbytes()
-        self.agreement.counters.saw_bytes(held)
+        self.agreement.counters.saw_bytes(held + self.passage.nbytes())
 
     def statistics(self) -> dict[str, Any]:
         """Return the counters; waits for nothing, so that a single rank may ask."""

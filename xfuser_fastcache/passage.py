@@ -85,7 +85,9 @@ class Passage:
         """
         self.call, self._local, self._decide = call, local, decide
         self.recomputes = False
-        self.plan.keys.open(call.step, call.noise_level, call.starts_generation)
+        if call.starts_generation:
+            self.forget()
+        self.plan.keys.open(call.step, call.noise_level)
 
     def end(self) -> None:
         """End a forward pass.
@@ -98,6 +100,9 @@ class Passage:
             self.plan.keys.forget()  # a slope may hold the NaN, and bring it up again
         self._leave_unfinished()
         self._take_decision()  # no block ran here; the other ranks wait all the same
+        if self.plan.latents is not None:
+            call, _ = self._here()
+            self.plan.latents.listen(self._local, call.position)
 
     def recompute(self) -> None:
         """Let the forward pass run again, all of it: a forecast has found no place in it.
@@ -119,9 +124,21 @@ class Passage:
         if schedule is not None and schedule.exceeded(call, computed=True):
             self.agreement.counters.forced_beyond_budget += 1
 
+    def forget(self) -> None:
+        """Forget what is remembered beside the branches' memories."""
+        self.plan.keys.forget()
+        if self.plan.latents is not None:
+            self.plan.latents.forget()
+
+    def nbytes(self) -> int:
+        """Bytes of what is remembered beside the branches' memories."""
+        held = self.tokens.nbytes() + self.forecaster.nbytes() + self.plan.keys.nbytes()
+        return held if self.plan.latents is None else held + self.plan.latents.nbytes()
+
     def abandon(self) -> None:
         """Leave a forward pass that has failed."""
         self.plan.keys.close()
+        self.forget()
         self.call = self._visit = self._decide = None
 
     def _take_decision(self) -> None:
@@ -200,6 +217,8 @@ class Passage:
         (call, shared), local = self._here(), self._local
         span, rules = self.pieces[index].span, self.agreement.rules
         memory = local.memory(span, call.position)
+        if self.plan.latents is not None:
+            inputs = self.plan.latents.given(inputs, call.position)
         reference = memory.anchors[0].reference if memory.anchors else None
         # Where no tokens are counted, the gate does not let the span be skipped.
         if not memory.output_unknown:

@@ -58,7 +58,7 @@ def rows(toy: str, computed: int, made: str) -> dict[str, dict[str, Any]]:
         made: a calibration that was made in this layout, to be compared; "" for all other rows.
     """
     mask = {"calibration": f"{toy}/fastcache.safetensors"}
-    even = {"computed_steps": computed, "forecaster": "output"}
+    even = {"computed_steps": computed}
     if made:
         return {
             f"mask of {computed}, calibrated on one rank": {**mask, "computed_steps": computed},

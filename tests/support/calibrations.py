@@ -24,7 +24,6 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
     tables = {
         "noise_levels": levels,
         "weights": np.zeros((*cells, 4), np.float32),
-        "weights_blind": np.zeros((*cells, 2), np.float32),
         "slopes": np.ones(cells),
         "degrees": np.full(cells, 10.0),
         "exponents": (1.0, 0.0),
@@ -32,7 +31,6 @@ def fitted_on(levels: Any, lags: int = 3, **changes: Any) -> Fitted:
         "scales": {0.05: 1.0, 0.1: 2.0},
         "masks": {},
         "steering": np.zeros((0, len(levels), 5), np.float32),
-        "steering_blind": np.zeros((0, len(levels), 3), np.float32),
         "steering_guided": np.zeros((0, len(levels), 2, 5), np.float32),
         "metadata": {"cache_ratio_threshold": 0.3},
         "digest": "0123456789abcdef",

@@ -29,13 +29,13 @@ _WEIGHT = 1e6  # Forecasts are about as large as what they are made of.
 _TABLES = {
     "noise_levels": (np.float64, 0.0, _WEIGHT),
     "weights": (np.float32, -_WEIGHT, _WEIGHT),
-    "weights_blind": (np.float32, -_WEIGHT, _WEIGHT),
     "slopes": (np.float64, 0.0, math.inf),
     "degrees": (np.float64, _ABOVE_0, math.inf),
     "steering": (np.float32, -_WEIGHT, _WEIGHT),
-    "steering_blind": (np.float32, -_WEIGHT, _WEIGHT),
     "steering_guided": (np.float32, -_WEIGHT, _WEIGHT),
 }
+# Of earlier releases, whose last stage of a pipeline did not see the latents; no longer asked for.
+_FORMER = {"weights_blind", "steering_blind"}
 # These travel in the metadata.
 _NUMBERS = ("exponents", "upper", "scales", "masks")
 
@@ -66,7 +66,7 @@ class TrajectoryCorrection(NamedTuple):
 
     Attributes:
         mask: 1 for computed, `T` entries.
-        weights: see `Fitted.steering`, `(T, 5)` or blind `(T, 3)`.
+        weights: see `Fitted.steering`, `(T, 5)`.
         guided: see `Fitted.steering_guided`, `(T, 2, 5)`; None without any.
     """
 
@@ -103,8 +103,6 @@ class Fitted:
         weights: of the last output's change, the latents' change, the last output and the latents,
             added to the extrapolated output, `(T, G, G + 1, 4)`; all 0 where the extrapolation
             alone was better on generations that were held out.
-        weights_blind: the first and third of them, fitted without the latents, which a pipeline's
-            last stage is not given, `(T, G, G + 1, 2)`.
         slopes: median of true relative error over delta and rho, each to its power,
             `(T, G, G + 1)`; infinite where nothing was seen.
         degrees: degrees of freedom of the predicted squared error, same shape.
@@ -118,7 +116,6 @@ class Fitted:
             before the last; empty, `(0, T, 5)`, where the masks take the cells' corrections. At a
             computed step the last output is that step's own, and changes are those since the
             computed step before.
-        steering_blind: the first, third and fifth of them, fitted alone, `(M, T, 3)`.
         steering_guided: as `steering`, of the pictures of a batch without guidance and of those
             with it, fitted together where a call of the transformer held both, `(M, T, 2, 5)`;
             empty, `(0, T, 2, 5)`, where it did not.
@@ -128,7 +125,6 @@ class Fitted:
 
     noise_levels: NDArray[np.float64]
     weights: NDArray[np.float32]
-    weights_blind: NDArray[np.float32]
     slopes: NDArray[np.float64]
     degrees: NDArray[np.float64]
     exponents: tuple[float, float]
@@ -136,7 +132,6 @@ class Fitted:
     scales: dict[float, float]
     masks: dict[int, list[int]]
     steering: NDArray[np.float32]
-    steering_blind: NDArray[np.float32]
     steering_guided: NDArray[np.float32]
     metadata: dict[str, Any]
     digest: str = field(default="", compare=False)
@@ -147,7 +142,6 @@ class Fitted:
         wanted = {
             "noise_levels": (steps,),
             "weights": (*cells, 4),
-            "weights_blind": (*cells, 2),
             "slopes": cells,
             "degrees": cells,
         }
@@ -155,7 +149,7 @@ class Fitted:
             found = getattr(self, name).shape
             if found != shape or 0 in shape:
                 raise ValueError(f"{name} has the shape {found}, and the other tables want {shape}")
-        weights = {"steering": (5,), "steering_blind": (3,), "steering_guided": (2, 5)}
+        weights = {"steering": (5,), "steering_guided": (2, 5)}
         for name, last in weights.items():
             found = getattr(self, name).shape
             if found not in ((0, steps, *last), (len(self.masks), steps, *last)):
@@ -201,12 +195,9 @@ class Fitted:
             return None
         return slope * float(change ** (of_change / 2) * energy ** (of_energy / 2))
 
-    def trajectory_correction(
-        self, mask: list[int] | None, sees_latents: bool
-    ) -> TrajectoryCorrection | None:
+    def trajectory_correction(self, mask: list[int] | None) -> TrajectoryCorrection | None:
         """Return the corrections made for a mask; None without any."""
-        table = self.steering if sees_latents else self.steering_blind
-        guided = self.steering_guided if sees_latents else ()
+        table, guided = self.steering, self.steering_guided
         for place, count in enumerate(sorted(self.masks)[: len(table)]):
             if self.masks[count] == mask:
                 own = guided[place] if len(guided) else None
@@ -250,7 +241,7 @@ class Fitted:
 
     @property
     def of_stages(self) -> bool:
-        """Whether it was made under PipeFusion: on its pictures, and blind for the latents."""
+        """Whether it was made under PipeFusion, on its pictures."""
         return self.metadata.get("layout", WITHOUT_STAGES) != WITHOUT_STAGES
 
     def save(self, path: str | Path) -> None:
@@ -268,6 +259,7 @@ def load_fitted(path: str | Path) -> Fitted:
             calibration; with the reason.
     """
     held, meta, digest = read_file(path, CALIBRATION)
+    held = {name: table for name, table in held.items() if name not in _FORMER}
     if set(held) != set(_TABLES):
         raise ValueError(
             f"{str(path)!r} holds {', '.join(sorted(held))}, and a calibration "

@@ -46,12 +46,10 @@ def moved(fitted: Fitted, computed: int, levels: Sequence[float]) -> Fitted | No
         fitted,
         noise_levels=np.asarray(levels, np.float64),
         weights=np.zeros((*none, 4), np.float32),
-        weights_blind=np.zeros((*none, 2), np.float32),
         slopes=np.full(none, np.inf),
         degrees=np.ones(none),
         masks={computed: new},
         steering=weights_of(fitted.steering),
-        steering_blind=weights_of(fitted.steering_blind),
         steering_guided=weights_of(fitted.steering_guided),
     )
 

@@ -83,18 +83,16 @@ def fit(
         metadata: for the file.
     """
     train, test = flat(parts.fit), flat(parts.held_out)
-    weights, blind = fit_weights(train, test, levels, lags)
+    weights = fit_weights(train, test, levels, lags)
     # The weights look a little better on what they were fitted to; the scale makes up for that.
     tables = tables_of([*train, *test], levels, weights)
     return Fitted(
         noise_levels=levels,
         weights=weights,
-        weights_blind=blind,
         **_prediction(tables),
         scales={},
         masks={},
         steering=np.zeros((0, len(levels), 5), np.float32),
-        steering_blind=np.zeros((0, len(levels), 3), np.float32),
         steering_guided=np.zeros((0, len(levels), 2, 5), np.float32),
         metadata={**metadata, "cache_ratio_threshold": epsilon},
     )
@@ -104,8 +102,7 @@ def without_corrections(fitted: Fitted, parts: Parts) -> Fitted:
     """Return the calibration of the plain extrapolation, with predictions of its own errors."""
     plain = np.zeros_like(fitted.weights)
     tables = tables_of(flat([*parts.fit, *parts.held_out]), fitted.noise_levels, plain)
-    blind = np.zeros_like(fitted.weights_blind)
-    return replace(fitted, weights=plain, weights_blind=blind, **_prediction(tables))
+    return replace(fitted, weights=plain, **_prediction(tables))
 
 
 def _prediction(tables: Tables) -> dict[str, Any]:

@@ -22,7 +22,6 @@ _TERMS = np.array(
     [[1, -1, 0, 0, 0], [0, 0, 0, 1, -1], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0]],
     dtype=float,
 )
-_BLIND = [0, 2]  # those that need no latents
 
 
 def cells(steps: int, lags: int) -> Iterator[Cell]:
@@ -80,12 +79,10 @@ def _grams(
     return grams / grams[:, 2:3, 2:3] if relative else grams
 
 
-def _ridge(
-    grams: NDArray[np.float64], start: NDArray[np.float64], terms: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Weights of `terms` that make `start` small: a ridge regression that shrinks to 0."""
+def _ridge(grams: NDArray[np.float64], start: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights of the terms that make `start` small: a ridge regression that shrinks to 0."""
     mean = grams.mean(axis=0)
-    return ridge_weights(terms @ mean @ terms.T, -terms @ mean @ start)
+    return ridge_weights(_TERMS @ mean @ _TERMS.T, -_TERMS @ mean @ start)
 
 
 def ridge_weights(
@@ -116,8 +113,8 @@ def fit_weights(
     held_out: list[Trajectory],
     levels: NDArray[np.float64],
     lags: int,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Fit the corrections of every cell, with the latents and without.
+) -> NDArray[np.float32]:
+    """Fit the corrections of every cell.
 
     A cell's four weights minimise the mean squared relative error of its forecasts, with a ridge
     that shrinks to the plain extrapolation; where they do no better on generations held out, they
@@ -130,20 +127,18 @@ def fit_weights(
         lags: largest lag between anchors.
 
     Returns:
-        `(T, G, G + 1, 4)` and `(T, G, G + 1, 2)`; see `Fitted`.
+        `(T, G, G + 1, 4)`; see `Fitted`.
     """
     steps = len(levels)
-    seeing = np.zeros((steps, lags, lags + 1, 4), np.float32)
-    blind = np.zeros((steps, lags, lags + 1, 2), np.float32)
+    table = np.zeros((steps, lags, lags + 1, 4), np.float32)
     for cell in cells(steps, lags):
         start = extrapolation(cell, levels)
         train, test = _grams(fit, cell), _grams(held_out, cell)
         plain = _squares(start, test)
-        for table, chosen in ((seeing, _TERMS), (blind, _TERMS[_BLIND])):
-            weights = _ridge(train, start, chosen)
-            if _helps(plain, _squares(start + weights @ chosen, test)):
-                table[cell] = weights
-    return seeing, blind
+        weights = _ridge(train, start)
+        if _helps(plain, _squares(start + weights @ _TERMS, test)):
+            table[cell] = weights
+    return table
 
 
 @dataclass(frozen=True)

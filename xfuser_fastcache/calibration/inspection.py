@@ -46,7 +46,7 @@ def inspected(fitted: Fitted) -> dict[str, Any]:
         "masks": {
             str(count): {
                 "mask": mask,
-                "corrected": fitted.trajectory_correction(mask, True) is not None,
+                "corrected": fitted.trajectory_correction(mask) is not None,
                 "longest_gap": max(map(len, "".join(map(str, mask)).split("1"))),
             }
             for count, mask in sorted(fitted.masks.items())
@@ -142,7 +142,7 @@ def save_plot(
     of_masks.set_ylabel("computed steps of the mask")
     if counts:
         count = counts[len(counts) // 2] if computed_steps is None else computed_steps
-        correction = fitted.trajectory_correction(fitted.masks[count], True)
+        correction = fitted.trajectory_correction(fitted.masks[count])
         # Without any for a mask, each skip takes that of its cell: here of the first skip.
         weights = fitted.weights[:, 0, 1] if correction is None else correction.weights
         for name, column in zip(WEIGHTS, weights.T, strict=False):

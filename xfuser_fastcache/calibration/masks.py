@@ -66,7 +66,7 @@ class MaskTrials:
         # How many of them weights are fitted on; the others try a mask.
         self.fits = min(max(1, round(FITTED * len(self.batch))), len(self.batch) - 1)
         self.full, self.reference = self._full_run()
-        self.guided = self.full is not None and len(self.full.outputs[0]) == 2
+        self.guided = self._told(self.full is not None and len(self.full.outputs[0]) == 2)
         self._steered: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def search(self) -> tuple[Fitted, dict[str, Any]]:
@@ -115,7 +115,6 @@ class MaskTrials:
         """Return corrections for the chosen masks, by their names in the file."""
         tried = [self._steered[tuple(mask)] for mask in masks]
         found = {"steering_guided" if self.guided else "steering": tried}
-        found["steering_blind"] = [self._run(mask, sees_latents=False)[1] for mask in masks]
         if self.guided:
             found["steering"] = [self._run(mask)[1] for mask in masks]
         return found
@@ -125,10 +124,15 @@ class MaskTrials:
         value, self._steered[tuple(mask)] = self._run(mask, by_branch=self.guided)
         return value
 
-    def _run(self, mask: list[int], **options: bool) -> tuple[float, NDArray[np.float32]]:
+    def _told(self, known: Any) -> Any:
+        """Return what a rank knows of the full run, which all of them know."""
+        return known
+
+    def _run(self, mask: list[int], by_branch: bool = False) -> tuple[float, NDArray[np.float32]]:
+        """Return how a mask does with corrections fitted as it runs, in dB, and these."""
         assert self.full is not None
         with self._observer() as observer:
-            forecaster = SteeringForecaster(self.full, observer, **options)
+            forecaster = SteeringForecaster(self.full, observer, by_branch)
             found = self.runs.latents(*self.batch, forecaster=forecaster, steps_mask=mask)
         return self._judged(found), forecaster.found
 

@@ -1,6 +1,6 @@
 """Masks and their corrections in PipeFusion itself, with its patches and its older keys.
 
-Its last stage alone puts out the noise and holds the scheduler, so that it fits: blind corrections,
+Its last stage alone puts out the noise and holds the scheduler, so that it fits the corrections,
 which it will apply, patch by patch as they come.
 """
 
@@ -22,8 +22,6 @@ from xfuser_fastcache.calibration.steering import (
 )
 from xfuser_fastcache.calibration.team import Team
 from xfuser_fastcache.models.forward_layout import ForwardContract, noise_tokens
-from xfuser_fastcache.models.streams import Streams
-from xfuser_fastcache.state.local import Memory
 
 
 class StageObserver(Observer):
@@ -66,7 +64,7 @@ class StageObserver(Observer):
         """Return `(k n, tokens, channels)` each as `(k, n, tokens, channels)`."""
         return [one.unflatten(0, (-1, self.generations)).float() for one in tensors]
 
-    def tokens_of_patch(self, count: int) -> slice:
+    def tokens_at_work(self, count: int) -> slice:
         """Return which tokens of the picture the patch at work has, given how many."""
         start = sum(output.shape[2] for *_, output in self._patches)
         return slice(start, start + count)
@@ -90,58 +88,35 @@ class StageObserver(Observer):
 
 
 class StageForecaster(SteeringForecaster):
-    """Fits blind corrections on the last stage; a patch by itself and those of its step before it.
+    """Fits corrections on the last stage alone; a patch by itself and those of its step before."""
 
-    Args:
-        full: the same batch with full computation in this layout.
-        observer: of this run.
-    """
-
-    observer: StageObserver
-
-    def __init__(self, full: FullRun, observer: StageObserver):
-        super().__init__(full, observer, sees_latents=False)
-
-    def _correct(
-        self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
-    ) -> Streams:
-        terms = self.terms(memory, inputs, computed)
-        seen = self.observer
-        step, latents = len(seen.outputs), seen.latents[len(seen.outputs)]
-        made = [noise_tokens(x, latents) for x in (plain.hidden_states, *terms)]
-        at = seen.tokens_of_patch(made[0].shape[1])
-        base, *columns = seen.rows(*made)
-        self.found[step] = self._fit(step, latents[:, at], base, columns, at)
-        return self.corrected(plain, terms, self.found[step].tolist())
+    def _agreed(self, fit: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        return fit()
 
 
 class StagedTrials(MaskTrials):
-    """Finds masks and corrections where a pipeline's stages share the blocks.
+    """Finds masks and corrections where a pipeline's stages share the blocks."""
 
-    The file has no corrections that see the latents: no rank could fit any.
-    """
+    def _told(self, known: Any) -> Any:
+        """Return what the last stage knows, on all of them."""
+        told = self.runs.team.of_replica(known if self._last else None)
+        return next(one for _, one in told if one is not None)
 
     @property
     def _last(self) -> bool:
         place = self.runs.team.place
         return place.stage == place.stages - 1
 
-    def steered(self, mask: list[int]) -> float:
-        """Fit corrections for a mask; return what it makes of the generations held out, in dB."""
+    def _run(self, mask: list[int], by_branch: bool = False) -> tuple[float, NDArray[np.float32]]:
         runs, forecaster = self.runs, None
         if self._last:
             assert self.full is not None
             with StageObserver(runs.pipe, len(self.batch), runs.team) as observer:
-                forecaster = StageForecaster(self.full, observer)
+                forecaster = StageForecaster(self.full, observer, by_branch)
                 drawn = runs.latents(*self.batch, forecaster=forecaster, steps_mask=mask)
         else:
             drawn = runs.latents(*self.batch, steps_mask=mask)
-        fitted = runs.team.of_replica(None if forecaster is None else forecaster.found)
-        self._steered[tuple(mask)] = next(one for _, one in fitted if one is not None)
-        return self._judged(drawn)
-
-    def _corrections(self, masks: list[list[int]]) -> dict[str, list[NDArray[np.float32]]]:
-        return {"steering_blind": [self._steered[tuple(mask)] for mask in masks]}
+        return self._judged(drawn), self._told(None if forecaster is None else forecaster.found)
 
     def _full_run(self) -> tuple[FullRun | None, torch.Tensor]:
         runs = self.runs

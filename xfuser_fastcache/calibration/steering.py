@@ -10,7 +10,7 @@ output, beside what was extrapolated, says what the forecasts before it were wro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,10 @@ class Observer:
             for found, share in zip(self.team.whole(kept), shares, strict=True)
         ]
         return [torch.cat(parts, dim=1) for parts in zip(*replicas, strict=True)]
+
+    def tokens_at_work(self, count: int) -> slice:
+        """Return which tokens of the picture are forecast, given how many: all of them."""
+        return slice(None)
 
     def _observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -197,30 +201,22 @@ class SteeringForecaster(OutputForecaster):
     Args:
         full: the same batch with full computation.
         observer: of this run.
-        sees_latents: see `OutputForecaster`.
         by_branch: whether pictures without and with guidance have weights of their own; for a
-            batch of both, seeing the latents.
+            batch of both.
 
     Attributes:
-        found: the weights, `(T, 5)`, blind `(T, 3)`, by branch `(T, 2, 5)`; 0 until a step has been
-            skipped.
+        found: the weights, `(T, 5)`, by branch `(T, 2, 5)`; 0 until a step has been skipped.
     """
 
     depth = 3
 
-    def __init__(
-        self,
-        full: FullRun,
-        observer: Observer,
-        sees_latents: bool = True,
-        by_branch: bool = False,
-    ):
-        super().__init__(sees_latents=sees_latents)
+    def __init__(self, full: FullRun, observer: Observer, by_branch: bool = False):
+        super().__init__()
         self.full = full
         self.observer = observer
         self.by_branch = by_branch
         self._sums = np.zeros(0), np.zeros(0)
-        shape = (2, 5) if by_branch else (5,) if sees_latents else (3,)
+        shape = (2, 5) if by_branch else (5,)
         self.found = np.zeros((len(full.outputs), *shape), np.float32)
 
     def _correct(
@@ -231,31 +227,31 @@ class SteeringForecaster(OutputForecaster):
         step, latents = len(self.observer.outputs), inputs.hidden_states
         made = [noise_tokens(x, latents) for x in (plain.hidden_states, *terms)]
         (given, *_), base, *columns = self.observer.rows(latents, *made)
-        team = self.observer.team
+        place = self.observer.team.place
         if not self.by_branch:
-            self.found[step] = team.agreed(lambda: self._fit(step, given, base, columns))
+            self.found[step] = self._agreed(lambda: self._fit(step, given, base, columns))
             return self.corrected(plain, terms, self.found[step].tolist())
         more = [torch.stack([torch.zeros_like(columns[i][0]), columns[i][1]]) for i in OF_OUTPUTS]
-        weights = team.agreed(lambda: self._fit(step, given, base, columns + more))
+        weights = self._agreed(lambda: self._fit(step, given, base, columns + more))
         common, added = np.split(weights, [len(terms)])
         self.found[step] = common
         self.found[step][1, OF_OUTPUTS] += added
         # Of ranks that share guidance out, each has one of the two.
-        rows = [0, 1] if team.place.branches == 1 else [team.place.branch]
+        rows = [0, 1] if place.branches == 1 else [place.branch]
         own = self.found[step][rows].repeat(len(latents) // len(rows), axis=0)
         each = torch.from_numpy(own).to(latents.device)
         return self.corrected(plain, terms, list(each.unbind(dim=1)))
 
+    def _agreed(self, fit: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return what all ranks that see the batch go by."""
+        return self.observer.team.agreed(fit)
+
     def _fit(
-        self,
-        step: int,
-        latents: torch.Tensor,
-        plain: torch.Tensor,
-        terms: list[torch.Tensor],
-        at: slice = slice(None),
+        self, step: int, latents: torch.Tensor, plain: torch.Tensor, terms: list[torch.Tensor]
     ) -> NDArray[np.float32]:
-        """Return a step's weights, by its tokens `at` and those before them."""
+        """Return a step's weights, by the tokens at work and those of the step before them."""
         full, update = self.full, self.full.updates[step]
+        at = self.observer.tokens_at_work(latents.shape[1])
         astray = update.latents * (latents - full.latents[step][:, at])
         if step:
             seen, before = self.observer, step - 1

@@ -42,7 +42,6 @@ def calibration() -> Fitted:
     return Fitted(
         noise_levels=levels,
         weights=np.full((*cells, 4), 1e-3, np.float32),
-        weights_blind=np.full((*cells, 2), 1e-3, np.float32),
         slopes=np.ones(cells),
         degrees=np.full(cells, 10.0),
         exponents=(1.0, 0.0),
@@ -50,7 +49,6 @@ def calibration() -> Fitted:
         scales={0.05: 1.0, 0.1: 2.0},
         masks={sum(MASK): list(MASK)},
         steering=np.full((1, STEPS, 5), 1e-3, np.float32),
-        steering_blind=np.full((1, STEPS, 3), 1e-3, np.float32),
         steering_guided=np.zeros((0, STEPS, 2, 5), np.float32),
         metadata={**made_for(), "cache_ratio_threshold": 0.3},
     )

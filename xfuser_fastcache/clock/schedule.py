@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 from xfuser_fastcache.clock.timeline import Call
 from xfuser_fastcache.config import CacheConfig
-from xfuser_fastcache.config.budget import Budget, budget_of
+from xfuser_fastcache.config.budget import Budget, given_budget
 
 STEPS_MASK, BUDGET = "steps mask", "budget"
 _GAP_TO_TAIL = 3
@@ -44,7 +45,7 @@ class Schedule:
         """Return the schedule that a resolved config asks for; None where the gate decides."""
         if config.steps_mask is not None:
             return cls(mask=tuple(config.steps_mask))
-        budget = budget_of(config)
+        budget = given_budget(config)
         if budget is None:
             return None
         return cls(None, budget, config.num_warmup_steps, config.max_consecutive_skips)
@@ -53,7 +54,8 @@ class Schedule:
         """Say whether a step is computed; None where the schedule does not reach.
 
         A mask goes by the place in the scheduler's plan, which a pipeline may enter in the middle,
-        a budget by the steps that are taken.
+        a budget by the steps that are taken. Where their number is not known, a share of them is
+        computed without an end.
 
         Args:
             call: at the step, or at a later one.
@@ -61,6 +63,8 @@ class Schedule:
         """
         place = (call.step if self.mask is None else call.planned_step) - before
         flags = self.flags(call.steps)
+        if flags is None and self.budget is not None and self.budget.share is not None:
+            return recurs(place - max(self.warm_up, 1) + 1, self.budget.share)
         return bool(flags[place]) if flags is not None and place < len(flags) else None
 
     def exceeded(self, call: Call, computed: bool) -> bool:
@@ -93,11 +97,7 @@ class Schedule:
             )
         assert self.budget is not None
         if steps is None:
-            return (
-                f"{self.budget} is spread over the steps of a generation, whose number is not "
-                "known; pass scheduler=..., use the transformer within its pipeline, or give "
-                "num_steps"
-            )
+            return self._refuses_unknown(self.budget.share)
         computed = self.budget.of(steps)
         if computed < min(self.warm_up, steps):
             return (
@@ -106,11 +106,23 @@ class Schedule:
                 "num_warmup_steps out"
             )
         longest = max(map(len, "".join(map(str, self.flags(steps) or ())).split("1")))
+        return self._refuses_gap(f"computes {computed} of {steps} steps and", longest)
+
+    def _refuses_unknown(self, share: float | None) -> str | None:
+        if share is None:
+            return (
+                f"{self.budget} is spread over the steps of a generation, whose number is not "
+                "known; pass scheduler=..., use the transformer within its pipeline, or give "
+                "num_steps"
+            )
+        return self._refuses_gap("without a known end", math.ceil(1 / share) - 1)
+
+    def _refuses_gap(self, how: str, longest: int) -> str | None:
         if self.limit is not None and longest > self.limit:
             return (
-                f"{self.budget} computes {computed} of {steps} steps and skips up to {longest} in "
-                f"a row, more than max_consecutive_skips={self.limit}; give a larger budget, or "
-                "leave max_consecutive_skips out"
+                f"{self.budget} {how} skips up to {longest} in a row, more than "
+                f"max_consecutive_skips={self.limit}; give a larger budget, or leave "
+                "max_consecutive_skips out"
             )
         return None
 
@@ -135,6 +147,16 @@ def spread(steps: int, computed: int, warm_up: int = 1) -> tuple[int, ...]:
     steps, computed = steps - first, computed - first
     tail = (steps - 1) // (_GAP_TO_TAIL * (computed - 1)) if computed > 1 else 0
     return (*[1] * first, *even_mask(steps - tail, computed), *[0] * tail)
+
+
+def recurs(step: int, share: float) -> bool:
+    """Say whether a step is computed of steps without a known end, the first of which is 0.
+
+    Example:
+        >>> [int(recurs(step, 0.4)) for step in range(-1, 9)]
+        [1, 1, 0, 0, 1, 0, 1, 0, 0, 1]
+    """
+    return step <= 0 or math.floor(step * share) > math.floor((step - 1) * share)
 
 
 def even_mask(steps: int, computed: int, last: bool = True) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xfuser_fastcache.config import composition, lightx2v, resolution
-from xfuser_fastcache.config.budget import QUALITIES
+from xfuser_fastcache.config.budget import AUTO, QUALITIES
 from xfuser_fastcache.config.capabilities import refuse_contradictions
 from xfuser_fastcache.config.checks import (
     MOST,
@@ -168,8 +168,9 @@ class CacheConfig(CheckedOptions):
     )
     quality: str | None = option(
         None,
-        choice(*QUALITIES),
-        "budget: compute 18, 15, 11 or 8 of 28 steps, and that share of other numbers",
+        choice(*QUALITIES, AUTO),
+        "budget: compute 18, 15, 11 or 8 of 28 steps, and that share of other numbers; auto: "
+        "medium, but all of fewer than 10. Fast takes it where nothing else says which steps",
     )
     linear_maps: str | None = option(
         None,

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xfuser_fastcache.config.budget import budget_of
+from xfuser_fastcache.config.budget import Budget, given_budget, says_which_steps
 from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.config.checks import Check, CheckedOptions, option, options_of, shown
 from xfuser_fastcache.config.composition import ONE, combination, single_gates, spec_of
@@ -133,6 +133,16 @@ def methods_of(config: CacheConfig) -> Methods:
     """Return the methods of a config."""
     plans = tuple(made("token_plan", one) for one in token_plans_of(config))
     return Methods(gates_of(config), made("forecaster", forecaster_spec(config)), plans)
+
+
+def budget_of(config: CacheConfig) -> Budget | None:
+    """Return the budget that a config asks for, or its backend's own where nothing says which steps
+    are computed; None where a gate decides or a mask."""
+    given = given_budget(config)
+    if given is not None or says_which_steps(config):
+        return given
+    quality = method_class("gate", config.use_cache, "cache backend").companions.quality
+    return None if quality is None else Budget("quality", quality)
 
 
 def gates_of(config: CacheConfig) -> tuple[Any, ...]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from xfuser_fastcache.config.budget import BUDGETS, budget_of, never_skips
+from xfuser_fastcache.config.budget import BUDGETS, given_budget, never_skips
 from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.config.flat import flat_names
 from xfuser_fastcache.config.methods import (
+    budget_of,
     canonical,
     forecaster_spec,
     method_class,
@@ -54,9 +55,10 @@ def resolved(config: CacheConfig, fitted: Calibrated | None) -> CacheConfig:
         "num_warmup_steps": companions.num_warmup_steps,
         "max_consecutive_skips": companions.max_consecutive_skips,
     }
-    if budget_of(config) is not None:
+    budget = budget_of(config)
+    if budget is not None:
         # All that limits skips by default it spreads better.
-        default = {"num_warmup_steps": 1}
+        default = {"num_warmup_steps": 1, budget.option: budget.value}
     default["patch_kv_slope"] = 0.0 if config.stagger_stages else PATCH_KV_SLOPE
     if config.gate is None:
         (gate,) = config.methods.gates
@@ -88,7 +90,7 @@ def _without_budget(config: CacheConfig) -> CacheConfig:
 
 def _calibrated(config: CacheConfig, fitted: Calibrated) -> CacheConfig:
     """Return a filled config with the mask that it asks for, checked against the calibration."""
-    mask, budget = config.steps_mask, budget_of(config)
+    mask, budget = config.steps_mask, given_budget(config)
     if budget is not None:
         steps = len(next(iter(fitted.masks.values()), ()))
         if budget.of(steps) not in fitted.masks:

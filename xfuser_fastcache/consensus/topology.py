@@ -62,6 +62,11 @@ class DecisionGroup:
         """Number of ranks."""
         return len(self.ranks)
 
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank puts out the noise prediction: also where there is one stage."""
+        return self.stage == self.stages - 1
+
 
 @dataclass(frozen=True)
 class Position:
@@ -86,13 +91,12 @@ class Position:
 class PatchKeys(Protocol):
     """What a patch of PipeFusion attends to of the others, at computed steps behind a gap."""
 
-    def open(self, step: int, level: float, begins: bool) -> None:
+    def open(self, step: int, level: float) -> None:
         """Begin a forward pass.
 
         Args:
             step: of the generation, from 0.
             level: its sigma.
-            begins: whether a generation begins.
         """
 
     def close(self) -> bool:
@@ -109,7 +113,7 @@ class PatchKeys(Protocol):
 class NoPatchKeys:
     """No patches, or keys and values as old as they are."""
 
-    def open(self, step: int, level: float, begins: bool) -> None:
+    def open(self, step: int, level: float) -> None:
         """Nothing to do."""
 
     def close(self) -> bool:

@@ -1,7 +1,7 @@
-"""Says where a generation is such that the cache skips nothing in it; few steps are the usual way.
+"""Says where a generation is such that the cache skips nothing in it, or cannot know its end.
 
-Distilled models take 4 to 9 steps. Warm-up and the last step, which are computed, are then most of
-them, and between two steps most changes.
+Few steps are the usual way to the first. Distilled models take 4 to 9 of them. Warm-up and the last
+step, which are computed, are then most, and between two steps most changes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from xfuser_fastcache.decisions.policy import Rules
 
 logger = logging.getLogger("xfuser_fastcache")
 
+_NO_END = (
+    "The number of steps is not known: %s computes its share of them without an end, perhaps not "
+    "the last ones, on which much rests. Use the transformer within its pipeline, pass "
+    "scheduler=..., or give num_steps. (Said once.)"
+)
+
 
 class FewSteps:
     """Warns as a generation begins that leaves nothing to skip, or ends without a skip.
 
     Once for each number of steps. Nothing is said where that was asked for, by a threshold of 0, a
-    mask, or `enable_block_approx=False`; nor of a single step, as programs warm up by; nor where
-    the number of steps is not known.
+    mask, or `enable_block_approx=False`; nor of a single step, as programs warm up by. Where the
+    number of steps is not known, that is said of a budget.
 
     Args:
         rules: that decisions go by.
@@ -33,12 +39,17 @@ class FewSteps:
         config, schedule = rules.config, rules.schedule
         masked = schedule is not None and schedule.budget is None
         self._asked = not masked and config.enable_block_approx and not never_skips(config)
-        self._done: set[int | None] = {None, 1}
+        self._done: set[int | None] = {1}
 
     def begin(self, call: Call) -> None:
         """Take in the first forward pass of a generation."""
         steps = call.steps
-        if not self._asked or steps is None or steps in self._done:
+        if not self._asked or steps in self._done:
+            return
+        if steps is None:
+            self._done.add(None)
+            if self._rules.schedule is not None:
+                logger.warning(_NO_END, self._rules.schedule.budget)
             return
         why = nothing_to_skip(self._rules, steps)
         if why is not None:

@@ -9,7 +9,7 @@ import torch
 
 from xfuser_fastcache.config.checks import number, option
 from xfuser_fastcache.forecasters.base import Forecaster, TaylorWeights, extrapolated
-from xfuser_fastcache.models.forward_layout import laid_out_as, noise_part
+from xfuser_fastcache.models.forward_layout import laid_out_as, latents_known, noise_part
 from xfuser_fastcache.models.noise import Mixture, velocity
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Anchor, Memory
@@ -67,7 +67,10 @@ class DataForecaster(Forecaster):
         plain = extrapolated(memory, noise_level, HANDED_ON)
         now = self.mixture(noise_level)
         known = [now, *(self.mixture(anchor.noise_level) for anchor in memory.anchors)]
-        if not self.sees_latents or not all(mixture.tells for mixture in known):
+        given = [inputs, *(anchor.inputs for anchor in memory.anchors)]
+        if not self.sees_latents or not all(latents_known(streams) for streams in given):
+            return plain
+        if not all(mixture.tells for mixture in known):
             return plain
         clean = self._clean(memory.anchors[0])
         if len(memory.anchors) > 1:

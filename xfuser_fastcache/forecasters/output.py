@@ -11,7 +11,7 @@ import torch
 from xfuser_fastcache.artifacts.calibration import Fitted, TrajectoryCorrection
 from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
-from xfuser_fastcache.models.forward_layout import laid_out_as, noise_part
+from xfuser_fastcache.models.forward_layout import laid_out_as, latents_known, noise_part
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
@@ -32,7 +32,8 @@ class OutputForecaster(Forecaster):
     With a calibration a linear correction is added, :math:`w_1 (f_0 - f_1) + w_2 (x - x_0) +
     w_3 f_0 + w_4 x`, x being the latents; its weights belong to the step and to its anchors' lags.
     With a mask that the calibration has searched they belong to the mask and the step, and
-    :math:`w_5 (f_1 - f_2)` comes in. The terms with x are absent where the latents are not at hand.
+    :math:`w_5 (f_1 - f_2)` comes in. A pipeline's stages but the last
+    correct nothing, and nor does that one where its latents are not known.
     With classifier-free guidance the pictures without it and those with it have weights of their
     own, if the calibration has them: which is which is told by `branch`, or else by a batch whose
     halves hold the same latents, without guidance first, as diffusers' pipelines make it.
@@ -41,8 +42,6 @@ class OutputForecaster(Forecaster):
 
     Args:
         fitted: the calibration; None for the extrapolation alone.
-        sees_latents: whether this rank's forward pass is given the latents and puts out the noise
-            prediction; False in a pipeline, whose last stage only puts it out.
         correction: corrections for the mask that will run, of `Fitted.trajectory_correction`; None
             for the cells'.
         branch: of guidance, where the ranks share it out: 0 without it, 1 with it; None where a
@@ -58,7 +57,6 @@ class OutputForecaster(Forecaster):
     whole_forward = True
 
     fitted: Fitted | None = None
-    sees_latents: bool = True
     correction: TrajectoryCorrection | None = None
     branch: int | None = None
 
@@ -103,13 +101,11 @@ class OutputForecaster(Forecaster):
         """
         image = memory.anchors[0].residual.hidden_states
         # A model that predicts its variance too puts out more channels than it is given.
-        channels = inputs.hidden_states.shape[-1] if self.sees_latents else None
+        channels = inputs.hidden_states.shape[-1]
         outputs = [noise_part(a.residual.hidden_states, channels).float() for a in memory.anchors]
         last = outputs[0]
         changes = [after - before for after, before in pairwise(outputs)]
         changes += [torch.zeros_like(last)] * (self.depth - 1 - len(changes))
-        if not self.sees_latents:
-            return [changes[0], last, *changes[1:]]
         given = inputs, memory.anchors[int(computed)].inputs
         x, x0 = (laid_out_as(streams.hidden_states, image).float() for streams in given)
         return [changes[0], x - x0, last, x, *changes[1:]]
@@ -124,7 +120,11 @@ class OutputForecaster(Forecaster):
     def _correct(
         self, plain: Streams, memory: Memory, inputs: Streams, noise_level: float, computed: bool
     ) -> Streams | None:
-        """Return a forecast, or what was computed, with its corrections; None without any."""
+        """Return a forecast, or what was computed, with its corrections; None without any, or
+        where the latents are not known that they are made of."""
+        given = [inputs, *(anchor.inputs for anchor in memory.anchors)]
+        if not all(latents_known(streams) for streams in given):
+            return None
         if self.correction is not None:
             weights = self._steered(memory, inputs, noise_level, computed)
         else:
@@ -141,8 +141,7 @@ class OutputForecaster(Forecaster):
         cell = self.fitted.cell(noise_level, levels[0], levels[1] if levels[1:] else None)
         if cell is None:
             return None
-        table = self.fitted.weights if self.sees_latents else self.fitted.weights_blind
-        weights = table[cell].tolist()
+        weights = self.fitted.weights[cell].tolist()
         return weights if any(weights) else None
 
     def _steered(

@@ -102,12 +102,15 @@ class Companions(NamedTuple):
         max_consecutive_skips: None for no limit.
         budgeted: forecaster by name with a budget, where nothing needs single blocks; None for the
             same.
+        quality: the budget where nothing says which steps are computed; None where the gate decides
+            then.
     """
 
     forecaster: str = "reuse"
     num_warmup_steps: int = 1
     max_consecutive_skips: int | None = None
     budgeted: str | None = None
+    quality: str | None = None
 
 
 class Gate(CheckedOptions, Rule):

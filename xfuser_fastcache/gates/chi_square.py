@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy.special import gammaincinv
 
+from xfuser_fastcache.config.budget import AUTO
 from xfuser_fastcache.config.capabilities import Capability
 from xfuser_fastcache.config.checks import choice, number, option
 from xfuser_fastcache.gates.base import Companions, Evidence, Gate, Verdict
@@ -47,8 +48,8 @@ class ChiSquareGate(Gate):
     knows no age of the anchor (docs/decisions/change-times-age.md compares statistics).
     """
 
-    # By measurement (docs/decisions/damped-taylor.md and budgets.md).
-    companions = Companions("damped_taylor", 2, max_consecutive_skips=4, budgeted="data")
+    # By measurement (docs/decisions/damped-taylor.md, budgets.md and no-option.md).
+    companions = Companions("damped_taylor", 2, 4, budgeted="data", quality=AUTO)
 
     cache_ratio_threshold: float = option(
         0.05,  # FastCache's.

@@ -231,6 +231,11 @@ def noise_part(output: torch.Tensor, channels: int | None) -> torch.Tensor:
     return output if channels is None else output[:, :, :channels]
 
 
+def latents_known(given: Streams) -> bool:
+    """Say whether latents hold any tokens: at a pipeline's last stage they may not be known."""
+    return given.hidden_states.numel() > 0
+
+
 def laid_out_as(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """Return latents `(batch, tokens, channels)` in the layout of an output."""
     if output.dim() == 3:

@@ -20,8 +20,8 @@ import torch
 from xfuser_fastcache.apply import adapter_of
 from xfuser_fastcache.artifacts.calibration import load_fitted
 from xfuser_fastcache.clock.schedule import Schedule
-from xfuser_fastcache.config.budget import budget_of
 from xfuser_fastcache.config.cache_config import CacheConfig
+from xfuser_fastcache.config.methods import budget_of
 from xfuser_fastcache.reports.clips import animation, are_clips
 from xfuser_fastcache.reports.measured import picture_of
 from xfuser_fastcache.reports.progress import Progress, Task

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from xfuser_fastcache.consensus.topology import Position
 from xfuser_fastcache.measurements.moments import Reference
+from xfuser_fastcache.models.forward_layout import latents_known
 from xfuser_fastcache.models.streams import Streams, cut
 
 # Stands for the patch's index where a forward pass carries all tokens.
@@ -22,7 +24,8 @@ class Anchor:
 
     Attributes:
         noise_level: sigma of that step.
-        inputs: what entered the span, `(batch, tokens, dim)` a stream.
+        inputs: what entered the span, `(batch, tokens, dim)` a stream; at a pipeline's last stage
+            the latents, without any tokens where they are not known.
         residual: what left the span minus what entered it, same shapes; of a whole forward pass,
             what it put out.
         reference: the image tokens of `inputs` with their energies, for the next measurement; None
@@ -121,16 +124,31 @@ class LocalState:
         if position.patched and WHOLE in patches:
             whole = patches.pop(WHOLE)
             patches.update(enumerate(whole.split(position.patch_tokens)))
-        return patches.get(_patch(position), Memory())
+        return patches.get(patch_of(position), Memory())
 
     def remember(self, span: int, position: Position, memory: Memory) -> None:
         """Replace what is remembered of a span for the tokens of `position`."""
-        self.memories[span][_patch(position)] = memory
+        self.memories[span][patch_of(position)] = memory
+
+    def complete(self, position: Position, latents: Callable[[torch.Tensor], Streams]) -> None:
+        """Give the newest anchors of the tokens of `position` their latents, where these were not
+        known as the forward pass began.
+
+        Args:
+            position: of the forward pass that has ended.
+            latents: in the batch of a tensor.
+        """
+        for patches in self.memories.values():
+            memory = patches.get(patch_of(position), Memory())
+            if memory.anchors and not latents_known(memory.anchors[0].inputs):
+                newest, *others = memory.anchors
+                known = replace(newest, inputs=latents(newest.inputs.hidden_states))
+                patches[patch_of(position)] = replace(memory, anchors=(known, *others))
 
     def forget(self, position: Position) -> None:
         """Forget all spans' memories of the tokens of `position`."""
         for patches in self.memories.values():
-            patches.pop(_patch(position), None)
+            patches.pop(patch_of(position), None)
 
     def reference(self, group: int, position: Position) -> Reference | None:
         """Return what a group is measured against for the tokens of `position`, cut as memories."""
@@ -139,11 +157,11 @@ class LocalState:
             whole, lengths = patches.pop(WHOLE), position.patch_tokens
             parts = zip(cut(whole.hidden_states, lengths), cut(whole.energy, lengths), strict=True)
             patches.update((i, Reference(*part, whole.norm)) for i, part in enumerate(parts))
-        return patches.get(_patch(position))
+        return patches.get(patch_of(position))
 
     def refer(self, group: int, position: Position, reference: Reference) -> None:
         """Replace what a group is measured against for the tokens of `position`."""
-        self.references[group][_patch(position)] = reference
+        self.references[group][patch_of(position)] = reference
 
     def nbytes(self) -> int:
         """Bytes of all memories and references of this branch."""
@@ -152,5 +170,6 @@ class LocalState:
         return held + sum(r.hidden_states.nbytes + r.energy.nbytes for r in references)
 
 
-def _patch(position: Position) -> int:
+def patch_of(position: Position) -> int:
+    """Return the patch that a forward pass carries, or `WHOLE`."""
     return position.patch if position.patched else WHOLE

@@ -79,10 +79,8 @@ class CarriedKeys:
         self._carries = False
         self._layers: weakref.WeakKeyDictionary[Any, list[_Patch]] = weakref.WeakKeyDictionary()
 
-    def open(self, step: int, level: float, begins: bool) -> None:
+    def open(self, step: int, level: float) -> None:
         """Begin a forward pass; see `PatchKeys`."""
-        if begins:
-            self.forget()
         if self._now is None or self._now.step != step:
             self._now, self._last = _When(step, level), self._now
         self._carries = False
