@@ -29,6 +29,7 @@ class Ideogram4Adapter(ModelAdapter):
     block_lists = {"layers": BlockContract(returns=(HIDDEN,))}
     narrows = False  # the mask of a block has all tokens twice
     noise = FlowSigma(given="time")
+    branches_apart = True  # a step has one forward pass of each model
 
     @classmethod
     def latent_tokens(cls, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> range:

@@ -30,6 +30,7 @@ class LatteAdapter(ModelAdapter):
     narrows = False
     noise = NoiseAngle(betas=(0.0001, 0.02))
     forecaster = "output"
+    guided_whole = True
 
     @classmethod
     def modulated_input(

@@ -30,6 +30,7 @@ class Lumina2Adapter(ModelAdapter):
     narrows = False
     noise = FlowSigma(given="time")
     counts_each_pass = True
+    branches_apart = True  # one of them ends early
 
     @classmethod
     def dim(cls, model: Any) -> int:

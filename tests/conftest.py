@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from support.signals import restore_signals
 
@@ -28,3 +29,10 @@ def no_process_group_is_left() -> Iterator[None]:
     """A group that outlives its test would change what later tests find."""
     yield
     assert not dist.is_initialized(), "this test left torch.distributed initialised"
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    """As pipelines run: a model that is called alone needs it said."""
+    with torch.no_grad():
+        yield

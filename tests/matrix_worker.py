@@ -105,6 +105,7 @@ def cases(
             remove_cache(denoiser)
 
     found: dict[str, Any] = {"group": XDiTLayout().decision_group(denoisers[0]).ranks}
+    found["denoisers"] = len(denoisers)
     if flags["pipefusion_parallel_degree"] > 1:
         found["synchronous"] = synchronous(generate)
         control = generate()

@@ -425,3 +425,8 @@ def test_flash_attention_for_cpu_equals_plain_attention() -> None:
         scores = scores if attention_mask is None else scores + attention_mask
         torch.testing.assert_close(output, scores.softmax(-1) @ value)
         torch.testing.assert_close(log_sum_exp, scores.logsumexp(-1))
+
+
+def test_generators_that_the_runner_asks_the_device_for_are_the_hosts() -> None:
+    made = cpu_platform._HostTorch().Generator(device="cuda").manual_seed(1)
+    assert made.device.type == "cpu" and made.initial_seed() == 1

@@ -1,20 +1,22 @@
-"""SANA, Lumina-Image 2.0, HunyuanDiT, LTX-2, Latte and Ideogram-4 in plain diffusers."""
+"""What all families have in common in plain diffusers, and what is special to some pictures'.
+
+Videos' own: `test_video_families.py`; families with a module of their own are measured there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 from support.counted import counted_tokens
-from support.xdit_runs import latents_of
+from support.families import drawing, made
 
 from diffusers_adapters.ltx2 import LTX2Adapter
 from diffusers_adapters.lumina2 import Lumina2Adapter
 from diffusers_adapters.registry import adapters
-from diffusers_adapters.tiny import TINY_PIPELINES
+from diffusers_adapters.tiny import TINY_MODELS, TINY_PIPELINES
 from xfuser_fastcache import (
     apply_cache_on_transformer,
     get_cache_statistics,
@@ -26,95 +28,116 @@ from xfuser_fastcache.config import CacheConfig
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.models.token_layout import TokenCounts
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str, **sizes: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
-    """Return a tiny pipeline, and what draws with it, with changed arguments."""
-    pipe, call = TINY_PIPELINES[name](**sizes)
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate(**changed: Any) -> torch.Tensor:
-        noise = torch.Generator().manual_seed(1)
-        given = {**call, "num_inference_steps": STEPS, "generator": noise, **changed}
-        return latents_of(pipe(**given))
-
-    return pipe, generate
-
-
-# Image tokens of the tiny pipeline's forward passes, and pixels of its latents in one.
+# Tokens of the picture or video in the tiny pipeline's forward passes; pixels of latents in one.
 SIZES = {
     "sana": ({2 * 64}, 1),
     "lumina2": ({64}, 4),
     "hunyuan-dit": ({2 * 64}, 4),
     "ltx2": ({2 * 32, 32}, 1),
     "latte": ({2 * 4 * 64}, 4),
+    "hunyuan-video": ({12}, 4),
+    "hunyuan-video15": ({48}, 1),
+    "cogvideox": ({2 * 48}, 4),
+    "consisid": ({2 * 48}, 4),
     **({"ideogram4": ({64}, 1)} if "ideogram4" in TINY_PIPELINES else {}),
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "stack": {},
-    "spans": {"granularity": 2, "forecaster": "linear"},
+    "default": {},
+    "spans": {"forecaster": "linear", "granularity": 2},
     "output": {"forecaster": "output"},
     "split": {"motion_threshold": 0.3},
+    "dropped": {"motion_threshold": 0.3, "static_kv": "drop"},
+    "merged": {"enable_token_merge": True},
+}
+FEWER = ("split", "dropped", "merged")  # tokens: where blocks need all, one of these will do
+# Another size, and with it another text.
+OTHERS: dict[str, Any] = {
+    "sana": {"size": 192},
+    "lumina2": {"size": 96, "texts": (6, 3)},
+    "hunyuan-dit": {"size": 96},
+    "ltx2": {"size": 192},
+    "latte": {"size": 96},
+    "hunyuan-video": {"size": 48, "real_text": 5},
+    "hunyuan-video15": {"size": 24},
+    "cogvideox": {"size": 48},
+    "consisid": {"size": 48},
+    "ideogram4": {"size": 160},
 }
 
 
-def in_spans(name: str, way: str) -> bool:
-    return "granularity" in WAYS[way] and name == "hunyuan-dit"
+def adapter(name: str) -> Any:
+    return adapters()[TINY_MODELS[name].adapter]
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), [(name, way) for name in SIZES for way in WAYS if not in_spans(name, way)]
-)
-def test_the_image_alone_is_measured_and_nothing_changes_at_threshold_0(
-    name: str, way: str
-) -> None:
-    pipe, generate = made(name)
+@pytest.mark.parametrize("name", SIZES)
+def test_the_picture_alone_is_measured_and_nothing_changes_at_threshold_0(name: str) -> None:
+    narrow = adapter(name).narrows
+    pipe, generate = made(name, STEPS + 2 if narrow else STEPS)
     control = generate()
     tokens, pixels = SIZES[name]
-    for threshold in (0.0, 12.0):
-        options = {"forecaster": "damped_taylor", **WAYS[way]}
-        apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
-        with counted_tokens() as seen:
-            found = generate()
-        statistics = get_cache_statistics(pipe.transformer)
-        assert torch.equal(generate(), found)
-        remove_cache(pipe.transformer)
-        assert found.isfinite().all()
-        assert torch.equal(found, control) == (threshold == 0)
-        assert (statistics["block_approx_ratio"] > 0) == (threshold > 0)
-        # DDIM counts no steps.
-        assert statistics["clock"] == ("plan" if name == "latte" else "scheduler")
-        assert statistics["recomputed"] == 0
-        assert seen == {of_pass * (pixels if way == "output" else 1) for of_pass in tokens}
-        assert statistics["spatial_approx_ratio"] == 0  # none of them can leave tokens out
+    # DDIM counts no steps.
+    clock = "scheduler" if hasattr(pipe.scheduler, "step_index") else "plan"
+    for way, options in WAYS.items():
+        in_spans = "granularity" in options and adapter(name).long_skips
+        if in_spans or (way in FEWER[1:] and not narrow):
+            continue
+        narrows = way in FEWER and narrow  # computed steps too
+        whole = "output" == (adapter(name).forecaster if way == "default" else way)
+        for threshold in (0.0, 12.0):
+            apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
+            with counted_tokens() as seen:
+                found = generate()
+            statistics = get_cache_statistics(pipe.transformer)
+            assert torch.equal(generate(), found), way
+            remove_cache(pipe.transformer)
+            assert torch.equal(found, control) == (threshold == 0 and not narrows), way
+            assert found.isfinite().all(), way
+            assert (statistics["block_approx_ratio"] > 0) == (threshold > 0), way
+            assert (statistics["spatial_approx_ratio"] > 0) == narrows, way
+            assert (statistics["clock"], statistics["recomputed"]) == (clock, 0), way
+            assert seen == {of_pass * (pixels if whole else 1) for of_pass in tokens}, way
     assert torch.equal(generate(), control)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_may_change_in_between(name: str) -> None:
-    pipe, generate = made(name)
-    sizes = dict.fromkeys(("height", "width"), 192 if name in ("sana", "ltx2") else 96)
-    wanted = generate(), generate(**sizes)
+def test_sizes_and_lengths_of_text_may_change_in_between(name: str) -> None:
+    pipe, generate = made(name, STEPS)
+    _, call = TINY_PIPELINES[name](**OTHERS[name])
+    changed = {k: value for k, value in call.items() if k in ("height", "width") or "prompt" in k}
+    if name in ("cogvideox", "consisid"):
+        changed |= {k: value[:, :5] for k, value in changed.items() if "prompt" in k}
+    wanted = generate(), generate(**changed)
     assert wanted[0].shape != wanted[1].shape
-    apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0)
-    first, other = generate(), generate(**sizes)
-    assert torch.equal(generate(), first) and torch.equal(generate(**sizes), other)
-    assert get_cache_statistics(pipe.transformer)["recomputed"] == 0
-    assert not torch.equal(first, wanted[0]) and not torch.equal(other, wanted[1])
+    spans = {} if adapter(name).long_skips else {"granularity": 2}
+    for options in ({}, {"forecaster": "damped_taylor", **spans}):
+        apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0, **options)
+        first, other = generate(), generate(**changed)
+        assert torch.equal(generate(), first)
+        assert torch.equal(generate(**changed), other)
+        statistics = get_cache_statistics(pipe.transformer)
+        assert (statistics["generations"], statistics["recomputed"]) == (4, 0)
+        remove_cache(pipe.transformer)
+        assert not torch.equal(first, wanted[0]) and not torch.equal(other, wanted[1])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_budget_is_exact(name: str) -> None:
+    pipe, generate = made(name, STEPS)
+    apply_cache_on_transformer(pipe.transformer, computed_steps=4)
+    generate()
+    rows = get_cache_trace(pipe.transformer)
+    branches = {row["branch"] for row in rows}
+    computed = {(row["branch"], row["step"]) for row in rows if row["decision"] != "skipped"}
+    assert len(computed) == 4 * len(branches) < len(rows)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_modulated_input_is_what_attention_is_given(name: str) -> None:
-    pipe, generate = made(name)
-    adapter = adapter_of(pipe.transformer)
-    block = getattr(pipe.transformer, next(iter(adapter.block_lists)))[0]
+    pipe, generate = made(name, STEPS)
+    family = adapter_of(pipe.transformer)
+    block = getattr(pipe.transformer, next(iter(family.block_lists)))[0]
     attention = next(getattr(block, n) for n in ("attn1", "attn", "attention") if hasattr(block, n))
     given: list[torch.Tensor] = []
     pairs = []
@@ -125,7 +148,7 @@ def test_the_modulated_input_is_what_attention_is_given(name: str) -> None:
     attention.register_forward_pre_hook(note, with_kwargs=True)
     block.register_forward_hook(
         lambda module, args, kwargs, output: pairs.append(
-            (adapter.modulated_input(block, args, kwargs), given.pop())
+            (family.modulated_input(block, args, kwargs), given.pop())
         ),
         with_kwargs=True,
     )
@@ -139,7 +162,7 @@ def test_rows_that_are_an_image_in_each_item_are_measured(
     texts: tuple[int, int], shared: int
 ) -> None:
     """Lumina's texts of a batch differ in length, and its two branches may too."""
-    pipe, generate = made("lumina2", batch=2, texts=texts)
+    pipe, generate = made("lumina2", STEPS, batch=2, texts=texts)
     control = generate()
     apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=0.0)
     with counted_tokens() as seen:
@@ -164,7 +187,7 @@ def test_each_branch_has_tokens_of_its_own_where_its_text_has_another_length() -
 
 
 def test_a_text_longer_than_another_with_its_image_leaves_nothing_to_measure() -> None:
-    pipe, generate = made("lumina2", batch=2, size=16, texts=(8, 3))  # one image token each
+    pipe, generate = made("lumina2", STEPS, batch=2, size=16, texts=(8, 3))  # one image token each
     control = generate()
     apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0)
     assert torch.equal(generate(), control)
@@ -172,7 +195,7 @@ def test_a_text_longer_than_another_with_its_image_leaves_nothing_to_measure() -
 
 
 def test_blocks_that_share_what_they_put_out_are_skipped_together() -> None:
-    pipe, _ = made("hunyuan-dit")
+    pipe, _ = made("hunyuan-dit", STEPS)
     with pytest.raises(ValueError, match=r"granularity=2 cuts HunyuanDiT2DModel.*Leave gran"):
         apply_cache_on_transformer(pipe.transformer, granularity=2)
     request = Request.of(CacheConfig(forecaster="output"), adapters()["hunyuan_dit"])
@@ -220,13 +243,9 @@ def test_the_two_steps_of_sana_sprint_are_computed() -> None:
         transformer=model,
         **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
     )
-    pipe.set_progress_bar_config(disable=True)
     call = {k: v for k, v in call.items() if not k.startswith("negative")}
     call |= {"num_inference_steps": 2, "height": 256, "width": 256}
-
-    def generate() -> torch.Tensor:
-        return pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
-
+    generate = drawing(pipe, call)
     control = generate()
     apply_cache_on_transformer(model, cache_ratio_threshold=12.0)
     assert torch.equal(generate(), control)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline
 from support.counted import counted_tokens
+from support.families import drawing, made
 
 from diffusers_adapters.flux2 import Flux2Adapter
-from diffusers_adapters.tiny import TINY_PIPELINES
 from diffusers_adapters.tiny.flux2 import tiny_flux2
 from diffusers_adapters.tiny.model import picture
 from xfuser_fastcache import (
@@ -21,31 +20,8 @@ from xfuser_fastcache import (
     remove_cache,
 )
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS, TOKENS = 7, 64
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str) -> tuple[Any, Any]:
-    """Return a tiny pipeline, and what draws with it."""
-    if name == "klein-kv":  # which encodes the pictures to edit once
-        pipe, call = tiny_flux2(pipeline_class=Flux2KleinKVPipeline, is_distilled=True)
-        call["image"] = picture(64)
-    else:
-        pipe, call = TINY_PIPELINES[name]()
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate(**changes: Any) -> torch.Tensor:
-        noise = torch.Generator().manual_seed(1)
-        return pipe(**{**call, "num_inference_steps": STEPS, "generator": noise, **changes}).images
-
-    return pipe, generate
-
-
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "spans": {"granularity": 3, "forecaster": "linear"},
@@ -55,18 +31,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "merge": {"enable_token_merge": True},
     "first block": {"use_cache": "Fb"},
 }
-
-
 # What others than the first have of their own: a second call a step, keys that are kept.
 FEW_WAYS = ("default", "spans", "output")
 SLOW = pytest.mark.slow
+
+
+def drawn(name: str) -> tuple[Any, Any]:
+    """As `made`, and the pipeline that encodes pictures to edit once."""
+    if name != "klein-kv":
+        return made(name, STEPS)
+    pipe, call = tiny_flux2(pipeline_class=Flux2KleinKVPipeline, is_distilled=True)
+    return pipe, drawing(pipe, {**call, "image": picture(64), "num_inference_steps": STEPS})
 
 
 @pytest.mark.parametrize(
     "name", ["flux2-edit", "klein", "klein-kv", pytest.param("flux2", marks=SLOW)]
 )
 def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) -> None:
-    pipe, generate = made(name)
+    pipe, generate = drawn(name)
     control = generate()
     for way in FEW_WAYS if name.startswith("klein") else WAYS:
         options = WAYS[way]
@@ -91,7 +73,7 @@ def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) ->
 
 @pytest.mark.parametrize("name", ["flux2-edit", pytest.param("klein", marks=SLOW)])
 def test_other_sizes_and_texts_in_between_change_nothing(name: str) -> None:
-    pipe, generate = made(name)
+    pipe, generate = drawn(name)
     long, short = torch.randn(1, 11, 32), torch.randn(1, 5, 32)
     alone = {}
     for text in (long, short):
@@ -107,7 +89,7 @@ def test_other_sizes_and_texts_in_between_change_nothing(name: str) -> None:
 
 
 def test_budgets_are_kept_exactly() -> None:
-    pipe, generate = made("klein")
+    pipe, generate = made("klein", STEPS)
     for forecaster in ("data", "damped_taylor"):
         apply_cache_on_transformer(pipe.transformer, computed_steps=4, forecaster=forecaster)
         generate()
@@ -121,7 +103,7 @@ def test_budgets_are_kept_exactly() -> None:
 
 
 def test_tea_measures_what_the_first_block_s_attention_is_given() -> None:
-    pipe, generate = made("flux2-edit")
+    pipe, generate = made("flux2-edit", STEPS)
     block = pipe.transformer.transformer_blocks[0]
     given: list[torch.Tensor] = []
     modulated: list[torch.Tensor] = []

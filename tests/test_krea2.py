@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support.counted import counted_tokens
+from support.families import made
 
 from diffusers_adapters.krea2 import Krea2Adapter
 from diffusers_adapters.tiny import TINY_PIPELINES
@@ -17,6 +17,7 @@ from xfuser_fastcache.apply import apply_cache_on_pipeline, remove_cache_from_pi
 from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.xdit.mends import krea2
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS, TEXT, NOISE = 6, 8, 16
 WAYS: dict[str, dict[str, Any]] = {
     "stack": {},
@@ -29,29 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
 CASES = [("krea2", way) for way in WAYS] + [("krea2-turbo", "stack")]
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str, **sizes: Any) -> tuple[Any, Any]:
-    """Return a tiny pipeline, and what draws with it."""
-    pipe, call = TINY_PIPELINES[name](**sizes)
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate(**changes: Any) -> torch.Tensor:
-        given = {**call, "num_inference_steps": STEPS, **changes}
-        return pipe(**{**given, "generator": torch.Generator().manual_seed(1)}).images
-
-    return pipe, generate
-
-
 @pytest.mark.parametrize(("model", "way"), CASES)
 def test_only_the_image_is_measured_and_nothing_changes_at_threshold_0(
     model: str, way: str
 ) -> None:
-    pipe, generate = made(model)
+    pipe, generate = made(model, STEPS)
     control = generate()
     narrows = "motion_threshold" in WAYS[way] or "enable_token_merge" in WAYS[way]
     for threshold in (0.0, 12.0):
@@ -74,7 +57,7 @@ def test_only_the_image_is_measured_and_nothing_changes_at_threshold_0(
 
 
 def test_the_modulated_input_is_what_attention_is_given() -> None:
-    pipe, generate = made("krea2")
+    pipe, generate = made("krea2", STEPS)
     block, pairs = pipe.transformer.transformer_blocks[0], []
     given: list[torch.Tensor] = []
     block.attn.to_q.register_forward_pre_hook(lambda module, args: given.append(args[0]))

@@ -473,7 +473,17 @@ class MendedZImage:
 class MendedKrea2:
     """How xfuser could mend its Krea-2 itself."""
 
+    def __init__(self, num_layers: int) -> None: ...
+
     def forward(self, hidden_states: Any, encoder_attention_mask: Any = None) -> None: ...
+
+
+class MendedVACE:
+    """How xfuser could mend its runner of Wan VACE itself."""
+
+    def _run_pipe(self, input_args: dict[str, Any]) -> Any:
+        (prompt,) = input_args["prompt"]
+        return self.pipe(prompt=prompt)
 
 
 class MendedPatchEmbed:
@@ -523,6 +533,7 @@ def test_a_mended_xfuser_is_left_alone(mend: mends.Mend) -> None:
     module.xFuserFluxPipeline = MendedPipeline
     module.xFuserWanTransformer3DWrapper = MendedWan
     module.xFuserWanVACETransformer3DWrapper = MendedWan
+    module.xFuserWan21VACEModel = MendedVACE
     module.xFuserHunyuanVideoTransformer3DWrapper = MendedWan
     module.xFuserQwenImageTransformerWrapper = MendedQwen
     module.xFuserZImageTransformer2DWrapper = MendedZImage

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import ChromaTransformer2DModel, DiffusionPipeline
 from support.worlds import ROOT, WorldFailed, launch, python
 from torch import nn
 
@@ -56,6 +57,25 @@ def test_a_family_has_an_adapter_or_a_reason_and_an_adapter_has_a_family() -> No
     assert {family.adapter for family in FAMILIES} - {""} == set(adapters())
 
 
+def test_a_family_joins_by_its_adapter_alone() -> None:
+    """What moves, decides and tells the time names no model's class, nor does an adapter another's.
+
+    ConsisID and VACE are subclasses of their base models' adapters.
+    """
+    package = ROOT / "xfuser_fastcache"
+    rooms = ("engine.py", "hooks.py", "passage.py", "assembly.py", "clock", "decisions", "gates")
+    rooms += ("forecasters", "tokens", "state", "consensus", "measurements", "models")
+    files = [package / "xdit" / "groups.py"]
+    for room in rooms:
+        files += [package / room] if room.endswith(".py") else (package / room).glob("*.py")
+    classes = {adapter.model_class: adapter for adapter in adapters().values()}
+    named = [(f.name, c) for f in files for c in classes if f'"{c}"' in f.read_text()]
+    assert len(files) > 50 and named == []
+    for module in (ROOT / "diffusers_adapters").glob("*.py"):
+        own = {c for c, of in classes.items() if Path(inspect.getfile(of)) == module}
+        assert {c for c in classes if f'"{c}"' in module.read_text()} == own
+
+
 def test_sizes_are_those_of_a_picture_and_a_video() -> None:
     flux = Example("black-forest-labs/FLUX.1-dev", (16, 128, 128), 4, 3072)
     assert (flux.tokens, flux.anchor_bytes(False)) == (4096, 4096 * 3072 * 2)
@@ -96,15 +116,19 @@ def test_another_packages_adapter_has_a_row(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_xdit_itself_cannot_draw_ends_in_its_error(family: Family) -> None:
     name = {"LingBot-Video": "LingBot-Video-Dense"}[family.title]
     with pytest.raises(WorldFailed) as failed:
-        launch("wan_runner.py", 1, ".", "--model", name, "--prompt", "ring", timeout_s=120)
+        launch("runner_worker.py", 1, ".", "--model", name, "--prompt", "ring", timeout_s=120)
     assert family.error in failed.value.output
 
 
 def test_a_unet_is_refused_by_name_with_a_pointer() -> None:
     pipe = DiffusionPipeline()
     pipe.unet = type("UNet2DConditionModel", (nn.Linear,), {})(2, 2)
-    with pytest.raises(TypeError, match="UNet2DConditionModel.*docs/models.md.*DeepCache"):
-        apply_cache_on_pipeline(pipe)
+    for apply in (
+        lambda: apply_cache_on_pipeline(pipe),
+        lambda: apply_cache_on_transformer(pipe.unet),
+    ):
+        with pytest.raises(ValueError, match="UNet2DConditionModel.*docs/models.md.*DeepCache"):
+            apply()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +138,27 @@ def test_a_unet_is_refused_by_name_with_a_pointer() -> None:
         (type("StableAudioDiTModel", (nn.Linear,), {}), "FluxTransformer2DModel"),
     ],
 )
-def test_a_model_that_is_not_supported_hears_the_nearest(model: type, nearest: str) -> None:
+def test_a_model_that_is_not_supported_hears_the_nearest_by_its_name(
+    model: type, nearest: str
+) -> None:
     with pytest.raises(ValueError, match=f"{model.__name__} is not supported.*{nearest}") as found:
         apply_cache_on_transformer(model(2, 2))
     assert "docs/extending.md" in str(found.value) and "`fastcache models`" in str(found.value)
+
+
+def test_a_model_that_is_not_supported_hears_first_who_has_such_lists_of_blocks() -> None:
+    model = ChromaTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=8,
+        approximator_layers=1,
+    )
+    with pytest.raises(ValueError, match=r"nearest to it are FluxTransformer2DModel, ") as found:
+        apply_cache_on_transformer(model)
+    assert "PixArt" not in str(found.value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.counted import counted_tokens
+from support.families import made
 
 from diffusers_adapters.qwen_image import QwenImageAdapter
 from diffusers_adapters.tiny import TINY_PIPELINES
@@ -16,6 +16,7 @@ from xfuser_fastcache import get_cache_statistics, get_cache_trace
 from xfuser_fastcache.apply import apply_cache_on_pipeline, remove_cache_from_pipeline
 from xfuser_fastcache.models.token_layout import TokenCounts
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS, NOISE, CONDITION = 6, 16, 8  # tokens
 MODELS = ("qwen", "qwen-edit", "qwen-edit-2511")
 WAYS: dict[str, dict[str, Any]] = {
@@ -31,27 +32,9 @@ WAYS: dict[str, dict[str, Any]] = {
 CASES = [(model, "stack") for model in MODELS[:2]] + [(MODELS[2], way) for way in WAYS]
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str) -> tuple[Any, Any]:
-    """Return a tiny pipeline, and what draws with it."""
-    pipe, call = TINY_PIPELINES[name]()
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate(**changes: Any) -> torch.Tensor:
-        given = {**call, "num_inference_steps": STEPS, **changes}
-        return pipe(**{**given, "generator": torch.Generator().manual_seed(1)}).images
-
-    return pipe, generate
-
-
 @pytest.mark.parametrize(("model", "way"), CASES)
 def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(model: str, way: str) -> None:
-    pipe, generate = made(model)
+    pipe, generate = made(model, STEPS)
     control = generate()
     narrows = "motion_threshold" in WAYS[way] or "enable_token_merge" in WAYS[way]
     for threshold in (0.0, 12.0):
@@ -79,7 +62,7 @@ def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(model: str, w
 @pytest.mark.parametrize("model", MODELS)
 def test_the_modulated_input_is_what_attention_is_given(model: str) -> None:
     """With a timestep of their own for a condition's tokens, too."""
-    pipe, generate = made(model)
+    pipe, generate = made(model, STEPS)
     block, pairs = pipe.transformer.transformer_blocks[0], []
     given: list[torch.Tensor] = []
     block.attn.register_forward_pre_hook(

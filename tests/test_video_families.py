@@ -1,19 +1,19 @@
-"""HunyuanVideo, HunyuanVideo-1.5, CogVideoX and ConsisID in plain diffusers."""
+"""What is special to HunyuanVideo, HunyuanVideo-1.5, CogVideoX and ConsisID in plain diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     CogVideoXDPMScheduler,
     HunyuanVideoImageToVideoPipeline,
 )
 from support.counted import counted_tokens
+from support.families import drawing, made
+from support.hub import hunyuan_vae
 
 from diffusers_adapters.cogvideox import CogVideoXAdapter
 from diffusers_adapters.consisid import ConsisIDAdapter
@@ -30,111 +30,12 @@ from xfuser_fastcache import (
 )
 from xfuser_fastcache.models.token_layout import TokenCounts
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str, **sizes: Any) -> tuple[Any, Callable[..., torch.Tensor]]:
-    """Return a tiny pipeline, and what draws with it, with changed arguments."""
-    pipe, call = TINY_PIPELINES[name](**sizes)
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate(**changed: Any) -> torch.Tensor:
-        noise = torch.Generator().manual_seed(1)
-        return pipe(**{**call, "num_inference_steps": STEPS, "generator": noise, **changed}).frames
-
-    return pipe, generate
-
-
-# Tokens of a video, pixels of a latent in one, and how many videos go in one batch.
-SIZES = {
-    "hunyuan-video": (12, 4, 1),
-    "hunyuan-video15": (48, 1, 1),
-    "cogvideox": (48, 4, 2),
-    "consisid": (48, 4, 2),
-}
-WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "spans": {"granularity": 2},
-    "split": {"motion_threshold": 0.3},
-    "dropped": {"motion_threshold": 0.3, "static_kv": "drop"},
-    "merged": {"enable_token_merge": True},
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_the_video_alone_is_measured_and_nothing_changes_at_threshold_0(name: str) -> None:
-    pipe, generate = made(name)
-    control = generate()
-    tokens, pixels, videos = SIZES[name]
-    for way, options in WAYS.items():
-        for threshold in (0.0, 12.0):
-            apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
-            with counted_tokens() as seen:
-                found = generate()
-            statistics = get_cache_statistics(pipe.transformer)
-            remove_cache(pipe.transformer)
-            narrows = way in ("split", "dropped", "merged")  # computed steps too
-            assert torch.equal(found, control) == (threshold == 0 and not narrows), way
-            assert found.isfinite().all(), way
-            assert (statistics["block_approx_ratio"] > 0) == (threshold > 0), way
-            assert (statistics["spatial_approx_ratio"] > 0) == narrows, way
-            assert statistics["recomputed"] == 0, way
-            whole = way in ("default", "data")  # the forward pass is measured by its latents
-            assert seen == {videos * tokens * (pixels if whole else 1)}, way
-    assert torch.equal(generate(), control)
-
-
-OTHERS: dict[str, Any] = {
-    "hunyuan-video": {"size": 48, "real_text": 5},
-    "hunyuan-video15": {"size": 24},
-    "cogvideox": {"size": 48},
-    "consisid": {"size": 48},
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_sizes_and_lengths_of_text_may_change_in_between(name: str) -> None:
-    pipe, generate = made(name)
-    _, call = TINY_PIPELINES[name](**OTHERS[name])
-    text = {key: value for key, value in call.items() if "prompt" in key}
-    if name in ("cogvideox", "consisid"):
-        text = {key: value[:, :5] for key, value in text.items()}
-    sizes = {key: call[key] for key in ("height", "width")}
-    wanted = generate(), generate(**sizes, **text)
-    assert wanted[0].shape != wanted[1].shape
-    for options in ({}, {"forecaster": "damped_taylor", "granularity": 2}):
-        apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=12.0, **options)
-        first, other = generate(), generate(**sizes, **text)
-        assert torch.equal(generate(), first)
-        assert torch.equal(generate(**sizes, **text), other)
-        statistics = get_cache_statistics(pipe.transformer)
-        assert (statistics["generations"], statistics["recomputed"]) == (4, 0)
-        remove_cache(pipe.transformer)
-        assert not torch.equal(first, wanted[0]) and not torch.equal(other, wanted[1])
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_a_budget_is_exact(name: str) -> None:
-    pipe, generate = made(name)
-    apply_cache_on_transformer(pipe.transformer, computed_steps=4)
-    generate()
-    computed = {
-        (row["branch"], row["step"])
-        for row in get_cache_trace(pipe.transformer)
-        if row["decision"] != "skipped"
-    }
-    branches = 2 if name == "hunyuan-video15" else 1
-    assert len(computed) == 4 * branches
-
-
 def test_true_guidance_of_hunyuan_video_has_a_branch_a_prompt() -> None:
-    pipe, generate = made("hunyuan-video")
+    pipe, generate = made("hunyuan-video", STEPS)
     text = {
         "negative_prompt_embeds": torch.zeros(1, 8, 16),
         "negative_pooled_prompt_embeds": torch.zeros(1, 8),
@@ -153,7 +54,7 @@ def test_true_guidance_of_hunyuan_video_has_a_branch_a_prompt() -> None:
 
 def test_cogvideox_runs_with_the_scheduler_of_5b() -> None:
     """It draws noise at each step, and looks back one."""
-    pipe, generate = made("cogvideox")
+    pipe, generate = made("cogvideox", STEPS)
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     control = generate()
     for options in ({}, {"forecaster": "data"}):
@@ -205,7 +106,7 @@ def test_padded_text_is_seen_by_nobody_on_few_tokens_either() -> None:
     """The mask has a column a token: those of the video that run, then the text's."""
     found = []
     for padding in (0.0, 1e3):
-        pipe, generate = made("hunyuan-video", real_text=5)
+        pipe, generate = made("hunyuan-video", STEPS, real_text=5)
         _, call = TINY_PIPELINES["hunyuan-video"](real_text=5)
         text = call["prompt_embeds"].clone()
         text[:, 5:] = padding
@@ -221,31 +122,18 @@ def image_to_video(condition: str) -> tuple[Any, dict[str, Any]]:
     """HunyuanVideo's with the picture in channels behind the noise, or in the first frame."""
     channels = {"latent_concat": 4 + 4 + 1, "token_replace": 4}[condition]
     pipe, call = tiny_hunyuan_video(in_channels=channels, image_condition_type=condition)
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-    ).eval()
-    parts = {**pipe.components, "vae": vae, "image_processor": None}
+    parts = {**pipe.components, "vae": hunyuan_vae(), "image_processor": None}
     return HunyuanVideoImageToVideoPipeline(**parts), {**call, "image": picture(call["height"])}
 
 
 @pytest.mark.parametrize(("condition", "tokens"), [("latent_concat", 12), ("token_replace", 8)])
 def test_of_image_to_video_noise_alone_is_measured(condition: str, tokens: int) -> None:
     pipe, call = image_to_video(condition)
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate() -> torch.Tensor:
-        noise = torch.Generator().manual_seed(1)
-        return pipe(**{**call, "num_inference_steps": STEPS, "generator": noise}).frames
-
+    generate = drawing(pipe, {**call, "num_inference_steps": STEPS})
     control = generate()
-    for way in ("default", "spans", "split", "first block"):
+    ways = {"default": {}, "spans": {"granularity": 2}, "split": {"motion_threshold": 0.3}}
+    for way, options in {**ways, "first block": {"use_cache": "Fb"}}.items():
         for threshold in (0.0, 12.0):
-            options = {**WAYS, "first block": {"use_cache": "Fb"}}[way]
             apply_cache_on_transformer(pipe.transformer, cache_ratio_threshold=threshold, **options)
             with counted_tokens() as seen:
                 found = generate()
@@ -304,7 +192,7 @@ def test_published_polynomials_are_for_their_models(
 
 
 def test_tea_measures_cogvideox_s_timestep_embedding() -> None:
-    pipe, generate = made("cogvideox")
+    pipe, generate = made("cogvideox", STEPS)
     apply_cache_on_transformer(pipe.transformer, use_cache="Tea", cache_ratio_threshold=0.3)
     generate()
     judged = {row["step"]: row["statistic"] for row in get_cache_trace(pipe.transformer)}

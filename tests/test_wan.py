@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from support.counted import counted_tokens
+from support.families import made
 from support.stack import EVER
 from support.worlds import ROOT
 from torch import nn
 
-from diffusers_adapters.tiny import TINY_MODELS, TINY_PIPELINES
+from diffusers_adapters.tiny import TINY_MODELS
 from diffusers_adapters.tiny.wan import tiny_wan
 from diffusers_adapters.wan import WanAdapter
 from xfuser_fastcache import get_cache_statistics, get_cache_trace
@@ -34,27 +34,10 @@ from xfuser_fastcache.models.token_layout import TokenCounts
 from xfuser_fastcache.xdit.anchors import bytes_held, forecasters
 from xfuser_fastcache.xdit.families import Example
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS, SWITCH = 10, 4
 SPANS = ("adacorrection", "damped_taylor", "linear", "linear_taylor", "reuse", "taylor2")
 MASK = [1, 1, 0, 1, 0, 0, 1, 0, 0, 1]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str, steps: int = STEPS) -> tuple[Any, Any]:
-    """Return a tiny pipeline, and what draws with it."""
-    pipe, call = TINY_PIPELINES[name]()
-    pipe.set_progress_bar_config(disable=True)
-    call["num_inference_steps"] = steps
-
-    def generate() -> torch.Tensor:
-        return pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).frames
-
-    return pipe, generate
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -69,7 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "name", [n for n, tiny in TINY_MODELS.items() if n != "wan" and "wan" in tiny.adapter]
 )
 def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) -> None:
-    pipe, generate = made(name)
+    pipe, generate = made(name, STEPS)
     control = generate()
     noise = 8 if name == "wan-ti2v" else 12  # the first of three frames is given
     for way, options in WAYS.items():
@@ -93,7 +76,7 @@ def test_only_noise_is_measured_and_nothing_changes_at_threshold_0(name: str) ->
 
 
 def test_what_stands_in_by_default_is_as_large_as_the_latents_unless_more_is_asked_for() -> None:
-    pipe, _ = made("wan")
+    pipe, _ = made("wan", STEPS)
     for options, forecaster in (
         ({}, "data"),
         ({"cache_ratio_threshold": 0.1}, "output"),
@@ -139,7 +122,7 @@ def test_timesteps_of_tokens_are_looked_at_once_a_generation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which waits for a GPU."""
-    pipe, generate = made("wan-ti2v")
+    pipe, generate = made("wan-ti2v", STEPS)
     asked: list[int] = []
     image_tokens = WanAdapter.image_tokens.__func__
 
@@ -178,7 +161,7 @@ def test_lightx2v_s_files_for_wan_load_and_skip(name: str, tmp_path: Path) -> No
     config = CacheConfig.from_file(path)
     assert config.use_cache == LIGHTX2V[name]["feature_caching"]
     model = "wan-i2v" if "i2v" in name else "wan"
-    pipe, generate = made(model, steps=config.num_steps)
+    pipe, generate = made(model, config.num_steps)
     apply_cache_on_pipeline(pipe, config=config)
     video = generate()
     found = get_cache_statistics(pipe.transformer)
@@ -187,7 +170,7 @@ def test_lightx2v_s_files_for_wan_load_and_skip(name: str, tmp_path: Path) -> No
 
 
 def test_tea_measures_the_timesteps_projection_and_knows_the_published_polynomials() -> None:
-    pipe, generate = made("wan")
+    pipe, generate = made("wan", STEPS)
     apply_cache_on_pipeline(pipe, use_cache="Tea", cache_ratio_threshold=0.26)
     generate()
     judged = {row["step"]: row["statistic"] for row in get_cache_trace(pipe.transformer)}
@@ -235,7 +218,7 @@ def held(transformer: nn.Module) -> bool:
 def test_through_the_boundary_steps_count_on_and_no_forecast_crosses(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, generate = made("wan22")
+    pipe, generate = made("wan22", STEPS)
     apply_cache_on_pipeline(pipe, **options)
     one, two = pipe.transformer, pipe.transformer_2
     awaited: dict[int, bool] = {}

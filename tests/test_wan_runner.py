@@ -1,4 +1,4 @@
-"""`xdit-fastcache` on tiny Wan pipelines that lie where the names of xDiT's registry point."""
+"""Wan with xDiT's classes: its schedules of attention, layouts, `fastcache generate`, a service."""
 
 from __future__ import annotations
 
@@ -6,115 +6,20 @@ import base64
 import io
 import json
 import textwrap
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import schedule_worker
 from PIL import Image
 from support.films import frames_of
+from support.hub import save
 from support.served import Served
 from support.worlds import ROOT, launch, python, run_world
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    T5EncoderModel,
-)
 
-from diffusers_adapters.tiny.wan import (
-    tiny_wan,
-    tiny_wan22_i2v,
-    tiny_wan_i2v,
-    tiny_wan_vae,
-)
+from diffusers_adapters.tiny.model import picture
+from diffusers_adapters.tiny.wan import tiny_wan, tiny_wan_i2v
 from xfuser_fastcache.xdit.runner_classes import refuse
-
-STEPS, FRAMES = 14, 9
-CALL = (
-    "--prompt", "ring", "--height", "32", "--width", "32", "--num_frames", str(FRAMES),
-    "--num_inference_steps", str(STEPS), "--seed", "1", "--cache_method", "fastcache",
-    "--cache_config", '{"cache_ratio_threshold":12.0}',
-)  # fmt: skip
-MODELS: dict[str, Any] = {
-    "Wan2.1-T2V-14B-Diffusers": tiny_wan,
-    "Wan2.1-I2V-14B-720P-Diffusers": tiny_wan_i2v,
-    "Wan2.2-T2V-A14B-Diffusers": partial(tiny_wan, experts=2),
-    "Wan2.2-I2V-A14B-Diffusers": tiny_wan22_i2v,
-    "Wan2.2-TI2V-5B-Diffusers": partial(tiny_wan, expand_timesteps=True),
-}
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    toy = ROOT / "toys" / "flux"
-    text_encoder = T5EncoderModel.from_pretrained(toy / "text_encoder_2")
-    tokenizer = AutoTokenizer.from_pretrained(toy / "tokenizer_2")
-    for name, make in MODELS.items():
-        pipe, _ = make(text_dim=text_encoder.config.d_model)
-        pipe.register_modules(vae=tiny_wan_vae(), text_encoder=text_encoder, tokenizer=tokenizer)
-        if pipe.transformer.config.image_dim:
-            pipe.register_modules(
-                image_encoder=CLIPVisionModel(
-                    CLIPVisionConfig(
-                        hidden_size=pipe.transformer.config.image_dim,
-                        intermediate_size=8,
-                        num_hidden_layers=2,
-                        num_attention_heads=1,
-                        image_size=32,
-                        patch_size=16,
-                    )
-                ),
-                image_processor=CLIPImageProcessor(
-                    size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-                ),
-            )
-        pipe.save_pretrained(folder / "Wan-AI" / name)
-    Image.linear_gradient("L").convert("RGB").resize((32, 32)).save(folder / "image.png")
-    return folder
-
-
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize(
-    ("model", "flags"),
-    [
-        ("Wan2.2-T2V", "--ulysses_degree 2"),
-        pytest.param("Wan2.1-T2V", "--ring_degree 2", marks=SLOW),
-        pytest.param("Wan2.1-I2V", "--ulysses_degree 2", marks=SLOW),
-        pytest.param("Wan2.1-I2V", "--use_cfg_parallel", marks=SLOW),
-        pytest.param("Wan2.2-I2V", "--use_cfg_parallel", marks=SLOW),
-        pytest.param("Wan2.2-TI2V", "--use_cfg_parallel --task i2v", marks=SLOW),
-        pytest.param("Wan2.2-TI2V", "--ulysses_degree 2 --task t2v", marks=SLOW),
-    ],
-)
-def test_the_runner_draws_cached_with_every_denoiser(
-    hub: Path, tmp_path: Path, model: str, flags: str
-) -> None:
-    image = ("--input_images", "image.png") if "I2V" in model and "t2v" not in flags else ()
-    printed = launch(
-        "wan_runner.py", 2, str(hub), "--model", model, *flags.split(), *image, *CALL,
-        "--output_directory", str(tmp_path), timeout_s=280,
-    )  # fmt: skip
-    (video,) = tmp_path.glob("*.mp4")
-    frames = frames_of(video)
-    assert frames.shape == (FRAMES, 32, 32, 3) and frames.std() > 0
-    files = sorted(tmp_path.glob("cache_statistics*.json"))
-    names = ["cache_statistics", "cache_statistics_transformer_2"]
-    experts = 2 if model in ("Wan2.2-T2V", "Wan2.2-I2V") else 1
-    assert [file.stem for file in files] == names[:experts], printed
-    found = [json.loads(file.read_text()) for file in files]
-    assert sum(one["steps"] for one in found) == STEPS
-    for one in found:
-        assert (one["use_cache"], one["collectives_per_step"]) == ("Fast", 1)
-        assert 0 < one["block_approx_ratio"] < 1
-        assert one["clock"] == "scheduler"
 
 
 @pytest.mark.gloo
@@ -169,8 +74,8 @@ def test_a_pipeline_is_put_in_a_layout_with_the_runners_classes_or_refused(tmp_p
 
 
 @pytest.mark.gloo
-def test_both_experts_are_drawn_cached_and_reported_by_generate(hub: Path, tmp_path: Path) -> None:
-    model = hub / "Wan-AI" / "Wan2.2-T2V-A14B-Diffusers"
+def test_both_experts_are_drawn_cached_and_reported_by_generate(tmp_path: Path) -> None:
+    model = save("Wan-AI/Wan2.2-T2V-A14B-Diffusers", tmp_path)
     done = python(
         "-m", "xfuser_fastcache.cli", "generate", "--model", model,
         "--prompt", "ring", "--height", "32", "--width", "32", "--num_frames", "5",
@@ -194,14 +99,16 @@ def test_both_experts_are_drawn_cached_and_reported_by_generate(hub: Path, tmp_p
     ("model", "flags"),
     [
         ("Wan2.2-TI2V-5B-Diffusers", "--ulysses_degree 2"),
-        pytest.param("Wan2.1-I2V-14B-720P-Diffusers", "--use_cfg_parallel", marks=SLOW),
+        pytest.param("Wan2.1-I2V-14B-720P-Diffusers", "--use_cfg_parallel", marks=pytest.mark.slow),
     ],
 )
-def test_a_video_begins_with_a_picture(hub: Path, tmp_path: Path, model: str, flags: str) -> None:
+def test_a_video_begins_with_a_picture(tmp_path: Path, model: str, flags: str) -> None:
     """TI2V's folder names the pipeline for text alone; with --image the other one of its two."""
+    folder = save(f"Wan-AI/{model}", tmp_path)
+    picture(32).save(tmp_path / "image.png")
     launch(
-        "../scripts/generate.py", 2, "--model", str(hub / "Wan-AI" / model), "--prompt", "ring",
-        "--image", str(hub / "image.png"), "--fps", "16", "--height", "32", "--width", "32",
+        "../scripts/generate.py", 2, "--model", str(folder), "--prompt", "ring",
+        "--image", str(tmp_path / "image.png"), "--fps", "16", "--height", "32", "--width", "32",
         "--num_frames", "5", "--num_inference_steps", "8", "--use_cache", "Fast", "--baseline",
         "--cache_config", '{"computed_steps": 4}', "--output_dir", str(tmp_path), *flags.split(),
         timeout_s=280,
@@ -214,9 +121,10 @@ def test_a_video_begins_with_a_picture(hub: Path, tmp_path: Path, model: str, fl
 
 
 @pytest.mark.gloo
-def test_a_service_answers_with_a_moving_picture(hub: Path) -> None:
+def test_a_service_answers_with_a_moving_picture(tmp_path: Path) -> None:
+    model = save("Wan-AI/Wan2.1-T2V-14B-Diffusers", tmp_path)
     service = Served(
-        1, "--model", str(hub / "Wan-AI" / "Wan2.1-T2V-14B-Diffusers"), "--height", "32", "--width",
+        1, "--model", str(model), "--height", "32", "--width",
         "32", "--num_frames", "5", "--num_inference_steps", "6", "--use_cache", "Fast",
         "--fps", "12.5",
         "--cache_config", '{"cache_ratio_threshold": 12.0}',

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support.counted import counted_tokens
+from support.families import made
 
 from diffusers_adapters.tiny import TINY_PIPELINES
 from diffusers_adapters.z_image import ZImageAdapter
@@ -15,6 +15,7 @@ from xfuser_fastcache import get_cache_statistics
 from xfuser_fastcache.apply import apply_cache_on_pipeline, remove_cache_from_pipeline
 from xfuser_fastcache.models.token_layout import TokenCounts
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
 STEPS, NOISE = 6, 16  # tokens, which are padded to 32, as the text is
 WAYS: dict[str, dict[str, Any]] = {
     "stack": {},
@@ -29,30 +30,12 @@ CASES = [("z-image", way) for way in WAYS] + [("z-image-turbo", "stack")]
 LONG = {"prompt_embeds": [torch.linspace(-1, 1, 40 * 16).reshape(40, 16)]}  # padded to 64
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def made(name: str) -> tuple[Any, Any]:
-    """Return a tiny pipeline, and what draws with it."""
-    pipe, call = TINY_PIPELINES[name]()
-    pipe.set_progress_bar_config(disable=True)
-
-    def generate(**changes: Any) -> torch.Tensor:
-        given = {**call, "num_inference_steps": STEPS, **changes}
-        return pipe(**{**given, "generator": torch.Generator().manual_seed(1)}).images
-
-    return pipe, generate
-
-
 @pytest.mark.parametrize(("model", "way"), CASES)
 def test_only_the_image_is_measured_and_nothing_changes_at_threshold_0(
     model: str, way: str
 ) -> None:
     """Neither text nor padding; a longer prompt than the negative one is masked in the batch."""
-    pipe, generate = made(model)
+    pipe, generate = made(model, STEPS)
     control, long = generate(), generate(**LONG)
     narrows = "motion_threshold" in WAYS[way] or "enable_token_merge" in WAYS[way]
     of_latents = way in ("output", "data")
@@ -78,7 +61,7 @@ def test_only_the_image_is_measured_and_nothing_changes_at_threshold_0(
 
 
 def test_the_modulated_input_is_what_attention_is_given() -> None:
-    pipe, generate = made("z-image")
+    pipe, generate = made("z-image", STEPS)
     layer, pairs = pipe.transformer.layers[0], []
     given: list[torch.Tensor] = []
     layer.attention.register_forward_pre_hook(lambda module, args: given.append(args[0]))
@@ -121,7 +104,7 @@ def test_padding_and_text_are_never_measured(ranks: int, held: list[int]) -> Non
 def test_a_picture_among_pictures_is_refused() -> None:
     """Z-Image-Omni gives each item a list of pictures, the last of which is noise."""
     latents = [[torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8)]]
-    pipe, _ = made("z-image")
+    pipe, _ = made("z-image", STEPS)
     apply_cache_on_pipeline(pipe)
     with pytest.raises(TypeError, match="a list of 2 latents for each item.*remove_cache"):
         pipe.transformer(latents, torch.zeros(1), [[torch.zeros(8, 16)]])

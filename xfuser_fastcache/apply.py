@@ -207,15 +207,9 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         for name, part in held.items()
         if any(adapter.supports(_layout(part, None).model_of(part)) for adapter in known)
     }
-    if not found and held.get("transformer") is not None:
-        adapter_of(_layout(held["transformer"], None).model_of(held["transformer"]))
-    if not found and held.get("unet") is not None:
-        raise TypeError(
-            f"{type(pipe).__name__} draws with a UNet, {type(held['unet']).__name__}, which has no "
-            "stack of transformer blocks to skip. `fastcache models` and docs/models.md list what "
-            "the cache runs on; for UNets there is DeepCache (arXiv 2312.00858)."
-        )
     if not found:
+        for part in filter(None, map(held.get, ("transformer", "unet"))):
+            adapter_of(_layout(part, None).model_of(part))
         has = ", ".join(f"{name} ({type(part).__name__})" for name, part in held.items())
         raise TypeError(
             f"{type(pipe).__name__} has no transformer to cache; give a pipeline of diffusers or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -170,18 +170,42 @@ def adapter_of(model: nn.Module) -> type[ModelAdapter]:
     Raises:
         ValueError: no adapter supports it; the message names the nearest of the supported ones.
     """
-    known = loaded(ADAPTERS)
-    for adapter in known.values():
+    known = loaded(ADAPTERS).values()
+    for adapter in known:
         if adapter.supports(model):
             return adapter
-    name, names = type(model).__name__, sorted({a.model_class for a in known.values()})
-    nearest = get_close_matches(name, names, n=3)
-    which = f"nearest to it are {', '.join(nearest)}" if nearest else f"only {', '.join(names)} are"
+    name = type(model).__name__
+    if "UNet" in name:
+        raise ValueError(
+            f"{name} is a UNet, which has no stack of transformer blocks to skip. `fastcache "
+            "models` and docs/models.md list what the cache runs on; for UNets there is DeepCache "
+            "(arXiv 2312.00858)."
+        )
+    likeness = {adapter.model_class: _likeness(adapter, model) for adapter in known}
+    names = sorted(likeness, key=lambda of: (-likeness[of], of))
+    nearest = [of for of in names if likeness[of] > _UNLIKE][:3]
+    which = (
+        f"nearest to it are {', '.join(nearest)}"
+        if nearest
+        else f"only {', '.join(sorted(names))} are"
+    )
     raise ValueError(
         f"{name} is not supported by the cache; {which}, as `fastcache models` says. Pass the "
         "pipeline's transformer (pipe.transformer), or add an adapter for the model (entry point "
         f"group {ADAPTERS!r}): docs/extending.md."
     )
+
+
+_UNLIKE = 0.6
+
+
+def _likeness(adapter: type[ModelAdapter], model: nn.Module) -> float:
+    """Return how near a family is to a model: by lists of blocks, embedder and name."""
+    lists = len(adapter.block_lists)
+    alike = sum(hasattr(model, name) for name in adapter.block_lists)
+    named = SequenceMatcher(None, type(model).__name__, adapter.model_class).ratio()
+    embeds = hasattr(model, adapter.embedder.partition(".")[0])
+    return named + (2 * lists + embeds if alike == lists else 0)
 
 
 def blocks_held(model: nn.Module, adapter: type[ModelAdapter]) -> dict[str, list[nn.Module]]:

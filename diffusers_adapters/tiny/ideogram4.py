@@ -76,15 +76,7 @@ def tiny_ideogram4(
 
 
 MODELS = (
-    {
-        "ideogram4": TinyModel(
-            tiny_ideogram4,
-            "ideogram4",
-            of_runner=True,
-            branches_apart=True,
-            models_a_step=2,
-        )
-    }
+    {"ideogram4": TinyModel(tiny_ideogram4, "ideogram4", of_runner=True, models_a_step=2)}
     if hasattr(diffusers, "Ideogram4Pipeline")
     else {}
 )

@@ -49,4 +49,4 @@ def tiny_lumina2(
     return pipeline, call
 
 
-MODELS = {"lumina2": TinyModel(tiny_lumina2, "lumina2", branches_apart=True)}
+MODELS = {"lumina2": TinyModel(tiny_lumina2, "lumina2")}

@@ -36,8 +36,6 @@ class TinyModel:
         adapter: the registered one that it is for.
         of_runner: whether no pipeline class of xDiT's stands around it, or none but under
             PipeFusion: its runner runs it.
-        branches_apart: whether ranks that share guidance decide with those of their branch alone,
-            and one rank calls for one branch after the other.
         models_a_step: how many there are that each run at every step, one for each branch.
         alone: whether one is drawn a call, so that there is no batch for replicas to share.
         limits: what xDiT cannot do with it.
@@ -47,7 +45,6 @@ class TinyModel:
     make: Callable[..., tuple[Any, dict[str, Any]]]
     adapter: str
     of_runner: bool = False
-    branches_apart: bool = False
     models_a_step: int = 1
     alone: bool = False
     limits: tuple[Limit, ...] = ()

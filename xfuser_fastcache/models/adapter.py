@@ -41,6 +41,10 @@ class ModelAdapter:
             blocks are skipped together.
         counts_each_pass: whether forward passes of one size differ in which tokens are the
             image's, so that `image_tokens` is asked at each; it must not wait for the device then.
+        branches_apart: whether, where ranks share guidance, one may call its transformer at a step
+            and the other not: then ranks decide with those of their branch alone.
+        guided_whole: whether xDiT's ranks share no guidance under CFG parallelism: each of them
+            runs both branches.
     """
 
     model_class: ClassVar[str]
@@ -53,6 +57,8 @@ class ModelAdapter:
     narrows: ClassVar[bool] = True
     long_skips: ClassVar[bool] = False
     counts_each_pass: ClassVar[bool] = False
+    branches_apart: ClassVar[bool] = False
+    guided_whole: ClassVar[bool] = False
 
     @classmethod
     def supports(cls, model: nn.Module) -> bool:

@@ -265,7 +265,7 @@ class _HostEvent:
 
 
 class _HostTorch(ModuleType):
-    """torch as xDiT's runner sees it: `torch.cuda` times and waits for the host."""
+    """torch as xDiT's runner sees it: `torch.cuda` and its generators are the host's."""
 
     def __init__(self) -> None:
         super().__init__("torch", "torch, with torch.cuda for a host without an accelerator")
@@ -275,6 +275,10 @@ class _HostTorch(ModuleType):
             synchronize=functools.partial(_constant, None),
             empty_cache=functools.partial(_constant, None),
         )
+
+    def Generator(self, device: str = "cpu") -> torch.Generator:
+        """Return one of the host's, whatever device is named."""
+        return torch.Generator()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -370,7 +374,10 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "xfuser.core.sparge_attention.head_balance": _patch_process_group,
     "xfuser.model_executor.layers.usp": _patch_process_group,
     "xfuser.model_executor.layers.usp_legacy": _patch_process_group,
-    "xfuser.model_executor.models.runner_models.base_model": _patch_torch,
+    **{
+        f"xfuser.model_executor.models.runner_models.{name}": _patch_torch
+        for name in ("base_model", "ideogram4", "krea2", "ltx")
+    },
     "xfuser.model_executor.models.runner_models.loading.placement": _patch_placement,
     "xfuser.model_executor.pipelines.pipeline_flux": _patch_flux_prepare_run,
     "xfuser.model_executor.pipelines.pipeline_flux2": _patch_flux2_prepare_run,

@@ -210,14 +210,16 @@ FAMILIES = (
     Family(
         "Cosmos3",
         ("cosmos3",),
-        why_not=f"{_NOT_YET}; it takes lists of videos, sounds and actions for latents, and its "
-        "blocks hold them in one sequence without a batch",
+        why_not=f"{_NOT_YET}; it takes lists of videos, sounds and actions for latents, and puts "
+        "such lists out; its blocks are given text and the rest as two tensors of (tokens, width), "
+        "without a batch (diffusers 0.42, where it runs)",
     ),
     Family(
         "MiniMax-H3",
         ("minimax-h3",),
-        why_not=f"{_NOT_YET}; rows of video, audio and text stand in one sequence in an order that "
-        "each call brings, and each has a timestep of its own",
+        why_not=f"{_NOT_YET}; diffusers 0.42 has a modular pipeline alone for it, and rows of "
+        "video, audio and text stand in one sequence in an order that each call brings, each with "
+        "a timestep of its own",
     ),
     Family(
         "FastH3",

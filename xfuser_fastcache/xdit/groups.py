@@ -14,8 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from xfuser_fastcache.assembly import adapter_of
 from xfuser_fastcache.consensus.collective import Consensus
 from xfuser_fastcache.consensus.topology import DecisionGroup, NoPatchKeys, PatchKeys, Position
+from xfuser_fastcache.models.adapter import ModelAdapter
 from xfuser_fastcache.models.wrappers import unwrapped
 from xfuser_fastcache.xdit.channels import renew_channels
 from xfuser_fastcache.xdit.gloo_waits import wait_limit
@@ -52,15 +54,6 @@ def _names_of(code: CodeType) -> set[str]:
 
 # By which a forward's code asks for its place among ranks that share tokens; Ideogram-4's keeps it.
 _PLACES = {"get_sequence_parallel_rank", "get_ulysses_parallel_rank", "_sp_rank"}
-
-
-# Where ranks share the guidance of these, one may call its transformer at a step and the other not:
-# Ideogram-4 has one for each branch, and Lumina-Image leaves a branch out at late steps. So ranks
-# decide with those of their branch alone.
-_BRANCHES_APART = {"Ideogram4Transformer2DModel", "Lumina2Transformer2DModel"}
-
-# Of these xDiT's ranks share no guidance: each of them runs both branches.
-_GUIDED_WHOLE = {"LatteTransformer3DModel"}
 
 
 def cuts(transformer: nn.Module) -> tuple[bool, bool]:
@@ -164,7 +157,7 @@ class XDiTLayout:
     ) -> DecisionGroup:
         """Return the ranks of this model replica, and those that share its weights by FSDP.
 
-        Of some families, under CFG parallelism, those of one branch; see `_BRANCHES_APART`.
+        Of a family whose branches are apart, under CFG parallelism, those of one branch.
 
         Args:
             transformer: that is cached.
@@ -183,10 +176,9 @@ class XDiTLayout:
                 "on the ranks that run the transformer only."
             )
         replica, sharded = parallel_state.get_model_replica_group(), parallel_state.get_fs_group()
-        bases: set[str] = set()
-        if transformer is not None:
-            bases = {base.__name__ for base in type(self.model_of(transformer)).__mro__}
-            replica = parallel_state.get_sp_group() if bases & _BRANCHES_APART else replica
+        adapter = ModelAdapter if transformer is None else adapter_of(self.model_of(transformer))
+        if adapter.branches_apart:
+            replica = parallel_state.get_sp_group()
         rank = dist.get_rank()
         ranks = deciding_ranks(rank, replica.world_size, sharded.world_size)
         self._stages = parallel_state.get_pipeline_parallel_world_size()
@@ -200,7 +192,7 @@ class XDiTLayout:
                     "ulysses_degree, ring_degree, use_cfg_parallel or data_parallel_degree."
                 )
         guidance_is_parallel = parallel_state.get_classifier_free_guidance_world_size() > 1
-        guidance_is_parallel = guidance_is_parallel and not bases & _GUIDED_WHOLE
+        guidance_is_parallel = guidance_is_parallel and not adapter.guided_whole
         branch = parallel_state.get_classifier_free_guidance_rank()
         shard, shards, counts = 0, 1, parallel_state.get_tensor_model_parallel_rank() == 0
         cuts_tokens, cuts_guidance = (

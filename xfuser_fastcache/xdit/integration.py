@@ -313,7 +313,13 @@ def _patch_runner(module: ModuleType) -> None:
         def validate_config(self: Any, config: Any) -> None:
             # Not on the class: some models set it anew for each instance (`_customize_settings`).
             family = family_of(self.settings.model_name)
-            if config.cache_method in METHODS and family is not None and family.adapter:
+            if config.cache_method in METHODS and family is not None:
+                if family.why_not:
+                    raise ValueError(
+                        f"--cache_method {config.cache_method} is not for {family.title}: "
+                        f"{family.reason}. `fastcache models` and docs/models.md list what it is "
+                        "for, and docs/extending.md adds a model."
+                    )
                 # xDiT need not have a cache for it itself, as it has none for Z-Image-Turbo.
                 self.capabilities = replace(self.capabilities, supports_step_caching=True)
             if self.capabilities.supports_step_caching:

@@ -25,7 +25,9 @@ from xfuser_fastcache.xdit.mends import (
     ltx2,
     pixart,
     qwen,
+    sizes,
     video,
+    wan,
     z_image,
 )
 
@@ -324,6 +326,13 @@ MENDS = (
         )
     ),
     Mend(
+        "Wan VACE by the runner: its prompt is handed on as a list, which diffusers refuses",
+        wan.RUNNER,
+        wan.RUN,
+        wan.hands_on_a_list,
+        wan.hand_on_one_prompt,
+    ),
+    Mend(
         "Qwen-Image under Ulysses: the padding of text and tokens that do not divide is seen",
         qwen.MODULE,
         f"{qwen.TRANSFORMER}.forward",
@@ -344,12 +353,18 @@ MENDS = (
         lambda source: "joint_attention_kwargs" not in source,
         z_image.take_attention_kwargs,
     ),
-    Mend(
-        "Z-Image: sizes in a checkpoint's config are dropped, the default ones are taken",
-        z_image.MODULE,
-        z_image.INIT,
-        lambda source: "**kwargs" in source,
-        z_image.name_sizes,
+    *(
+        Mend(
+            f"{name}: sizes in a checkpoint's config are dropped, the default ones are taken",
+            module,
+            f"xFuser{made}Wrapper.__init__",
+            sizes.drops_sizes,
+            sizes.name_sizes(f"xFuser{made}Wrapper.__init__", f"{made}Model"),
+        )
+        for name, module, made in (
+            ("Z-Image", z_image.MODULE, "ZImageTransformer2D"),
+            ("Krea-2", krea2.MODULE, "Krea2Transformer2D"),
+        )
     ),
     Mend(
         "Krea-2: the mask of a text is taken for that of a later one at the same address",

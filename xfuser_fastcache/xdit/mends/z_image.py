@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,6 @@ from xfuser_fastcache.xdit.compat import replace, require
 
 MODULE = "xfuser.model_executor.models.transformers.transformer_z_image"
 FORWARD = "xFuserZImageTransformer2DWrapper.forward"
-INIT = "xFuserZImageTransformer2DWrapper.__init__"
 
 
 def take_attention_kwargs(module: ModuleType) -> None:
@@ -30,19 +28,3 @@ def take_attention_kwargs(module: ModuleType) -> None:
         return forward(self, *args, **kwargs)
 
     replace(module, FORWARD, apply_lora_scale("joint_attention_kwargs")(forward_with_scale))
-
-
-def name_sizes(module: ModuleType) -> None:
-    """Let diffusers see which sizes the transformer takes; without, it passes none on.
-
-    Then every checkpoint is loaded as if it had the default ones.
-    """
-    init = require(module, INIT)
-    model: Any = require(module, "ZImageTransformer2DModel")
-
-    @functools.wraps(init)
-    def init_by_name(self: Any, **sizes: Any) -> None:
-        init(self, **sizes)
-
-    vars(init_by_name)["__signature__"] = inspect.signature(model.__init__)
-    replace(module, INIT, init_by_name)
