@@ -25,6 +25,7 @@ from support.matrix import STEPS, build, same, variants  # noqa: E402
 from support.worlds import report  # noqa: E402
 from support.xdit_runs import describe, latents_of, own_share  # noqa: E402
 
+from diffusers_adapters.registry import adapters  # noqa: E402
 from diffusers_adapters.tiny import TINY_MODELS  # noqa: E402
 from xfuser_fastcache.apply import (  # noqa: E402
     adapter_of,
@@ -112,7 +113,7 @@ def cases(
     else:
         control = generate()
         found["synchronous"] = describe(control)
-        if not TINY_MODELS[model].branches_apart:
+        if not adapters()[TINY_MODELS[model].adapter].branches_apart:
             found["corrected"] = corrected(pipe, generate)
     found["has_output"] = control is not None
     found["backends"] = {}
@@ -153,7 +154,7 @@ def references(model: str, batches: list[int]) -> dict[str, Any]:
             return latents_of(pipe(**own_share(call, batch)))
 
         found[str(batch)] = {"synchronous": describe(generate())}
-        if not TINY_MODELS[model].branches_apart:
+        if not adapters()[TINY_MODELS[model].adapter].branches_apart:
             found[str(batch)]["corrected"] = corrected(pipe, generate)
     return found
 

@@ -148,7 +148,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         takes_over=found[0]["models"][model]["denoisers"] - tiny.models_a_step,
         of_runner=tiny.of_runner and not in_stages,
         in_stages=in_stages,
-        same_corrections=not in_stages and not (tiny.adapter == "z_image" and "cfg" in layout),
+        same_corrections=not in_stages,
         least_hits=least if backend == "Fast" else least / 2,
         references=references(model),
     )

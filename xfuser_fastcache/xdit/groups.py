@@ -201,6 +201,8 @@ class XDiTLayout:
         if cuts_tokens and not whole_forward:
             shard = parallel_state.get_sequence_parallel_rank()
             shards = parallel_state.get_sequence_parallel_world_size()
+        # A forward pass that cuts its batch by itself is given both branches, and puts both out.
+        sees_both = whole_forward and cuts_guidance
         if whole_forward:
             counts = counts and not (cuts_tokens and parallel_state.get_sequence_parallel_rank())
             counts = counts and not (cuts_guidance and branch)
@@ -212,7 +214,7 @@ class XDiTLayout:
             counts_tokens=counts,
             shard=shard,
             shards=shards,
-            branch=branch if guidance_is_parallel else None,
+            branch=branch if guidance_is_parallel and not sees_both else None,
             device_group=next(
                 (c.device_group for c in (replica, sharded) if c.world_size == len(ranks)), None
             ),
