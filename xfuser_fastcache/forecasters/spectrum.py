@@ -29,18 +29,18 @@ class SpectrumForecaster(Forecaster):
         \hat r = w\, T(\tau)^\top (X^\top X + \lambda I)^{-1} X^\top R + (1 - w)\,[r_0 + (r_0 -
         r_1)(\sigma - \sigma_0)/(\sigma_0 - \sigma_1)]
 
-    with `degree`, `ridge` and `share` as `M`, :math:`\lambda` and `w`. Exact on polynomials of sigma
-    up to that degree as the ridge goes to 0, with `share` 1; with more of it all is shrunk, what is
-    constant too. With fewer anchors than polynomials, or tokens that were computed at different
-    steps, it is the local forecast, `taylor`.
+    with `degree`, `ridge` and `share` as `M`, :math:`\lambda` and `w`. Exact on polynomials of
+    sigma up to that degree as the ridge goes to 0, with `share` 1; with more of it all is shrunk,
+    what is constant too. With fewer anchors than polynomials, or tokens that were computed at
+    different steps, it is the local forecast, `taylor`.
 
-    A fit is a weight an anchor, found on the host from noise levels alone. It remembers `degree` + 6
-    computed steps, so its memory is 5 times that of `taylor`.
+    A fit is a weight an anchor, found on the host from noise levels alone. It remembers `degree` +
+    6 computed steps, so its memory is 5 times that of `taylor`.
 
     Source: Spectrum, arXiv 2603.01623, and its code (github.com/hanjq17/Spectrum), whose settings
     for FLUX are these defaults. Deviations: time is the noise level where the code takes the index
-    of the step over 50; its window of 100 steps, all there are, is bounded; before there are as many
-    anchors as polynomials, which its warm-up of five steps sees to, nothing is fitted.
+    of the step over 50; its window of 100 steps, all there are, is bounded; before there are as
+    many anchors as polynomials, which its warm-up of five steps sees to, nothing is fitted.
     """
 
     degree: int = option(4, integer(1, 16), "highest of the polynomials")
