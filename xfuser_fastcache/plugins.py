@@ -24,6 +24,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "TaylorSeer": f"{_GATES}.interval:IntervalGate",
         "Ada": f"{_GATES}.codebook:CodebookGate",
         "Custom": f"{_GATES}.accumulated:CustomGate",
+        "Mag": f"{_GATES}.magnitude:MagnitudeGate",
     },
     "xfuser_fastcache.forecasters": {
         "reuse": f"{_FORECASTERS}.reuse:ReuseForecaster",
