@@ -67,7 +67,7 @@ def run(
 
 LINE = (lambda s: 1.0, lambda s: s)
 QUARTIC = tuple((lambda s, k=k: s**k) for k in range(5))
-# Two poles a step of 0.1: fading and a constant; growing and fading; turning while it fades.
+# Fading to a constant; fading and growing; turning while it fades.
 FADING = (lambda s: 1.0, lambda s: exp(3 * s))
 APART = (lambda s: exp(-2 * s), lambda s: exp(2 * s))
 TURNING = (lambda s: exp(s) * cos(5 * s), lambda s: exp(s) * cos(5 * s + pi / 2))
@@ -87,6 +87,7 @@ EXACT = {
     "spectrum's local share, a line": (SpectrumForecaster(share=0.0), UNEVEN, LINE),
     "dmd, a constant and an exponential": (DMDForecaster(), EVEN, FADING),
     "dmd, two exponentials": (DMDForecaster(), EVEN, APART),
+    "dmd, four exponentials": (DMDForecaster(), EVEN, (*FADING, *TURNING)),
     "dmd of four anchors, two exponentials": (DMDForecaster(), EVEN[:4], APART),
     "dmd, an oscillation": (DMDForecaster(), EVEN, TURNING),
 }
@@ -109,7 +110,7 @@ def test_each_is_exact_on_what_it_claims(case: str, ahead: float) -> None:
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), **close)
 
 
-@pytest.mark.parametrize("made", [FoCaForecaster(), DMDForecaster(), SpectrumForecaster()])
+@pytest.mark.parametrize("made", [FoCaForecaster(), SpectrumForecaster()])
 def test_what_is_exact_on_these_is_not_exact_on_a_parabola(made: Forecaster) -> None:
     """Else the cases above would show nothing."""
 
@@ -208,30 +209,29 @@ def test_spectrum_by_a_least_squares_of_cosines(degree: int, ridge: float, share
     assert scalar(made, UNEVEN, VALUES, now) == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("functions", [FADING, APART, TURNING])
-@pytest.mark.parametrize("horizon", [0.25, 0.5, 1.0])
-def test_dmd_by_modes_of_a_singular_value_decomposition(
-    functions: Sequence[Callable[[float], float]], horizon: float
-) -> None:
-    """cache-dit's way, of rank 2 and on snapshots with a little noise: powers of the propagator."""
-    noise = {level: streams(90 + i) for i, level in enumerate(EVEN)}
+@pytest.mark.parametrize("anchors", [4, 5, 6])
+@pytest.mark.parametrize("horizon", [0.25, 0.5, 1.0, 1.3])
+def test_dmd_by_modes_of_a_singular_value_decomposition(horizon: float, anchors: int) -> None:
+    """cache-dit's way, on snapshots of no class at all: powers of the propagator's modes."""
+    bends = [streams(90 + i) for i in range(anchors)]
+    levels = EVEN[:anchors]
 
     def residual(level: float) -> Streams:
-        parts = mixed(*(function(level) for function in functions))
-        return parts.map(lambda x, e: x + 1e-4 * e, noise[level])
+        parts = mixed(1.0, exp(level), cos(9 * level))
+        return parts.map(lambda x, e: x + 0.1 * e, bends[levels.index(level)])
 
-    found, comparable = run(DMDForecaster(), EVEN[:6], residual, EVEN[5] - 0.1 * horizon)
-    kept = [residual(level).hidden_states.flatten(1).numpy() for level in EVEN[:6]]
+    found, comparable = run(DMDForecaster(), levels, residual, levels[-1] - 0.1 * horizon)
+    held = found.map(torch.sub, comparable(mixed(0.0))).hidden_states.flatten(1)
+    kept = [residual(level).hidden_states.flatten(1).numpy() for level in levels]
     for item in range(BATCH):
         snapshots = np.stack([each[item] for each in kept], axis=1)
-        u, s, vh = (part for part in np.linalg.svd(snapshots[:, :-1], full_matrices=False))
-        u, s, vh = u[:, :2], s[:2], vh[:2]
+        u, s, vh = np.linalg.svd(snapshots[:, :-1], full_matrices=False)
+        assert s[-1] > 1e-2 * s[0]
         poles, vectors = np.linalg.eig(u.T @ snapshots[:, 1:] @ vh.T / s)
         modes = snapshots[:, 1:] @ vh.T / s @ vectors
         amounts = np.linalg.lstsq(modes, snapshots[:, -1].astype(complex), rcond=None)[0]
         wanted = (modes @ (poles.astype(complex) ** horizon * amounts)).real
-        held = found.map(torch.sub, comparable(mixed(0.0))).hidden_states[item].flatten()
-        np.testing.assert_allclose(held.numpy(), wanted, atol=3e-3)
+        np.testing.assert_allclose(held[item].numpy(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_meancache_by_what_the_average_was_off_by() -> None:
