@@ -8,6 +8,7 @@ order in which each backend's rule computes and skips, on arithmetic blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from xfuser_fastcache.config.checks import options_of
 from xfuser_fastcache.consensus.topology import DecisionGroup
 from xfuser_fastcache.gates.base import Evidence
 from xfuser_fastcache.gates.codebook import CODEBOOKS
+from xfuser_fastcache.gates.magnitude import MagnitudeGate
 from xfuser_fastcache.hooks import hook_on
 
 STEPS = 9
@@ -340,6 +342,42 @@ def test_the_comparison_is_strict(backend: str) -> None:
     state = gate.init()
     assert not gate.judge(evidence(0.25), state).may_skip
     assert gate.judge(evidence(0.25 - 1e-9), state).may_skip
+
+
+RATIOS = [1.0, 0.5, 0.9, 0.9, 1.2, 0.95, 0.9, 0.6, 0.9]
+
+
+def test_mag_adds_up_how_far_the_product_of_ratios_is_from_one() -> None:
+    """By hand: 0.9 and 0.9 * 0.9 are off by 0.1 and 0.19, then by 0.028 with 1.2."""
+    gate = MagnitudeGate(0.31, RATIOS)
+    state, decided = gate.init(), []
+    for step in range(2, len(RATIOS)):
+        now = replace(evidence(0.0), elapsed=step / (len(RATIOS) - 1))
+        verdict = gate.judge(now, state)
+        state = gate.update(state, now, verdict.may_skip)
+        decided.append((verdict.statistic, verdict.may_skip))
+    statistics = [0.1, 0.29, 0.318, 0.05, 0.195, 0.682, 0.1]
+    assert [skips for _, skips in decided] == [s < 0.31 for s in statistics]
+    assert [s for s, _ in decided] == pytest.approx(statistics)
+
+
+def test_mag_skips_by_its_law_in_a_stack_and_never_without_a_known_end() -> None:
+    options: dict[str, Any] = {"use_cache": "Mag", "mag_ratios": RATIOS, "num_warmup_steps": 2}
+    options["cache_ratio_threshold"] = 0.31
+    stack = Stack(num_steps=len(RATIOS), **options)
+    for level in levels(len(RATIOS)):
+        stack(ones(), level)
+    assert stack.flags == [0, 0, 1, 1, 0, 1, 1, 0, 0]
+    endless = Stack(**options)
+    for level in levels(len(RATIOS)):
+        endless(ones(), level)
+    assert endless.flags == [0] * len(RATIOS)
+
+
+@pytest.mark.parametrize("given", ["wan", [], [[1.0]], "", {"flux": 1}, 1.0])
+def test_mag_refuses_what_are_no_ratios(given: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="mag_ratios=.*give flux, or list of 1 to"):
+        MagnitudeGate(mag_ratios=given)
 
 
 @pytest.mark.parametrize("book", CODEBOOKS)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, MagCacheConfig, apply_mag_cache
 from diffusers.hooks.taylorseer_cache import (
     TaylorSeerCacheConfig,
     TaylorSeerState,
@@ -57,6 +58,29 @@ def test_diffusers_first_block_cache_does_not_run_sd3_and_ours_does() -> None:
     with found.diffusers(apply_first_block_cache, FirstBlockCacheConfig(threshold=threshold)):
         with pytest.raises(TypeError, match="NoneType"):
             found()
+
+
+@pytest.mark.parametrize("model", ["flux", "pixart"])
+@pytest.mark.parametrize(
+    ("threshold", "skips", "retention"), [(0.06, 3, 0.2), (0.24, 5, 0.1), (0.05, 2, 0.3)]
+)
+def test_mag_takes_the_same_branch_as_diffusers_mag_cache(
+    model: str, threshold: float, skips: int, retention: float
+) -> None:
+    """Its ratios are stretched to another number of steps; it never knows the last step."""
+    found = Generator(model)
+    warm_up = int(retention * STEPS + 0.5)
+    options: dict[str, Any] = {"cache_ratio_threshold": threshold, "num_warmup_steps": warm_up}
+    with found.ours(scheduler=True, use_cache="Mag", max_consecutive_skips=skips, **options):
+        cached = found()
+        mine = found.computed
+    config = MagCacheConfig(threshold, skips, retention, STEPS, FLUX_MAG_RATIOS)
+    with found.diffusers(apply_mag_cache, config):
+        theirs = found()
+    assert warm_up < len(mine) < STEPS
+    assert mine == sorted({*found.computed, STEPS - 1})
+    if STEPS - 1 in found.computed:
+        torch.testing.assert_close(cached, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CustomCacheConfig,
         FastCacheConfig,
         FbCacheConfig,
+        MagnitudeCacheConfig,
         TaylorCacheConfig,
         TeaCacheConfig,
     )
@@ -44,6 +45,7 @@ __all__ = [
     "CustomCacheConfig",
     "FastCacheConfig",
     "FbCacheConfig",
+    "MagnitudeCacheConfig",
     "TaylorCacheConfig",
     "TeaCacheConfig",
     "TransformerInUse",
@@ -66,6 +68,7 @@ _HOME = {
     "CustomCacheConfig": "config.by_backend",
     "FastCacheConfig": "config.by_backend",
     "FbCacheConfig": "config.by_backend",
+    "MagnitudeCacheConfig": "config.by_backend",
     "TaylorCacheConfig": "config.by_backend",
     "TeaCacheConfig": "config.by_backend",
     "CacheConfig": "config.cache_config",

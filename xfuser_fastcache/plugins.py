@@ -24,6 +24,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "TaylorSeer": f"{_GATES}.interval:IntervalGate",
         "Ada": f"{_GATES}.codebook:CodebookGate",
         "Custom": f"{_GATES}.accumulated:CustomGate",
+        "Mag": f"{_GATES}.magnitude:MagnitudeGate",
     },
     "xfuser_fastcache.forecasters": {
         "reuse": f"{_FORECASTERS}.reuse:ReuseForecaster",
@@ -34,6 +35,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "data": f"{_FORECASTERS}.data:DataForecaster",
         "linear": f"{_FORECASTERS}.linear:LinearForecaster",
         "linear_taylor": f"{_FORECASTERS}.linear_taylor:LinearTaylorForecaster",
+        "hicache": f"{_FORECASTERS}.hicache:HiCacheForecaster",
+        "foca": f"{_FORECASTERS}.foca:FoCaForecaster",
+        "dmd": f"{_FORECASTERS}.dmd:DMDForecaster",
+        "spectrum": f"{_FORECASTERS}.spectrum:SpectrumForecaster",
+        "meancache": f"{_FORECASTERS}.meancache:MeanCacheForecaster",
         "adacorrection": f"{_FORECASTERS}.adacorrection:AdaCorrection",
     },
     "xfuser_fastcache.token_plans": {

@@ -25,6 +25,7 @@ _OFTEN: dict[str, dict[str, Any]] = {
     "Custom": {"cache_ratio_threshold": 40.0, "coefficients": [1.0, 0.0], **_MIXED},
     "TaylorSeer": {"cache_interval": 3, "num_warmup_steps": 2},
     "Ada": {"codebook": {0.01: 2, 100: 3}},
+    "Mag": {"cache_ratio_threshold": 12.0, "num_warmup_steps": 2},
 }
 
 

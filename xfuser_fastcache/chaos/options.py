@@ -66,6 +66,7 @@ def _sane(draw: random.Random, name: str) -> Any:
         "calibration": [str(Path(_folder().name) / "calibration"), "missing", _folder().name],
         "linear_maps": [str(Path(_folder().name) / "maps"), "missing", "/dev/zero"],
         "codebook": ["slow", "fast", {1e9: 10_000}, {5e-324: 1}, {0.1: 4, 1: 2}],
+        "mag_ratios": ["flux", [1.0, 0.9], [1e9] * 1000, [0.0]],
         "coefficients": [[1.0, 0.0], [1e9] * 16, [-1e9, 1e9], [0.0]],
         "adaptive_beta": [[1e9, -1e9, 1e9, -1e9], [0.01, 0.1, 0.0, 0.0]],
         "static_kv": ["reuse", "drop"],

@@ -68,6 +68,14 @@ class Call:
         return None if self.name is None else _GUIDED.get(self.name)
 
     @property
+    def elapsed(self) -> float | None:
+        """How far the plan has gone, from 0 at its first step to 1 at its last; None if unknown."""
+        if self.steps is None:
+            return None
+        last = self.planned_step - self.step + self.steps - 1
+        return self.planned_step / last if last > 0 else 1.0
+
+    @property
     def place(self) -> str:
         """The call in words, for messages."""
         patch = f", patch {self.position.patch}" if self.position.patched else ""

@@ -62,3 +62,10 @@ class CustomCacheConfig(CacheConfig):
     """TeaCache's rule with a polynomial of your own in `coefficients`, as LightX2V has it."""
 
     use_cache: str = _settled("Custom")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeCacheConfig(CacheConfig):
+    """A law of residuals' magnitudes, measured once for a model, as MagCache has it."""
+
+    use_cache: str = _settled("Mag")

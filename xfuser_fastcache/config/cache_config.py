@@ -210,6 +210,7 @@ class CacheConfig(CheckedOptions):
     coefficients: list[float] | None = flat("gate")
     cache_interval: int = flat("gate")
     codebook: dict[float, int] = flat("gate")
+    mag_ratios: list[float] = flat("gate")
     motion_threshold: float | None = flat("token_plan")
     adaptive_beta: list[float] | None = flat("token_plan")
     static_kv: str | None = flat("token_plan")

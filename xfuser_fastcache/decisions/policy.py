@@ -165,6 +165,7 @@ def evidence(rules: Rules, shared: SharedState, index: int, call: Call, anchor: 
             lag=call.step - anchor.step,
             noise_levels=levels,
             gap=gap,
+            elapsed=call.elapsed,
         )
 
     found: dict[Probe | None, Evidence] = {None: weighed(NOTHING, 1)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -239,6 +239,10 @@ class TaylorWeights(NamedTuple):
         """Whether the newest anchor is forecast again; not asked where tokens differ in weight."""
         return isinstance(self.image, float) and self.image == 0.0
 
+    def times(self, factor: float) -> TaylorWeights:
+        """Return weights for so much of the slope."""
+        return TaylorWeights(factor * self.image, factor * self.text)
+
     def damped(self, share: float) -> TaylorWeights:
         r"""Return weights for a slope of which, an anchors' distance on, the `share` is left.
 
@@ -276,9 +280,13 @@ def extrapolated(memory: Memory, noise_level: float, share: float | None = None)
     :math:`\hat r(\sigma) = r_0 + w (r_0 - r_1)` with `w` of `TaylorWeights`; damped where a `share`
     is given.
     """
-    latest, weights = memory.anchors[0].residual, TaylorWeights.of(memory, noise_level)
-    if share is not None:
-        weights = weights.damped(share)
+    weights = TaylorWeights.of(memory, noise_level)
+    return extrapolated_by(weights if share is None else weights.damped(share), memory)
+
+
+def extrapolated_by(weights: TaylorWeights, memory: Memory) -> Streams:
+    """Return what the newest anchor holds, moved by so much of its change since the one before."""
+    latest = memory.anchors[0].residual
     if weights.are_zero:
         return latest
     return weights.map(_extrapolate, latest, memory.anchors[1].residual)
@@ -291,3 +299,49 @@ def _extrapolate(
         # lerp rounds once in the working precision where two bf16 products would round twice.
         return torch.lerp(before, latest, 1.0 + weight)
     return (latest + weight * (latest.float() - before.float())).to(latest.dtype)
+
+
+def told_apart(memory: Memory) -> tuple[Anchor, ...]:
+    """Return the newest anchors that can have one weight each, newest first.
+
+    They end before the first noise level that comes again, and before the first anchor whose tokens
+    were computed at different steps.
+    """
+    found: dict[float, Anchor] = {}
+    for anchor in memory.anchors:
+        if anchor.levels is not None or anchor.noise_level in found:
+            break
+        found[anchor.noise_level] = anchor
+    return tuple(found.values())
+
+
+def divided_difference(levels: Sequence[float], times: float = 1.0) -> list[float]:
+    """Return the weights of a divided difference in Lagrange's form, one an anchor.
+
+    Its order is one less than there are levels, and times its factorial it is a derivative.
+
+    Args:
+        levels: noise levels of the anchors, all different.
+        times: factor of all weights.
+
+    Example:
+        >>> divided_difference([3.0, 2.0, 0.0], times=6.0)  # of squares: 6 times 1
+        [2.0, -3.0, 1.0]
+    """
+    return [
+        times / math.prod(level - other for other in levels if other != level) for level in levels
+    ]
+
+
+def weighted(anchors: Sequence[Anchor], weights: Sequence[float]) -> Streams:
+    """Return the weighted sum of what anchors hold, rounded to their dtype once."""
+
+    def add(*held: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(held[0].dtype, torch.float32)
+        total = weights[0] * held[0].to(wide)
+        for weight, x in zip(weights[1:], held[1:], strict=True):
+            total = total.add_(x, alpha=weight)
+        return total.to(held[0].dtype)
+
+    newest, *others = (anchor.residual for anchor in anchors)
+    return newest.map(add, *others)

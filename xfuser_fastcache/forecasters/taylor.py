@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from xfuser_fastcache.config.checks import number, option
-from xfuser_fastcache.forecasters.base import Forecaster, extrapolated
+from xfuser_fastcache.forecasters.base import (
+    Forecaster,
+    divided_difference,
+    extrapolated,
+    told_apart,
+)
 from xfuser_fastcache.models.streams import Streams
 from xfuser_fastcache.state.local import Memory
 
@@ -75,19 +79,15 @@ class SecondOrderTaylorForecaster(TaylorForecaster):
     def forecast(self, memory: Memory, inputs: Streams, noise_level: float) -> Streams:
         """Return the input moved by the extrapolated residual."""
         linear = super().forecast(memory, inputs, noise_level)
-        levels = [anchor.noise_level for anchor in memory.anchors]
-        mixed = any(anchor.levels is not None for anchor in memory.anchors)
-        if len(set(levels)) < 3 or mixed:
+        anchors = told_apart(memory)
+        if len(anchors) < 3:
             return linear
+        levels = [anchor.noise_level for anchor in anchors]
         reach = (noise_level - levels[0]) * (noise_level - levels[1])
-        # The divided difference in Lagrange's form: one weight an anchor.
-        weights = [
-            reach / math.prod(level - other for other in levels if other != level)
-            for level in levels
-        ]
+        weights = divided_difference(levels, reach)
 
         def bend(forecast: torch.Tensor, *residuals: torch.Tensor) -> torch.Tensor:
             curve = sum(w * r.float() for w, r in zip(weights, residuals, strict=True))
             return forecast + torch.as_tensor(curve).to(forecast.dtype)
 
-        return linear.map(bend, *(anchor.residual for anchor in memory.anchors))
+        return linear.map(bend, *(anchor.residual for anchor in anchors))

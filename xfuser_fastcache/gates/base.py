@@ -28,6 +28,8 @@ class Evidence:
         noise_levels: of the step that is decided, of the anchor, and of the one before the anchor;
             the latter None where there is none.
         gap: steps between the measured step and the one that it was measured against.
+        elapsed: how far the plan has gone at the step that is decided, from 0 at its first step to
+            1 at its last; None if unknown.
     """
 
     change: float
@@ -38,6 +40,7 @@ class Evidence:
     lag: int
     noise_levels: tuple[float, float, float | None]
     gap: int = 1
+    elapsed: float | None = None
 
     @property
     def relative_change(self) -> float | None:

@@ -69,7 +69,8 @@ class Memory:
 
     Attributes:
         anchors: newest first, as many as the forecaster looks back.
-        slope: per-channel correction of the linear forecaster, `(dim,)` a stream; else None.
+        slope: what the forecaster has fitted to computed steps, a tensor a stream: of `linear` a
+            slope a channel, `(dim,)`, of `dmd` factors an item, `(batch, modes)`; else None.
         missed: what the forecast of the newest anchor's step would have been wrong by; None where
             nobody asks for it.
         output_unknown: whether the span's output was not seen at the step at which it was last
