@@ -24,6 +24,7 @@ from xfuser_fastcache.benchmarks.layouts import EXCLUDED, LAYOUTS, ONE_RANK
 from xfuser_fastcache.chaos.families import runs_in
 
 CELLS = [(m, layout) for layout in LAYOUTS for m in TINY_MODELS if runs_in(m, LAYOUTS[layout][1])]
+CELLS_OF = {model: [at for m, at in CELLS if m == model] for model in TINY_MODELS}
 OTHERS = [name for name in BACKENDS if name != "Fast"]
 EVERYWHERE = [name for name in TINY_MODELS if name not in IN_CI]
 
@@ -43,7 +44,7 @@ def is_slow(model: str, layout: str, backend: str) -> bool:
         return False
     if not everywhere:
         return backend != "Fast" or layout not in (ONE_RANK, *IN_CI[model])
-    turn = EVERYWHERE.index(model) + list(LAYOUTS).index(layout)
+    turn = EVERYWHERE.index(model) + CELLS_OF[model].index(layout)
     in_turn = backend in ("Fast", OTHERS[turn % len(OTHERS)])
     return not in_turn or (LAYOUTS[layout][0] > 2 and not is_first_of_family(model))
 
