@@ -42,6 +42,7 @@ from xfuser_fastcache import apply_cache_on_transformer, get_cache_statistics, r
 from xfuser_fastcache.benchmarks.worker import PACKAGES
 from xfuser_fastcache.cli.flags import flags_of
 from xfuser_fastcache.cli.generate import cache_config, options_from
+from xfuser_fastcache.config.budget import BUDGETS
 from xfuser_fastcache.config.cache_config import CacheConfig
 from xfuser_fastcache.consensus.collective import BlockList, Consensus
 from xfuser_fastcache.consensus.topology import PlainLayout
@@ -53,6 +54,8 @@ from xfuser_fastcache.xdit.loaded import DTYPES, finish, load_in_layout, start
 
 # Small enough to reject every change, large enough not to be the "never" that needs no test.
 NEVER = 1e-9
+# Without an option a budget would decide.
+GATE = CacheConfig(test="chi2")
 # Seconds after which no further pass of a block is begun: it takes long on a CPU.
 BLOCK_LIMIT_S = 60.0
 # The double and single blocks of FLUX.1.
@@ -174,10 +177,10 @@ def measure_model(pairs: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run the pairs and time the parts; print them and return the report on rank 0."""
     # A calibration or a mask would skip without asking the gate.
     config = replace(
-        (cache_config(options) or CacheConfig()).resolved(),
+        (cache_config(options) or GATE).resolved(),
         cache_ratio_threshold=NEVER,
         calibration=None,
-        computed_steps=None,
+        **dict.fromkeys(BUDGETS),
         steps_mask=None,
     )
     generator = Generator(load_in_layout(options, options.dtype), options)
@@ -253,7 +256,7 @@ def measure_block(
     contract = FluxAdapter.block_lists["transformer_blocks"].of(block)
     outputs = contract.unpack(compute())
     step_us = median_us(compute, limit_s)
-    config = CacheConfig().resolved()
+    config = GATE.resolved()
     consensus = Consensus(
         PlainLayout().decision_group(),
         backend=config.sync_backend,
