@@ -51,8 +51,15 @@ def synchronous(generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
         runtime.warmup_steps = before
 
 
-def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[str, Any]:
-    """Describe a mask whose corrections differ from step to step and with the guidance branch."""
+def corrected(
+    pipe: Any, call: dict[str, Any], generate: Callable[[], torch.Tensor | None]
+) -> dict[str, Any]:
+    """Describe a mask whose corrections differ from step to step and with the guidance branch.
+
+    Without guidance there are none of a branch's own: diffusers names such a call as the one with
+    the prompt, and xDiT does not.
+    """
+    guided = any(name.startswith("negative") for name in call)
     mask = [1, 1, 0, 1, 0, 1, 0, 0]
     weights = np.random.default_rng(0).normal(0.0, 0.1, (1, STEPS, 3, 5)).astype(np.float32)
     model, *others = map(XDiTLayout().model_of, denoisers_of(pipe).values())
@@ -66,7 +73,7 @@ def corrected(pipe: Any, generate: Callable[[], torch.Tensor | None]) -> dict[st
         levels=[step.noise_level for step in plan],
         masks={sum(mask): mask},
         steering=weights[:, :, 0],
-        steering_guided=weights[:, :, 1:],
+        steering_guided=weights[: int(guided), :, 1:],
         metadata={OTHERS: known} if known else {},
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +121,7 @@ def cases(
         control = generate()
         found["synchronous"] = describe(control)
         if not adapters()[TINY_MODELS[model].adapter].branches_apart:
-            found["corrected"] = corrected(pipe, generate)
+            found["corrected"] = corrected(pipe, call, generate)
     found["has_output"] = control is not None
     found["backends"] = {}
     for name in backends:
@@ -155,7 +162,7 @@ def references(model: str, batches: list[int]) -> dict[str, Any]:
 
         found[str(batch)] = {"synchronous": describe(generate())}
         if not adapters()[TINY_MODELS[model].adapter].branches_apart:
-            found[str(batch)]["corrected"] = corrected(pipe, generate)
+            found[str(batch)]["corrected"] = corrected(pipe, call, generate)
     return found
 
 

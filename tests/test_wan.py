@@ -344,7 +344,7 @@ def test_latents_of_the_whole_forward_pass_neither_overflow_where_64_ranks_count
     ],
 )
 def test_what_anchors_take_is_what_their_shapes_say(options: dict[str, Any], name: str) -> None:
-    pipe, generate = made("wan")
+    pipe, generate = made("wan", STEPS)
     apply_cache_on_pipeline(pipe, cache_ratio_threshold=EVER, **options)
     generate()
     held = get_cache_statistics(pipe.transformer)["cache_bytes"]
