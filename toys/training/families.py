@@ -19,7 +19,6 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from transformers import CLIPTextModelWithProjection
 
 from toys.clips import FRAMES
@@ -27,6 +26,7 @@ from toys.training.subjects import CLIPS, PICTURES, Subject
 from toys.training.text import TEXT_TOKENS, masked_states, tokens_of
 from toys.training.vae import LATENT_CHANNELS, VAE_FACTOR
 from toys.training.video import CLIP_CHANNELS, CLIP_PX
+from toys.training.wan import CountedPadding, set_in_time
 
 
 @dataclass(frozen=True)
@@ -307,34 +307,6 @@ def pixart_family():
     call = {"height": 128, "width": 128, "guidance_scale": 2.5}
     call |= {"use_resolution_binning": False, "clean_caption": False}  # bins begin at 256 px
     return Family(build, loss, pipeline, PixArtAlphaPipeline, call, 1100, [500, 700, 1900, 2200])
-
-
-class CountedPadding(WanAttnProcessor):
-    """Cross-attention where a few tokens of padding weigh as much as many.
-
-    Wan's pipelines pad to 512 tokens that are all alike, and attention to n of them is attention to
-    one whose score is larger by log(n).
-    """
-
-    weight = None  # (batch, 1, 1, tokens), what to add to the scores
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states, *ignored):
-        """As Wan's, with the weights for a mask; cross-attention has neither mask nor positions."""
-        return super().__call__(attn, hidden_states, encoder_hidden_states, self.weight)
-
-
-@contextmanager
-def set_in_time(rope, moments):
-    """Let Wan's positions give latent frames the places in time that they have in a whole clip."""
-    whole = rope.freqs_cos, rope.freqs_sin
-    frames = [*moments, *range(len(moments), rope.max_seq_len)]
-    rope.freqs_cos, rope.freqs_sin = (
-        torch.cat([table[frames, : rope.t_dim], table[:, rope.t_dim :]], dim=1) for table in whole
-    )
-    try:
-        yield
-    finally:
-        rope.freqs_cos, rope.freqs_sin = whole
 
 
 def wan_family():
