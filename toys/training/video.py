@@ -22,8 +22,8 @@ from toys.training.vae import LatentPool, picture_loss
 
 CLIP_PX = 64
 PATCH = 2
-# What the encoder says of each cell of 4 x 4 pixels: (cosines across, down), of which colour. In the
-# plane of two colours every shape differs from every ground by 0.4 or more, in the third by 0.23.
+# What the encoder says of each cell of 4 x 4 pixels: cosines across and down, and of which colour.
+# By the two colours every shape differs from every ground by 0.4 or more, by the third by 0.23.
 TWO = ((0.7, 0.7, 0.0), (0.0, 0.0, 1.0))
 MEASURED = (
     *(((0, 0), colour) for colour in torch.eye(3).tolist()),
