@@ -159,6 +159,37 @@ def test_a_loss_is_that_of_the_pipelines_own_text_however_much_padding(text, mon
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_locator_asks_each_token_where_it_lies():
+    """The loss is none where states say it, whatever is shown of the clip; noise asks more."""
+    from toys.training.families import Batch, wan_family
+
+    family = wan_family()
+    transformer = family.build()
+    locator = family.locator(transformer)
+    states = torch.zeros(21, 96)
+    states[range(21), range(21)] = 100.0
+    with torch.no_grad():
+        locator.head.weight.copy_(states[:, :96])
+    for moments in (None, (0,), (0, 3)):
+        frames = moments or range(5)
+        latents = torch.zeros(2, 12, len(frames), 16, 16)
+        batch = Batch(latents, latents, torch.tensor([0.2, 0.4]), ["", ""], 32, 64, moments)
+        transformer(latents, 1000 * batch.sigma, torch.zeros(2, 4, 64), return_dict=False)
+        assert locator.heard.shape == (2, 64 * len(frames), 96)
+        lost = locator.loss(batch)
+        lost.backward()
+        assert transformer.blocks[2].ffn.net[2].weight.grad.abs().sum() > 0
+        where = [(f, 5 + r, 13 + c) for f in frames for r in range(8) for c in range(8)]
+        locator.heard = torch.zeros(2, len(where), 96)
+        for token, said in enumerate(where):
+            locator.heard[:, token, list(said)] = 1.0
+        assert locator.loss(batch) < 1e-3 < 0.1 < lost
+        locator.heard = torch.zeros(2, len(where), 96)
+        locator.head.bias.data.zero_()
+        chance = 0.3 * (np.log(5) + 2 * np.log(8))
+        assert locator.loss(batch).item() == pytest.approx(chance, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def vae():
     from argparse import Namespace

@@ -26,7 +26,7 @@ from toys.training.subjects import CLIPS, PICTURES, Subject
 from toys.training.text import TEXT_TOKENS, masked_states, tokens_of
 from toys.training.vae import LATENT_CHANNELS, VAE_FACTOR
 from toys.training.video import CLIP_CHANNELS, CLIP_PX
-from toys.training.wan import CountedPadding, set_in_time
+from toys.training.wan import CountedPadding, Locator, set_in_time
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Family:
         subject: what is drawn.
         large_batch: items of an iteration at full size.
         glimpses: moments of clips that are learned before whole clips, one of them an iteration.
+        locator: transformer -> a module whose ``loss(batch)`` is added in the training.
         text_lengths: {tokens to which texts are padded: share of the iterations}.
     """
 
@@ -85,6 +86,7 @@ class Family:
     subject: Subject = PICTURES
     large_batch: int = 16
     glimpses: tuple = ()
+    locator: Callable | None = None
     text_lengths: dict = field(default_factory=lambda: {16: 0.6, 24: 0.1, 32: 0.3})
 
 
@@ -380,6 +382,7 @@ def wan_family():
         subject=CLIPS,
         large_batch=8,
         glimpses=((0,),) * 4 + ((0, 1), (0, 2), (0, 3), (0, 4)),
+        locator=lambda transformer: Locator(transformer, (5, 8, 8)),
         text_lengths={32: 0.7, 512: 0.3},
     )
 

@@ -12,6 +12,7 @@ from toys.training.text import reword
 
 CAPTION_DROPOUT = 0.1
 CAPTION_PARTIAL = 0.1
+LOCATED = 0.3  # weight of what a locator asks
 
 
 class Ema(torch.nn.Module):
@@ -143,9 +144,12 @@ def train_transformer(args, family, text, vae):
     transformer = family.build().train().to(args.device)
     ema = Ema(transformer)
     modules = {"transformer": transformer, "ema": ema}
+    if family.locator is not None:
+        modules["locator"] = family.locator(transformer)
+    learning = torch.nn.ModuleList([m for name, m in modules.items() if name != "ema"])
 
     def fit(part, size_px, total, batch, rate_at, glimpses=()):
-        optimiser = MuonAdamW(transformer)
+        optimiser = MuonAdamW(learning)
         stage = Stage(args.runs / f"{args.model}-{part.split()[0]}.pt")
         stage.load(**modules, optimiser=optimiser)
         if stage.iteration >= total:
@@ -174,9 +178,10 @@ def train_transformer(args, family, text, vae):
             text_tokens = int(rng.choice(lengths, p=shares))
             asked = Batch(latents, noise, sigma, prompts, text_tokens, size_px, moments)
             loss = family.loss(transformer, text, vae, asked)
+            located = LOCATED * modules["locator"].loss(asked) if "locator" in modules else 0.0
             optimiser.set_rate(rate_at(iteration))
             optimiser.zero_grad()
-            loss.backward()
+            (loss + located).backward()
             torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
             optimiser.step()
             ema.update(transformer, iteration)
