@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from toys.captions import PLACES
 from toys.clip_checker import check_clip
 from toys.clips import FRAMES, all_clip_captions, draw_clip, sample_clip_captions
-from toys.training.stages import Stage, cosine, set_rate
+from toys.training.stages import Stage, cosine_cycles, set_rate
 from toys.training.vae import LatentPool, picture_loss
 
 CLIP_PX = 64
@@ -197,23 +197,29 @@ def clip_loss(decoded, clips, margin):
     return picture_loss(*pictures, margin=margin)
 
 
-def clip_crop(caption, rng, frames):
-    """A window of half the side about the shape, over `frames` frames: ground alone is simple."""
-    side = CLIP_PX // 2
+def clip_crop(caption, rng, frames, side):
+    """A window about the shape, over `frames` frames: ground alone is simple."""
     first = rng.integers(FRAMES - frames + 1)
     moment = (first + rng.random() * (frames - 1)) / (FRAMES - 1)
     centre = (1 - moment) * np.array(PLACES[caption.start]) + moment * np.array(PLACES[caption.end])
-    corner = CLIP_PX * centre - side / 2 + rng.uniform(-14, 14, size=2)
-    left, top = np.clip(np.rint(corner), 0, CLIP_PX - side).astype(int)
+    corner = CLIP_PX * centre - side / 2 + rng.uniform(-8, 8, size=2)
+    # On the cells of whole frames, where a shape lies to them in the same ways.
+    left, top = 4 * np.clip(np.rint(corner / 4), 0, (CLIP_PX - side) // 4).astype(int)
     clip = draw_clip(caption, CLIP_PX, rng)[first : first + frames]
     return clip[:, top : top + side, left : left + side]
 
 
 def clip_crops(captions, rng, count):
-    """Windows of clips of `count` captions drawn at random, a part of the time or all of it."""
+    """Windows of clips of `count` captions, small shapes twice as often as others.
+
+    They show a part of the time or all of it.
+    """
     frames = int(rng.choice([5, FRAMES], p=[0.6, 0.4]))
-    chosen = rng.integers(len(captions), size=count)
-    return to_clips([clip_crop(captions[i], rng, frames) for i in chosen])
+    side = int(rng.choice([24, 32], p=[0.7, 0.3]))
+    chosen = [captions[i] for i in rng.integers(len(captions), size=2 * count)]
+    small = [c for c in chosen if c.size == "small"][: count // 2]
+    others = [c for c in chosen if c.size != "small"][: count - len(small)]
+    return to_clips([clip_crop(c, rng, frames, side) for c in small + others])
 
 
 def start_clip_vae(args):
@@ -254,7 +260,8 @@ def train_clip_vae(args):
     stage = Stage(args.runs / "clip_decoder.pt")
     stage.load(decoder=decoder, optimiser=optimiser)
     captions = all_clip_captions("train")
-    total = args.clip_vae_iterations
+    cycles = args.clip_vae_iterations
+    total = sum(cycles)
 
     def step(iteration):
         rng = np.random.default_rng([args.seed, 16, iteration])
@@ -264,12 +271,12 @@ def train_clip_vae(args):
             latents = encode_whole(vae, clips)
             noise = torch.randn(latents.shape, generator=noise_rng).to(args.device)
             latents = latents + 0.05 * _scale(vae)[1] * noise
-        # Half precision halves the time; the last third is for what it costs in exactness.
-        early = 3 * iteration < 2 * total
+        # Half precision halves the time; the last iterations are for what it costs in exactness.
+        early = 10 * iteration < 9 * total
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=early):
             decoded = decode_whole(vae, latents)
         loss = clip_loss(decoded.float(), clips, margin=2)
-        set_rate(optimiser, cosine(iteration, total, 7e-4, 1e-5))
+        set_rate(optimiser, cosine_cycles(iteration, cycles, 7e-4, 1e-5))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
