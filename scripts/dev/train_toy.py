@@ -39,7 +39,7 @@ def parse_args(arguments):
     parser.add_argument("--vae_iterations", type=int, default=600)
     parser.add_argument("--decoder_iterations", type=int, default=1500)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--clip_vae_iterations", type=int, nargs="+", default=[2500, 2200])
+    parser.add_argument("--clip_vae_iterations", type=int, nargs="+", default=[2500, 2200, 2500])
     parser.add_argument("--clip_batch", type=int, default=8)
     parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the model's")
     parser.add_argument("--small_batch", type=int, default=32)

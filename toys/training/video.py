@@ -214,7 +214,7 @@ def clip_crops(captions, rng, count):
 
     They show a part of the time or all of it.
     """
-    frames = int(rng.choice([5, FRAMES], p=[0.6, 0.4]))
+    frames = int(rng.choice([5, FRAMES], p=[0.75, 0.25]))
     side = int(rng.choice([24, 32], p=[0.7, 0.3]))
     chosen = [captions[i] for i in rng.integers(len(captions), size=2 * count)]
     small = [c for c in chosen if c.size == "small"][: count // 2]
@@ -270,7 +270,7 @@ def train_clip_vae(args):
         with torch.no_grad():
             latents = encode_whole(vae, clips)
             noise = torch.randn(latents.shape, generator=noise_rng).to(args.device)
-            latents = latents + 0.05 * _scale(vae)[1] * noise
+            latents = latents + 0.02 * _scale(vae)[1] * noise
         # Half precision halves the time; the last iterations are for what it costs in exactness.
         early = 10 * iteration < 9 * total
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=early):
