@@ -159,6 +159,23 @@ def test_a_loss_is_that_of_the_pipelines_own_text_however_much_padding(text, mon
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
 
 
+def test_the_loss_is_told_where_the_shape_is_by_the_caption_alone():
+    from toys.training.wan import emphasis
+
+    for index, text in enumerate(sample_clip_captions(20, seed=3)):
+        caption = ClipCaption.parse(text)
+        weights = emphasis(caption, (0, 1, 2, 3, 4), (5, 16, 16))
+        assert weights.mean().item() == pytest.approx(2.0) and weights.min() == 1.0
+        clip = draw_clip(caption, 64, index).astype(float)
+        drawn = np.abs(clip - clip[:, :1, :1]).max(axis=-1) > 60
+        cells = drawn.reshape(FRAMES, 16, 4, 16, 4).any(axis=(2, 4))
+        shown = np.concatenate([cells[:1], cells[1::2] | cells[2::2]])
+        assert shown.sum(axis=(1, 2)).min() >= 4
+        missed = shown & (weights.numpy() == 1.0)
+        assert missed.sum() <= 0.15 * shown.sum()  # cells that it touches, or leaves between frames
+        assert torch.equal(emphasis(caption, (0, 3), (5, 16, 16)) > 1, weights[[0, 3]] > 1)
+
+
 def test_a_locator_asks_each_token_where_it_lies():
     """The loss is none where states say it, whatever is shown of the clip; noise asks more."""
     from toys.training.families import Batch, wan_family

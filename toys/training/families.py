@@ -26,7 +26,7 @@ from toys.training.subjects import CLIPS, PICTURES, Subject
 from toys.training.text import TEXT_TOKENS, masked_states, tokens_of
 from toys.training.vae import LATENT_CHANNELS, VAE_FACTOR
 from toys.training.video import CLIP_CHANNELS, CLIP_PX
-from toys.training.wan import CountedPadding, Locator, set_in_time
+from toys.training.wan import CountedPadding, Locator, emphasis, set_in_time
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Batch:
         text_tokens: length to which T5 pads.
         size_px: side of the pictures.
         moments: of clips, where in time each latent frame lies; None for all frames in order.
+        weights: of the loss, (batch, 1, frames, height, width); None for all alike.
     """
 
     latents: torch.Tensor
@@ -50,6 +51,7 @@ class Batch:
     text_tokens: int
     size_px: int
     moments: tuple | None = None
+    weights: torch.Tensor | None = None
 
     def noisy(self):
         """Latents and noise mixed by sigma, as flow matching has them."""
@@ -73,6 +75,7 @@ class Family:
         large_batch: pictures of an iteration at full size, or latent frames.
         glimpses: moments of clips that are learned first, one of them an iteration, in turn.
         clips: and those that are learned then, most of them whole.
+        emphasis: (caption, moments) -> weights of the loss, (frames, height, width).
         locator: transformer -> a module whose ``loss(batch)`` is added in the training.
         text_lengths: {tokens to which texts are padded: share of the iterations}.
     """
@@ -88,6 +91,7 @@ class Family:
     large_batch: int = 16
     glimpses: tuple = ()
     clips: tuple = ()
+    emphasis: Callable | None = None
     locator: Callable | None = None
     text_lengths: dict = field(default_factory=lambda: {16: 0.6, 24: 0.1, 32: 0.3})
 
@@ -355,7 +359,8 @@ def wan_family():
                 encoder_hidden_states=states.to(batch.latents.device),
                 return_dict=False,
             )[0]
-        return F.mse_loss(velocity, batch.noise - batch.latents)
+        wrong = (velocity - (batch.noise - batch.latents)).square()
+        return (wrong if batch.weights is None else batch.weights * wrong).mean()
 
     def pipeline(transformer, text, vae):
         return WanPipeline(
@@ -385,6 +390,7 @@ def wan_family():
         large_batch=40,
         glimpses=((0,),) * 4 + ((0, 1), (0, 2), (0, 3), (0, 4)),
         clips=((0,), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4)),
+        emphasis=lambda caption, moments: emphasis(caption, moments, (5, 16, 16)),
         locator=lambda transformer: Locator(transformer, (5, 8, 8)),
         text_lengths={32: 0.7, 512: 0.3},
     )

@@ -176,7 +176,15 @@ def train_transformer(args, family, text, vae):
             # A caption is 12 to 17 tokens long; the rest is padding, whose amount must not matter.
             lengths, shares = zip(*family.text_lengths.items(), strict=True)
             text_tokens = int(rng.choice(lengths, p=shares))
-            asked = Batch(latents, noise, sigma, prompts, text_tokens, size_px, moments)
+            weights = None
+            if family.emphasis is not None:
+                # A text that leaves something out does not say where the shape is.
+                weights = torch.ones(count, 1, *latents.shape[2:])
+                for weight, caption, prompt in zip(weights, captions, prompts, strict=True):
+                    if prompt == str(caption):
+                        weight[0] = family.emphasis(caption, moments)
+                weights = weights.to(args.device)
+            asked = Batch(latents, noise, sigma, prompts, text_tokens, size_px, moments, weights)
             loss = family.loss(transformer, text, vae, asked)
             located = LOCATED * modules["locator"].loss(asked) if "locator" in modules else 0.0
             optimiser.set_rate(rate_at(iteration))
