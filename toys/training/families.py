@@ -72,9 +72,8 @@ class Family:
         small_iterations: of pictures at 64 px, or of glimpses.
         large_iterations: at full size, one number a cycle of the learning rate.
         subject: what is drawn.
-        large_batch: pictures of an iteration at full size, or latent frames.
-        glimpses: moments of clips that are learned first, one of them an iteration, in turn.
-        clips: and those that are learned then, most of them whole.
+        large_batch: items of an iteration at full size.
+        glimpses: moments of clips that are learned before whole clips, one of them an iteration.
         emphasis: (caption, moments) -> weights of the loss, (frames, height, width).
         locator: transformer -> a module whose ``loss(batch)`` is added in the training.
         text_lengths: {tokens to which texts are padded: share of the iterations}.
@@ -90,7 +89,6 @@ class Family:
     subject: Subject = PICTURES
     large_batch: int = 16
     glimpses: tuple = ()
-    clips: tuple = ()
     emphasis: Callable | None = None
     locator: Callable | None = None
     text_lengths: dict = field(default_factory=lambda: {16: 0.6, 24: 0.1, 32: 0.3})
@@ -385,11 +383,10 @@ def wan_family():
         WanPipeline,
         call,
         2800,
-        [1600],
+        [1600, 600, 3000],
         subject=CLIPS,
-        large_batch=40,
+        large_batch=8,
         glimpses=((0,),) * 4 + ((0, 1), (0, 2), (0, 3), (0, 4)),
-        clips=((0,), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4)),
         emphasis=lambda caption, moments: emphasis(caption, moments, (5, 16, 16)),
         locator=lambda transformer: Locator(transformer, (5, 8, 8)),
         text_lengths={32: 0.7, 512: 0.3},

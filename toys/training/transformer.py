@@ -219,6 +219,5 @@ def train_transformer(args, family, text, vae):
         sum(cycles),
         args.large_batch,
         lambda i: cosine_cycles(i, cycles, 1e-3, 1e-5),
-        family.clips,
     )
     return {f"transformer {small_part}": small, f"transformer {large_part}": large}

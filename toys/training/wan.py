@@ -45,7 +45,7 @@ def emphasis(caption, moments, shape):
 
     Args:
         caption: a `ClipCaption`.
-        moments: latent frames.
+        moments: latent frames; None for all in order.
         shape: latent frames of a whole clip, rows and columns.
 
     Returns:
@@ -53,7 +53,8 @@ def emphasis(caption, moments, shape):
     """
     frames, rows, columns = shape
     # A latent frame stands for two frames, the first for one.
-    way = (2 * torch.tensor(moments) - 0.5).clamp(min=0)[:, None] / (2 * frames - 2)
+    times = (2 * torch.tensor(moments or range(frames)) - 0.5).clamp(min=0)
+    way = times[:, None] / (2 * frames - 2)
     start, end = (torch.tensor(PLACES[place]) for place in (caption.start, caption.end))
     centres = start + (end - start) * way
     reach = SIZES[caption.size] + 0.05
