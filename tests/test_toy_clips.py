@@ -140,7 +140,7 @@ def test_a_loss_is_that_of_the_pipelines_own_text_however_much_padding(text, mon
     transformer = family.build().eval()
     pipe = family.pipeline(transformer, text, build_clip_vae())
     prompts = [CAPTION, ""]
-    latents, noise = torch.randn(2, 2, 16, 5, 8, 8)
+    latents, noise = torch.randn(2, 2, 12, 5, 16, 16)
     sigma = torch.tensor([0.2, 0.9])
     losses = []
     for length in (32, 512):
@@ -159,21 +159,115 @@ def test_a_loss_is_that_of_the_pipelines_own_text_however_much_padding(text, mon
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
 
 
-def test_an_untrained_vae_knows_colours():
-    """The start from which training adds edges: blocks of pixels are averaged and repeated."""
-    from toys.training.video import build_clip_vae, start_linear
+def test_the_loss_is_told_where_the_shape_is_by_the_caption_alone():
+    from toys.training.wan import emphasis
 
-    colours = torch.tensor([[0.6, -0.4, 0.1], [-0.8, 0.2, 0.5]])
-    clips = colours[:, :, None, None, None].expand(2, 3, FRAMES, 32, 32)
+    for index, text in enumerate(sample_clip_captions(20, seed=3)):
+        caption = ClipCaption.parse(text)
+        weights = emphasis(caption, None, (5, 16, 16))
+        assert weights.mean().item() == pytest.approx(2.0) and weights.min() == 1.0
+        clip = draw_clip(caption, 64, index).astype(float)
+        drawn = np.abs(clip - clip[:, :1, :1]).max(axis=-1) > 60
+        cells = drawn.reshape(FRAMES, 16, 4, 16, 4).any(axis=(2, 4))
+        shown = np.concatenate([cells[:1], cells[1::2] | cells[2::2]])
+        assert shown.sum(axis=(1, 2)).min() >= 4
+        missed = shown & (weights.numpy() == 1.0)
+        assert missed.sum() <= 0.15 * shown.sum()  # cells that it touches, or leaves between frames
+        assert torch.equal(emphasis(caption, (0, 3), (5, 16, 16)) > 1, weights[[0, 3]] > 1)
 
-    def error(vae):
-        latents = vae.eval().encode(clips).latent_dist.mean
-        assert latents.shape == (2, 16, 5, 4, 4)
-        return (vae.decode(latents).sample - clips).abs().mean()
+
+def test_a_locator_asks_each_token_where_it_lies():
+    """The loss is none where states say it, whatever is shown of the clip; noise asks more."""
+    from toys.training.families import Batch, wan_family
+
+    family = wan_family()
+    transformer = family.build()
+    locator = family.locator(transformer)
+    states = torch.zeros(21, 96)
+    states[range(21), range(21)] = 100.0
+    with torch.no_grad():
+        locator.head.weight.copy_(states[:, :96])
+    for moments in (None, (0,), (0, 3)):
+        frames = moments or range(5)
+        latents = torch.zeros(2, 12, len(frames), 16, 16)
+        batch = Batch(latents, latents, torch.tensor([0.2, 0.4]), ["", ""], 32, 64, moments)
+        transformer(latents, 1000 * batch.sigma, torch.zeros(2, 4, 64), return_dict=False)
+        assert locator.heard.shape == (2, 64 * len(frames), 96)
+        lost = locator.loss(batch)
+        lost.backward()
+        assert transformer.blocks[2].ffn.net[2].weight.grad.abs().sum() > 0
+        where = [(f, 5 + r, 13 + c) for f in frames for r in range(8) for c in range(8)]
+        locator.heard = torch.zeros(2, len(where), 96)
+        for token, said in enumerate(where):
+            locator.heard[:, token, list(said)] = 1.0
+        assert locator.loss(batch) < 1e-3 < 0.1 < lost
+        locator.heard = torch.zeros(2, len(where), 96)
+        locator.head.bias.data.zero_()
+        chance = 0.3 * (np.log(5) + 2 * np.log(8))
+        assert locator.loss(batch).item() == pytest.approx(chance, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from argparse import Namespace
+
+    from toys.training.video import start_clip_vae
+
+    return start_clip_vae(Namespace(seed=0, device="cpu"))
+
+
+@torch.no_grad()
+def test_the_encoder_measures_cells(vae):
+    """Means, slopes and what moved, of 4 x 4 pixels: known without any training."""
+    from toys.training.video import TWO, to_clips
+
+    clip = to_clips([draw_clip(CAPTION, 64, 0)])
+    latents = vae.encode(clip).latent_dist.mean
+    assert latents.shape == (1, 12, 5, 16, 16)
+    cells = clip.unfold(3, 4, 4).unfold(4, 4, 4)
+    means = cells.mean((-1, -2))
+    colour = torch.tensor(TWO[0])[:, None, None]
+    assert torch.allclose(latents[:, :3, 0], means[:, :, 0], atol=0.01)
+    assert torch.allclose(latents[:, :3, 1], means[:, :, 1:3].mean(dim=2), atol=0.01)
+    ramp = 2 * torch.cos(torch.pi * torch.tensor([1, 3, 5, 7]) / 8)
+    across = (cells[0, :, 0] * ramp).mean((-1, -2))
+    down = (cells[0, :, 0] * ramp[:, None]).mean((-1, -2))
+    assert across.abs().max() > 0.3
+    assert torch.allclose(latents[0, 3, 0], (colour * across).sum(0), atol=0.01)
+    assert torch.allclose(latents[0, 5, 0], (colour * down).sum(0), atol=0.01)
+    moved = (means[0, :, 4] - means[0, :, 3]) / 2
+    assert torch.allclose(latents[0, 10, 2], (colour * moved).sum(0), atol=0.01)
+
+
+@torch.no_grad()
+def test_all_frames_at_once_give_what_diffusers_chunks_give(vae):
+    from toys.training.video import build_clip_vae, decode_whole, encode_whole, to_clips
 
     torch.manual_seed(0)
-    with torch.no_grad():
-        assert error(start_linear(build_clip_vae())) < 0.3 < 0.4 < error(build_clip_vae())
+    clips, untrained = to_clips([draw_clip(CAPTION, 32, 0)]), build_clip_vae().eval()
+    for made in (vae, untrained):
+        latents = made.encode(clips).latent_dist.mean
+        assert torch.allclose(encode_whole(made, clips), latents, atol=1e-5)
+        assert torch.allclose(
+            decode_whole(made, latents).clamp(-1, 1), made.decode(latents).sample, atol=1e-5
+        )
+    # An untrained decoder repeats the mean of each cell; one that is not so set does not.
+    error = (decode_whole(vae, encode_whole(vae, clips)) - clips).abs().mean()
+    assert error < 0.2 < (decode_whole(untrained, latents) - clips).abs().mean()
+
+
+def test_a_glimpse_lies_where_a_whole_clip_has_it():
+    from toys.training.families import wan_family
+    from toys.training.wan import set_in_time
+
+    rope = wan_family().build().rope
+    whole = [table.unflatten(1, (5, 64)) for table in rope(torch.zeros(1, 12, 5, 16, 16))]
+    with set_in_time(rope, (0, 3)):
+        glimpse = [table.unflatten(1, (2, 64)) for table in rope(torch.zeros(1, 12, 2, 16, 16))]
+    for table, part in zip(whole, glimpse, strict=True):
+        assert torch.equal(part, table[:, [0, 3]]) and not torch.equal(part, table[:, :2])
+    for table, again in zip(whole, rope(torch.zeros(1, 12, 5, 16, 16)), strict=True):
+        assert torch.equal(table.flatten(1, 2), again)
 
 
 def test_muon_turns_updates_into_rotations_of_a_known_size():
@@ -209,7 +303,7 @@ def test_the_loss_and_the_pipeline_mean_the_same_velocity(text, monkeypatch):
     torch.manual_seed(0)
     family = wan_family()
     transformer = family.build()
-    answer, noise = torch.randn(2, 2, 16, 5, 8, 8)
+    answer, noise = torch.randn(2, 2, 12, 5, 16, 16)
 
     def knowing(hidden_states, timestep, encoder_hidden_states, **_):
         level = (timestep / 1000).view(-1, 1, 1, 1, 1)

@@ -39,8 +39,7 @@ def parse_args(arguments):
     parser.add_argument("--vae_iterations", type=int, default=600)
     parser.add_argument("--decoder_iterations", type=int, default=1500)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--clip_vae_iterations", type=int, default=2000)
-    parser.add_argument("--clip_decoder_iterations", type=int, default=600)
+    parser.add_argument("--clip_vae_iterations", type=int, nargs="+", default=[2500, 2200, 2500])
     parser.add_argument("--clip_batch", type=int, default=8)
     parser.add_argument("--small_iterations", type=int, help="at 64 px; default: the model's")
     parser.add_argument("--small_batch", type=int, default=32)
@@ -77,12 +76,13 @@ def main(arguments):
         if args.stage == "text":
             return 0
         vae, vae_stage = subject.train_vae(args)
-        decoder_stage = subject.train_decoder(args, vae)
+        stages = {"text": text_stage, "vae": vae_stage}
+        if subject.train_decoder is not None:
+            stages["decoder"] = subject.train_decoder(args, vae)
         print("vae", json.dumps(subject.measure_vae(vae, args.seed)), flush=True)
         if args.stage == "vae":
             return 0
         transformer_stages = train_transformer(args, family, text, vae)
-        stages = {"text": text_stage, "vae": vae_stage, "decoder": decoder_stage}
         write_training_record(args, family, stages | transformer_stages, vae)
     evaluate(args, family)
     return 0

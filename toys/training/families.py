@@ -19,7 +19,6 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from transformers import CLIPTextModelWithProjection
 
 from toys.clips import FRAMES
@@ -27,6 +26,7 @@ from toys.training.subjects import CLIPS, PICTURES, Subject
 from toys.training.text import TEXT_TOKENS, masked_states, tokens_of
 from toys.training.vae import LATENT_CHANNELS, VAE_FACTOR
 from toys.training.video import CLIP_CHANNELS, CLIP_PX
+from toys.training.wan import CountedPadding, Locator, emphasis, set_in_time
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Batch:
         prompts: one text an item; "" where the caption is dropped.
         text_tokens: length to which T5 pads.
         size_px: side of the pictures.
+        moments: of clips, where in time each latent frame lies; None for all frames in order.
+        weights: of the loss, (batch, 1, frames, height, width); None for all alike.
     """
 
     latents: torch.Tensor
@@ -48,6 +50,8 @@ class Batch:
     prompts: list[str]
     text_tokens: int
     size_px: int
+    moments: tuple | None = None
+    weights: torch.Tensor | None = None
 
     def noisy(self):
         """Latents and noise mixed by sigma, as flow matching has them."""
@@ -65,10 +69,13 @@ class Family:
         pipeline: (transformer, text, vae) -> the diffusers pipeline.
         pipeline_class: what loads it again.
         call_kwargs: arguments of a pipeline call at full size besides prompt and steps.
-        small_iterations: of pictures at 64 px.
+        small_iterations: of pictures at 64 px, or of glimpses.
         large_iterations: at full size, one number a cycle of the learning rate.
         subject: what is drawn.
         large_batch: items of an iteration at full size.
+        glimpses: moments of clips that are learned before whole clips, one of them an iteration.
+        emphasis: (caption, moments) -> weights of the loss, (frames, height, width).
+        locator: transformer -> a module whose ``loss(batch)`` is added in the training.
         text_lengths: {tokens to which texts are padded: share of the iterations}.
     """
 
@@ -81,6 +88,9 @@ class Family:
     large_iterations: list[int]
     subject: Subject = PICTURES
     large_batch: int = 16
+    glimpses: tuple = ()
+    emphasis: Callable | None = None
+    locator: Callable | None = None
     text_lengths: dict = field(default_factory=lambda: {16: 0.6, 24: 0.1, 32: 0.3})
 
 
@@ -305,22 +315,13 @@ def pixart_family():
     return Family(build, loss, pipeline, PixArtAlphaPipeline, call, 1100, [500, 700, 1900, 2200])
 
 
-class CountedPadding(WanAttnProcessor):
-    """Cross-attention where a few tokens of padding weigh as much as many.
-
-    Wan's pipelines pad to 512 tokens that are all alike, and attention to n of them is attention to
-    one whose score is larger by log(n).
-    """
-
-    weight = None  # (batch, 1, 1, tokens), what to add to the scores
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states, *ignored):
-        """As Wan's, with the weights for a mask; cross-attention has neither mask nor positions."""
-        return super().__call__(attn, hidden_states, encoder_hidden_states, self.weight)
-
-
 def wan_family():
-    """Wan 2.1 in small: 8 blocks, 4 heads x 24, 80 tokens a clip of 9 frames at 64 px."""
+    """Wan 2.1 in small: 8 blocks, 4 heads x 24, 320 tokens a clip of 9 frames at 64 px.
+
+    Shapes and colours are learned at the price of 64 tokens from the first frame alone, and where
+    things move from the first frame with one other: positions turn attention by differences, so a
+    frame alone has no time.
+    """
     shown = 24  # tokens of text that are computed, whatever they are padded to
 
     def build():
@@ -348,13 +349,16 @@ def wan_family():
         counted.weight = weight.to(batch.latents.device)
         for block in transformer.blocks:
             block.attn2.set_processor(counted)
-        velocity = transformer(
-            hidden_states=batch.noisy(),
-            timestep=1000 * batch.sigma,
-            encoder_hidden_states=states.to(batch.latents.device),
-            return_dict=False,
-        )[0]
-        return F.mse_loss(velocity, batch.noise - batch.latents)
+        moments = batch.moments or range(batch.latents.shape[2])
+        with set_in_time(transformer.rope, moments):
+            velocity = transformer(
+                hidden_states=batch.noisy(),
+                timestep=1000 * batch.sigma,
+                encoder_hidden_states=states.to(batch.latents.device),
+                return_dict=False,
+            )[0]
+        wrong = (velocity - (batch.noise - batch.latents)).square()
+        return (wrong if batch.weights is None else batch.weights * wrong).mean()
 
     def pipeline(transformer, text, vae):
         return WanPipeline(
@@ -378,10 +382,13 @@ def wan_family():
         pipeline,
         WanPipeline,
         call,
-        0,
-        [2500, 1500],
+        2800,
+        [1600, 600, 3000],
         subject=CLIPS,
-        large_batch=32,
+        large_batch=8,
+        glimpses=((0,),) * 4 + ((0, 1), (0, 2), (0, 3), (0, 4)),
+        emphasis=lambda caption, moments: emphasis(caption, moments, (5, 16, 16)),
+        locator=lambda transformer: Locator(transformer, (5, 8, 8)),
         text_lengths={32: 0.7, 512: 0.3},
     )
 

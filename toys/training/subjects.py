@@ -20,7 +20,6 @@ from toys.training.video import (
     CLIP_PX,
     clip_pool,
     measure_clip_vae,
-    train_clip_decoder,
     train_clip_vae,
 )
 
@@ -33,7 +32,7 @@ class Subject:
         language: of the captions.
         size_px: side of the finished toy's pictures or frames.
         train_vae: args -> (vae, stage).
-        train_decoder: (args, vae) -> stage.
+        train_decoder: (args, vae) -> stage; None where the VAE is trained at once.
         measure_vae: (vae, seed) -> figures of its reconstructions.
         pool: (args, vae, size_px, iteration) -> a `LatentPool`.
         sample: (n, seed, split) -> captions.
@@ -46,7 +45,7 @@ class Subject:
     language: text.Language
     size_px: int
     train_vae: Callable
-    train_decoder: Callable
+    train_decoder: Callable | None
     measure_vae: Callable
     pool: Callable
     sample: Callable
@@ -78,7 +77,7 @@ CLIPS = Subject(
     language=text.CLIPS,
     size_px=CLIP_PX,
     train_vae=train_clip_vae,
-    train_decoder=train_clip_decoder,
+    train_decoder=None,
     measure_vae=measure_clip_vae,
     pool=clip_pool,
     sample=sample_clip_captions,
