@@ -68,8 +68,8 @@ class CacheConfig(CheckedOptions):
     Example:
         >>> CacheConfig(cache_ratio_threshold=0.1).to_dict()["cache_ratio_threshold"]
         0.1
-        >>> CacheConfig().num_warmup_steps, CacheConfig().resolved().num_warmup_steps
-        (None, 2)
+        >>> CacheConfig().quality, CacheConfig().resolved().quality
+        (None, 'auto')
         >>> CacheConfig.from_dict({"num_step": 28})
         Traceback (most recent call last):
         ...
