@@ -129,8 +129,9 @@ def _roots(fitted: torch.Tensor) -> torch.Tensor:
     count = fitted.shape[-1]
     polynomial = torch.cat((-fitted.flip(-1), torch.ones_like(fitted[:, :1])), dim=-1)
     polynomial = polynomial.to(torch.complex128).unsqueeze(-1)
-    start = torch.tensor([(0.4 + 0.9j) ** k for k in range(count)], dtype=torch.complex128)
-    roots = start.to(fitted.device).expand(len(fitted), count)
+    # Powers are taken on the device: a tensor that is brought there makes the host wait.
+    powers = torch.arange(count, device=fitted.device).to(torch.complex128)
+    roots = torch.pow(0.4 + 0.9j, powers).expand(len(fitted), count)
     itself = torch.eye(count, dtype=torch.bool, device=fitted.device)
     for _ in range(ITERATIONS):
         values = (torch.linalg.vander(roots, N=count + 1) @ polynomial).squeeze(-1)

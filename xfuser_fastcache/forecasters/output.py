@@ -32,8 +32,8 @@ class OutputForecaster(Forecaster):
     With a calibration a linear correction is added, :math:`w_1 (f_0 - f_1) + w_2 (x - x_0) +
     w_3 f_0 + w_4 x`, x being the latents; its weights belong to the step and to its anchors' lags.
     With a mask that the calibration has searched they belong to the mask and the step, and
-    :math:`w_5 (f_1 - f_2)` comes in. A pipeline's stages but the last
-    correct nothing, and nor does that one where its latents are not known.
+    :math:`w_5 (f_1 - f_2)` comes in. A pipeline's stages but the last correct nothing, and nor does
+    that one where its latents are not known.
     With classifier-free guidance the pictures without it and those with it have weights of their
     own, if the calibration has them: which is which is told by `branch`, where each is a call by
     the call's name (`on_branch`), or else by a batch whose halves hold the same latents, without
